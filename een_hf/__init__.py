@@ -1,0 +1,46 @@
+"""Early exits for Hugging Face encoders."""
+
+import importlib
+
+from .models import (
+    EarlyExitBertConfig,
+    EarlyExitBertForSequenceClassification,
+    EarlyExitClassifierOutput,
+    EarlyExitViTConfig,
+    EarlyExitViTForImageClassification,
+    ExitConfigurationError,
+    ExitPolicy,
+)
+
+
+__version__ = "0.1.0"
+
+# Training and evaluation are imported on first use: a model that only predicts does not wait for them.
+_LAZY = {
+    "BoostedExitTrainer": ".training",
+    "EarlyExitTrainer": ".training",
+    "EarlyExitTrainingArguments": ".training",
+    "JointExitTrainer": ".training",
+    "register_scheme": ".training",
+}
+
+__all__ = [
+    "BoostedExitTrainer",
+    "EarlyExitBertConfig",
+    "EarlyExitBertForSequenceClassification",
+    "EarlyExitClassifierOutput",
+    "EarlyExitTrainer",
+    "EarlyExitTrainingArguments",
+    "EarlyExitViTConfig",
+    "EarlyExitViTForImageClassification",
+    "ExitConfigurationError",
+    "ExitPolicy",
+    "JointExitTrainer",
+    "register_scheme",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,116 @@
+"""Configuration of early-exit models: the exit fields, once, and one config class per architecture."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig, PreTrainedConfig, ViTConfig
+
+
+class ExitConfigurationError(ValueError):
+    """An exit setting that does not fit the network, the problem or the data."""
+
+
+def resolve_exit_layers(exit_layers: list[int] | None, num_hidden_layers: int) -> list[int]:
+    """Return the full, checked list of 1-based exit layers; `None` means every layer.
+
+    The last layer always carries an exit and is appended where it is missing.
+
+    Raises:
+        ExitConfigurationError: a layer outside 1..`num_hidden_layers`, a layer given twice, or layers out of order.
+    """
+    if exit_layers is None:
+        return list(range(1, num_hidden_layers + 1))
+    layers = list(exit_layers)
+    outside = [layer for layer in layers if not 1 <= layer <= num_hidden_layers]
+    if outside:
+        raise ExitConfigurationError(
+            f"exit_layers (--exit_layers) names layer {outside[0]}, but this network has layers "
+            f"1 to {num_hidden_layers}."
+        )
+    if len(set(layers)) != len(layers):
+        twice = next(layer for layer in layers if layers.count(layer) > 1)
+        raise ExitConfigurationError(f"exit_layers (--exit_layers) names layer {twice} twice; give each layer once.")
+    if layers != sorted(layers):
+        raise ExitConfigurationError(
+            f"exit_layers (--exit_layers) must rise from shallow to deep, for example {sorted(layers)}, not {layers}."
+        )
+    return layers if layers and layers[-1] == num_hidden_layers else [*layers, num_hidden_layers]
+
+
+def _one_of(name: str, value: str | None, choices: tuple) -> None:
+    if value not in choices:
+        known = ", ".join(str(choice) for choice in choices)
+        raise ExitConfigurationError(f"{name} is {value!r}; it must be one of: {known}.")
+
+
+@dataclass(kw_only=True, repr=False)
+class EarlyExitConfigMixin:
+    """The exit fields that every early-exit config has.
+
+    Args:
+        exit_layers: 1-based layers that carry an exit, rising; `None` means every layer, and the last layer is
+            appended where it is missing, so that after construction the list is always complete.
+        exit_pooling: what an exit reads: `cls`, the first token, or `mean`, the mean over the unmasked tokens (text).
+        last_exit_pooling: the same for the last exit. Written when a checkpoint is loaded: `cls` for a stock head,
+            else as `exit_pooling`.
+        exit_aggregation: `none`, every exit predicts by itself, or `boosted`, exit k predicts the running sum F_k
+            (Boosted Dynamic Neural Networks, AAAI 2023).
+        boost_temperature: t in F_k = f_k + t * stop_gradient(F_{k-1}).
+        gradient_rescale: scale hidden states in the backward pass as the boosted scheme does.
+        exit_policy: criterion and thresholds as a plain dict (`ExitPolicy.to_dict`), or `None`: no early exit.
+
+    Raises:
+        ExitConfigurationError: a field outside its choices, or exit layers that do not fit the network.
+    """
+
+    exit_layers: list[int] | None = None
+    exit_pooling: str = "cls"
+    last_exit_pooling: str | None = None
+    exit_aggregation: str = "none"
+    boost_temperature: float | int = 0.5
+    gradient_rescale: bool = False
+    exit_policy: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.exit_layers = resolve_exit_layers(self.exit_layers, self.num_hidden_layers)
+        _one_of("exit_pooling (--exit_pooling)", self.exit_pooling, self.exit_poolings)
+        _one_of("last_exit_pooling", self.last_exit_pooling, (None, *self.exit_poolings))
+        _one_of("exit_aggregation", self.exit_aggregation, ("none", "boosted"))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in `PreTrainedConfig`, but overrides take part in the construction, and so in its checks."""
+        fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+
+# A policy decides at run time which exit answers, so these are no predictions of their own.
+_KEYS_TO_IGNORE = ["exit_logits", "exit_index", "hidden_states", "attentions"]
+
+
+@strict
+class EarlyExitBertConfig(EarlyExitConfigMixin, BertConfig):
+    """`BertConfig` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_bert"
+    stock_model_type = "bert"
+    exit_poolings = ("cls", "mean")
+    keys_to_ignore_at_inference = _KEYS_TO_IGNORE
+
+
+@strict
+class EarlyExitViTConfig(EarlyExitConfigMixin, ViTConfig):
+    """`ViTConfig` with the fields of `EarlyExitConfigMixin`; an exit reads the class token."""
+
+    model_type = "een_vit"
+    stock_model_type = "vit"
+    exit_poolings = ("cls",)
+    keys_to_ignore_at_inference = _KEYS_TO_IGNORE
+
+
+def is_early_exit_config(config: PreTrainedConfig) -> bool:
+    """Whether `config` describes an early-exit model."""
+    return isinstance(config, EarlyExitConfigMixin)

@@ -1,0 +1,366 @@
+"""The mixin that gives a stock encoder its exits, and the one staged loop that trains and runs them."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput, logging
+
+from .configuration_een import ExitConfigurationError
+from .exit_losses import infer_problem_type, loss_matrix, reduce_losses
+from .exits import add_boosted, pool_hidden_states, scale_gradient
+from .policies import ExitPolicy
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class EarlyExitClassifierOutput(ModelOutput):
+    """What an early-exit classifier returns.
+
+    Args:
+        loss: scalar, where labels were given. Anytime: the joint loss, the sum over exits of the mean over rows.
+            Dynamic: the mean over rows, each at its own exit.
+        logits: (batch, num_labels), the last exit's (anytime) or each row's own exit's (dynamic).
+        exit_logits: (batch, num_exits, num_labels), anytime only.
+        exit_index: (batch,), int64, 0-based exit that each row took, dynamic only.
+        hidden_states: one more than layers, each (batch, length, hidden_size), where asked for.
+        attentions: one per layer, each (batch, heads, length, length), where asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    exit_logits: torch.FloatTensor | None = None
+    exit_index: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class EarlyExitMixin:
+    """Exits for a stock encoder; comes before its `PreTrainedModel` in the bases.
+
+    An adapter builds the stock modules under their stock names plus `self.exit_heads` (`build_exit_heads`), and
+    supplies `head_class`, `embed`, `backbone_layers`, `last_head_modules`, `last_head`, `layer_mask` where its layers
+    read a mask, and a `forward` that names its inputs.
+    """
+
+    # The loss is a mean per batch: the Trainer must divide by the accumulation steps itself.
+    accepts_loss_kwargs = False
+    head_class: type[torch.nn.Module]
+
+    _backbone_frozen = False
+    # Names of the parameters that the loaded checkpoint did not bring; None: no checkpoint was loaded.
+    newly_initialized: frozenset[str] | None = None
+
+    # What an adapter supplies
+
+    def embed(self, **inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states (batch, length, hidden_size) before layer 1, and the (batch, length) attention mask."""
+        raise NotImplementedError
+
+    @property
+    def backbone_layers(self) -> torch.nn.ModuleList:
+        """The layers of the stock encoder, in order."""
+        raise NotImplementedError
+
+    @property
+    def last_head_modules(self) -> list[torch.nn.Module]:
+        """The stock modules that make up the head of the last exit."""
+        raise NotImplementedError
+
+    def last_head(self, pooled: torch.Tensor) -> torch.Tensor:
+        """The stock head of the last exit: (batch, hidden_size) to (batch, num_labels)."""
+        raise NotImplementedError
+
+    def layer_mask(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask that the layers read, made from the 2-D attention mask."""
+        return None
+
+    # Construction and loading
+
+    def build_exit_heads(self) -> torch.nn.ModuleDict:
+        """The heads of exits 1..K-1, each under the number of its layer, so that a changed list keeps the others'."""
+        self.config.last_exit_pooling = self.config.last_exit_pooling or self.config.exit_pooling
+        return torch.nn.ModuleDict(
+            {str(layer): self.head_class(self.config) for layer in self.config.exit_layers[:-1]}
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, config=None, output_loading_info=False, **kwargs
+    ):
+        """As `PreTrainedModel.from_pretrained`, from an early-exit or a stock checkpoint, with or without a head.
+
+        Config fields may be given as keywords (`exit_layers=[3, 6, 9]`). A stock checkpoint that brings its own
+        classifier gives the same logits at the last exit as before, whatever `exit_pooling` the other exits use.
+
+        Raises:
+            ExitConfigurationError: a checkpoint of another architecture, or an exit field that does not fit.
+        """
+        if not isinstance(config, cls.config_class):
+            config = cls._exit_config(config or pretrained_model_name_or_path, kwargs)
+        pooling_known = config.last_exit_pooling is not None
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        missing = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+        model.newly_initialized = frozenset(missing)
+        stock_head = not model.is_new_head(model.num_exits - 1) and all(
+            model.is_new_head(exit_index) for exit_index in range(model.num_exits - 1)
+        )
+        if not pooling_known and stock_head:
+            model.config.last_exit_pooling = "cls"
+            if model.config.exit_aggregation == "boosted":
+                logger.warning(
+                    "The checkpoint brings a fine-tuned head, but with exit_aggregation='boosted' the last exit "
+                    "predicts the sum of all exits: its predictions change until the model is trained."
+                )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _exit_config(cls, source, kwargs: dict) -> PreTrainedConfig:
+        """The early-exit config for `source` (a config, a folder or a Hub name); takes its fields out of `kwargs`."""
+        if isinstance(source, PreTrainedConfig):
+            config_dict = source.to_dict()
+        else:
+            hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
+            config_dict, _ = cls.config_class.get_config_dict(source, **hub_kwargs)
+        found = config_dict.pop("model_type", None)
+        if found not in (cls.config_class.model_type, cls.config_class.stock_model_type):
+            raise ExitConfigurationError(
+                f"{cls.__name__} takes checkpoints of type {cls.config_class.stock_model_type!r} or "
+                f"{cls.config_class.model_type!r}, not {found!r}."
+            )
+        names = cls.config_class.__dataclass_fields__.keys() - {"dtype"} | {"num_labels"}
+        return cls.config_class.from_dict(config_dict, **{name: kwargs.pop(name) for name in names & kwargs.keys()})
+
+    # Exits and their heads
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.config.exit_layers)
+
+    def exit_head_modules(self, exit_index: int) -> list[torch.nn.Module]:
+        """The modules that make up the head of the 0-based exit."""
+        if exit_index == self.num_exits - 1:
+            return self.last_head_modules
+        return [self.exit_heads[str(self.config.exit_layers[exit_index])]]
+
+    def is_new_head(self, exit_index: int) -> bool:
+        """Whether the classifier of this exit (0-based) did not come from the checkpoint."""
+        if self.newly_initialized is None:
+            return True
+        weights = {id(parameter) for parameter in self.exit_head_modules(exit_index)[-1].parameters()}
+        return any(id(p) in weights and name in self.newly_initialized for name, p in self.named_parameters())
+
+    def compute_exit(self, exit_index: int, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The logits (batch, num_labels) of one exit's own head; a boosted sum is not included."""
+        if exit_index == self.num_exits - 1:
+            return self.last_head(pool_hidden_states(hidden, attention_mask, self.config.last_exit_pooling))
+        head = self.exit_heads[str(self.config.exit_layers[exit_index])]
+        return head(pool_hidden_states(hidden, attention_mask, self.config.exit_pooling))
+
+    def freeze_backbone(self) -> None:
+        """Train heads 1..K-1 only: the backbone and the last head stay to the bit, and in eval mode.
+
+        Raises:
+            ExitConfigurationError: the last head is not fine-tuned, there is no other exit, or the exits are boosted.
+        """
+        if self.config.exit_aggregation == "boosted":
+            raise ExitConfigurationError(
+                "--freeze_backbone keeps the last head's predictions, which boosting changes: use --method joint."
+            )
+        if self.is_new_head(self.num_exits - 1):
+            raise ExitConfigurationError(
+                "--freeze_backbone needs a fine-tuned classifier, but the last head did not come from the checkpoint: "
+                "give a fine-tuned one as --model_name_or_path, or leave --freeze_backbone out."
+            )
+        if self.num_exits == 1:
+            raise ExitConfigurationError(
+                "--freeze_backbone leaves nothing to train: --exit_layers names only the last."
+            )
+        self.requires_grad_(False)
+        self.exit_heads.requires_grad_(True)
+        self._backbone_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self._backbone_frozen:
+            for child in self.children():
+                child.train(mode and child is self.exit_heads)
+        return self
+
+    def set_exit_policy(self, policy: "ExitPolicy | dict | None") -> None:
+        """Set the policy that eval mode leaves by, after checking that it fits; `None` means no early exit.
+
+        Raises:
+            ExitConfigurationError: the policy does not fit the number of exits or the problem.
+        """
+        if policy is not None:
+            policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
+            policy.validate(self.num_exits, self.config.problem_type, self.config.num_labels)
+            policy = policy.to_dict()
+        self.config.exit_policy = policy
+
+    # The loop
+
+    def run_stage(
+        self,
+        exit_index: int,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layers between the exit before and this one (0-based), and what this exit predicts.
+
+        Args:
+            hidden: (batch, length, hidden_size), after the exit before, or the embeddings.
+            attention_mask: (batch, length) or `None`.
+            mask: what `layer_mask` made of it.
+            previous: (batch, num_labels), what the exit before predicts; `None` at the first.
+
+        Returns:
+            the hidden states for the next stage, and logits (batch, num_labels).
+        """
+        config = self.config
+        first = config.exit_layers[exit_index - 1] if exit_index else 0
+        layers = self.backbone_layers
+        for depth in range(first, config.exit_layers[exit_index]):
+            hidden = layers[depth](hidden, mask, **kwargs)
+        behind = self.num_exits - exit_index - 1
+        if config.gradient_rescale and self.training:
+            hidden = scale_gradient(hidden, 1 / (behind + 1))
+        logits = self.compute_exit(exit_index, hidden, attention_mask)
+        if config.exit_aggregation == "boosted":
+            logits = add_boosted(logits, previous, config.boost_temperature)
+        if config.gradient_rescale and self.training and behind:
+            hidden = scale_gradient(hidden, behind)
+        return hidden, logits
+
+    def run_exits(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        early_exit: bool = True,
+        **kwargs,
+    ) -> EarlyExitClassifierOutput:
+        """Run the layers and exits on embedded inputs: training, anytime and dynamic inference.
+
+        Args:
+            hidden: (batch, length, hidden_size), the embeddings.
+            attention_mask: (batch, length) or `None`.
+            labels: as `loss_matrix` takes them.
+            early_exit: `False` evaluates every exit even if a policy is set.
+            **kwargs: passed to every layer.
+        """
+        config = self.config
+        policy = None
+        if early_exit and not self.training and config.exit_policy is not None:
+            policy = ExitPolicy.from_dict(config.exit_policy)
+            policy.validate(self.num_exits, config.problem_type, config.num_labels)
+        recording = [
+            f"output_{name}"
+            for name in ("hidden_states", "attentions")
+            if kwargs.get(f"output_{name}", getattr(config, f"output_{name}"))
+        ]
+        if policy is not None and recording:
+            logger.warning_once(f"{' and '.join(recording)} needs every layer: no compute is saved by early exit.")
+        leaving = None if policy is None or recording else _LeavingRows(policy, attention_mask)
+
+        mask = self.layer_mask(hidden, attention_mask)
+        logits, collected = None, []
+        for index in range(self.num_exits):
+            hidden, logits = self.run_stage(index, hidden, attention_mask, mask, logits, **kwargs)
+            if leaving is None:
+                collected.append(logits)
+                continue
+            keep = leaving.decide(index, logits)
+            if keep is None:
+                continue
+            if keep.numel() == 0:
+                break
+            hidden = hidden[:, : leaving.width].index_select(0, keep)
+            logits = logits.index_select(0, keep)
+            attention_mask = leaving.attention_mask
+            mask = self.layer_mask(hidden, attention_mask)
+
+        if leaving is not None:
+            logits, exit_index = leaving.logits, leaving.exit_index
+            exit_logits = None
+        else:
+            exit_logits, exit_index = torch.stack(collected, 1), None
+            if policy is not None:
+                exit_index = policy.exits_of(exit_logits)
+                logits = exit_logits[torch.arange(len(exit_index), device=exit_logits.device), exit_index]
+        loss = None
+        if labels is not None:
+            config.problem_type = infer_problem_type(config.problem_type, config.num_labels, labels)
+            answered = exit_logits if exit_index is None else logits.unsqueeze(1)
+            loss = reduce_losses(loss_matrix(answered, labels.to(logits.device), config.problem_type))
+        return EarlyExitClassifierOutput(
+            loss=loss, logits=logits, exit_logits=exit_logits if exit_index is None else None, exit_index=exit_index
+        )
+
+
+class _LeavingRows:
+    """Which rows are still in the batch, and what the others answered.
+
+    `logits` and `exit_index` hold every row's latest answer: each exit writes those of the rows that are still there,
+    and later exits overwrite them. `attention_mask` and `width` describe the survivors, trailing columns that none of
+    them uses cut off. Per decision one small tensor is read from the device, and nothing is copied if nobody leaves.
+    """
+
+    def __init__(self, policy: ExitPolicy, attention_mask: torch.Tensor | None):
+        self.policy = policy
+        self.state = ()  # what the criterion remembers of the rows that are still there
+        self.rows = None  # None: nobody has left, every row is still at its place
+        self.logits = self.exit_index = None
+        self.width = None
+        self.attention_mask = attention_mask
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"Early exit needs a 2-D attention_mask, not {attention_mask.dim()}-D; pass early_exit=False."
+            )
+
+    def decide(self, index: int, logits: torch.Tensor) -> torch.Tensor | None:
+        """Take the answers (rows, num_labels) of exit `index`; return which rows stay, `None` meaning all of them."""
+        if self.rows is None:
+            self.logits = logits
+            self.exit_index = torch.full(logits.shape[:1], index, dtype=torch.int64, device=logits.device)
+        else:
+            self.logits.index_copy_(0, self.rows, logits)
+            self.exit_index.index_fill_(0, self.rows, index)
+        if index == len(self.policy.thresholds) - 1:
+            return None
+        leaves, self.state = self.policy.decide(index, logits, self.state)
+        stay = ~leaves
+        num_staying, width, full = self._measure(stay)
+        if num_staying == len(stay):
+            return None
+        keep = torch.argsort(stay, descending=True, stable=True)[:num_staying]
+        if num_staying:
+            self.rows = keep if self.rows is None else self.rows[keep]
+            self.state = tuple(tensor[keep] for tensor in self.state)
+            self.width = width
+            if self.attention_mask is not None:
+                self.attention_mask = None if full else self.attention_mask[:, :width].index_select(0, keep)
+        return keep
+
+    def _measure(self, stay: torch.Tensor) -> tuple[int, int | None, bool]:
+        """(rows that stay, columns that they use, whether they use all of these columns), in one read."""
+        if self.attention_mask is None:
+            return int(stay.sum()), None, True
+        used = self.attention_mask != 0
+        last = (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1)
+        # A row of padding only attends to all of it.
+        last = last.masked_fill(last == 0, used.shape[1])
+        # Rows that leave must not make the survivors look longer or shorter than they are.
+        shortest = used.sum(1).masked_fill(~stay, used.shape[1]).amin()
+        count, width, shortest = torch.stack([stay.sum(), (last * stay).amax(), shortest]).tolist()
+        return count, width, shortest >= width

@@ -1,0 +1,62 @@
+"""ViT with early exits."""
+
+import torch
+from torch import nn
+from transformers.models.vit.modeling_vit import ViTModel, ViTPreTrainedModel
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_een import EarlyExitViTConfig
+from .exits import ViTExitHead
+from .modeling_een import EarlyExitClassifierOutput, EarlyExitMixin
+
+
+class EarlyExitViTForImageClassification(EarlyExitMixin, ViTPreTrainedModel):
+    """`ViTForImageClassification` with an exit after each of `config.exit_layers`.
+
+    Loads any ViT checkpoint, with or without a fine-tuned head; the stock head is the last exit.
+
+    Example:
+        >>> model = EarlyExitViTForImageClassification.from_pretrained("my-finetuned-vit", exit_layers=[3, 6, 9])
+    """
+
+    config: EarlyExitViTConfig
+    config_class = EarlyExitViTConfig
+    head_class = ViTExitHead
+
+    def __init__(self, config: EarlyExitViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = ViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.exit_heads = self.build_exit_heads()
+        self.post_init()
+
+    @property
+    def backbone_layers(self) -> nn.ModuleList:
+        return self.vit.layers
+
+    @property
+    def last_head_modules(self) -> list[nn.Module]:
+        return [self.vit.layernorm, self.classifier]
+
+    def last_head(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.vit.layernorm(pooled))
+
+    def embed(self, pixel_values=None, interpolate_pos_encoding=None) -> tuple[torch.Tensor, None]:
+        if pixel_values is None:
+            raise ValueError("Give pixel_values.")
+        pixel_values = pixel_values.to(self.vit.embeddings.patch_embeddings.projection.weight.dtype)
+        return self.vit.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding), None
+
+    @capture_outputs
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        early_exit: bool = True,
+        **kwargs,
+    ) -> EarlyExitClassifierOutput:
+        """Classify; inputs as in `ViTForImageClassification`, `early_exit` as in `EarlyExitMixin.run_exits`."""
+        hidden, _ = self.embed(pixel_values, interpolate_pos_encoding)
+        return self.run_exits(hidden, None, labels, early_exit, **kwargs)

@@ -1,0 +1,262 @@
+"""Exit criteria and the policy that a model leaves by.
+
+A criterion scores how sure an exit is, higher = surer. A row leaves at the first exit whose score reaches that exit's
+threshold ("at least as sure as the threshold" leaves); the last exit takes whoever is left. A NaN score never leaves.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from .configuration_een import ExitConfigurationError
+
+
+# A threshold that no score reaches, and that JSON can carry.
+NEVER = 1e30
+
+_CRITERIA: dict[str, type["ExitCriterion"]] = {}
+
+
+def register_criterion(name: str):
+    """Class decorator: make a criterion known to `--exit_criterion` under `name`."""
+
+    def register(criterion: type["ExitCriterion"]) -> type["ExitCriterion"]:
+        criterion.name = name
+        _CRITERIA[name] = criterion
+        return criterion
+
+    return register
+
+
+def get_criterion(name: str, params: dict | None = None) -> "ExitCriterion":
+    """The criterion of that name; an unknown one is answered with the known.
+
+    Raises:
+        ExitConfigurationError: unknown name or parameter.
+    """
+    if name not in _CRITERIA:
+        raise ExitConfigurationError(f"--exit_criterion {name!r} is not one of: {', '.join(sorted(_CRITERIA))}.")
+    criterion, params = _CRITERIA[name], params or {}
+    unknown = sorted(params.keys() - criterion.defaults.keys())
+    if unknown:
+        known = ", ".join(sorted(criterion.defaults)) or "none"
+        raise ExitConfigurationError(f"Criterion {name!r} has no parameter {unknown[0]!r}; it has: {known}.")
+    return criterion({**criterion.defaults, **params})
+
+
+class ExitCriterion:
+    """Scores exits one after the other; what it remembers of a row is a tuple of tensors, row first.
+
+    A subclass supplies `step`, and names in `defaults` its parameters, in `problem_types` what it can score, and in
+    `integer_scores` whether its scores are counts.
+    """
+
+    name: str
+    defaults: dict = {}
+    problem_types = ("single_label_classification",)
+    integer_scores = False
+
+    def __init__(self, params: dict):
+        self.params = params
+
+    def step(self, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
+        """Scores (rows,) of one exit's logits (rows, num_labels), float32, and the state for the next exit.
+
+        `state` is `()` at the first exit.
+        """
+        raise NotImplementedError
+
+    def scores(self, exit_logits: torch.Tensor, temperatures: list[float] | None = None) -> torch.Tensor:
+        """Scores (num_rows, num_exits) of all exits' logits (num_rows, num_exits, num_labels)."""
+        state, columns = (), []
+        for index, logits in enumerate(exit_logits.float().unbind(1)):
+            scores, state = self.step(logits / temperatures[index] if temperatures else logits, state)
+            columns.append(scores)
+        return torch.stack(columns, 1)
+
+    def check(self, problem_type: str) -> None:
+        """Raise ExitConfigurationError where the criterion cannot score this kind of problem."""
+        if problem_type not in self.problem_types:
+            fitting = [name for name, kind in sorted(_CRITERIA.items()) if problem_type in kind.problem_types]
+            raise ExitConfigurationError(
+                f"--exit_criterion {self.name} does not fit {problem_type}: it scores "
+                f"{' and '.join(self.problem_types)}. "
+                + (f"Use: {', '.join(fitting)}." if fitting else "No criterion fits this problem.")
+            )
+
+
+@register_criterion("confidence")
+class Confidence(ExitCriterion):
+    """The largest softmax probability (MSDNet, Huang et al., ICLR 2018, section 4)."""
+
+    def step(self, logits, state):
+        return logits.softmax(-1).amax(-1), state
+
+
+@register_criterion("entropy")
+class Entropy(ExitCriterion):
+    """Negative entropy of the softmax over log C, in [-1, 0] (BranchyNet, Teerapittayanon et al., ICPR 2016)."""
+
+    def step(self, logits, state):
+        log_probabilities = logits.log_softmax(-1)
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+        return -entropy / math.log(max(logits.shape[-1], 2)), state
+
+
+@register_criterion("margin")
+class Margin(ExitCriterion):
+    """The largest softmax probability minus the second largest."""
+
+    def step(self, logits, state):
+        top = logits.softmax(-1).topk(min(2, logits.shape[-1]), dim=-1).values
+        return top[..., 0] - (top[..., 1] if top.shape[-1] > 1 else 0), state
+
+
+@register_criterion("patience")
+class Patience(ExitCriterion):
+    """Exits in a row, before and with this one, that agree with the exit before (PABEE, Zhou et al., NeurIPS 2020).
+
+    Two exits agree if they predict the same class; in regression, if the prediction moves by less than `tolerance`.
+    The first exit scores 0.
+    """
+
+    defaults = {"tolerance": 0.5}
+    problem_types = ("single_label_classification", "regression")
+    integer_scores = True
+
+    def step(self, logits, state):
+        regression = logits.shape[-1] == 1
+        prediction = logits[:, 0] if regression else logits.argmax(-1)
+        if not state:
+            streak = torch.zeros_like(logits[:, 0])
+        else:
+            before, streak = state
+            agrees = (prediction - before).abs() < self.params["tolerance"] if regression else prediction == before
+            streak = torch.where(agrees, streak + 1, 0.0)
+        # A streak over NaN logits means nothing.
+        return torch.where(logits.isnan().any(-1), float("nan"), streak), (prediction, streak)
+
+
+@register_criterion("vote")
+class Vote(ExitCriterion):
+    """Votes of the exits so far for the class that leads (each exit votes for the class it predicts)."""
+
+    integer_scores = True
+
+    def step(self, logits, state):
+        vote = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        votes = vote + state[0] if state else vote
+        return torch.where(logits.isnan().any(-1), float("nan"), votes.amax(-1)), (votes,)
+
+
+@dataclass
+class ExitPolicy:
+    """Criterion and thresholds: who leaves at which exit.
+
+    Args:
+        criterion: a registered name.
+        thresholds: one per exit; a row leaves at the first exit whose score is at least its threshold. The last is
+            ignored: the last exit takes whoever is left. `NEVER` is a threshold that no score reaches.
+        temperatures: one per exit, or `None`; logits are divided by them for scoring only.
+        params: the criterion's parameters.
+        calibrated_for: what the thresholds were chosen for, for example `{"target_cost": 0.5}`.
+        guarantee: what is certified of the policy, or `None`.
+    """
+
+    criterion: str
+    thresholds: list[float]
+    temperatures: list[float] | None = None
+    params: dict = field(default_factory=dict)
+    calibrated_for: dict = field(default_factory=dict)
+    guarantee: dict | None = None
+
+    def to_dict(self) -> dict:
+        """A plain dict, ready for JSON; thresholds beyond `NEVER` become `NEVER`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["thresholds"] = [max(-NEVER, min(NEVER, float(threshold))) for threshold in self.thresholds]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ExitPolicy":
+        """The policy of a dict as `to_dict` makes it; optional keys may be missing.
+
+        Raises:
+            ExitConfigurationError: a key that is not known, or no criterion or thresholds.
+        """
+        names = {f.name for f in fields(cls)}
+        unknown, missing = sorted(values.keys() - names), sorted({"criterion", "thresholds"} - values.keys())
+        if unknown or missing:
+            what = f"has an unknown key {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+            raise ExitConfigurationError(f"exit_policy {what}; its keys are: {', '.join(sorted(names))}.")
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    @classmethod
+    def from_results(cls, path: str, target_cost: float | None = None) -> "ExitPolicy":
+        """The policy in an `exit_results.json`: the calibrated one, or that of the largest budget <= `target_cost`.
+
+        Raises:
+            ExitConfigurationError: the file holds no such policy; the budgets that it holds are named.
+        """
+        with open(path) as file:
+            results = json.load(file)
+        found = results["policy"]
+        if target_cost is not None:
+            budgets = sorted(results["budgeted"], key=lambda row: row["target_cost"])
+            fitting = [row for row in budgets if row["target_cost"] <= target_cost + 1e-9]
+            if not fitting:
+                known = ", ".join(f"{row['target_cost']:.3g}" for row in budgets) or "none"
+                raise ExitConfigurationError(f"{path} holds no budget up to {target_cost}; it holds: {known}.")
+            found = {**fitting[-1], "calibrated_for": {"target_cost": fitting[-1]["target_cost"]}}
+        if found is None:
+            raise ExitConfigurationError(f"{path} holds no calibrated policy; name a budget: target_cost=0.5.")
+        return cls.from_dict({f.name: found[f.name] for f in fields(cls) if f.name in found})
+
+    def validate(self, num_exits: int, problem_type: str | None, num_labels: int) -> None:
+        """Check that the policy fits a model.
+
+        Raises:
+            ExitConfigurationError: naming what does not fit and what would.
+        """
+        if problem_type is None:
+            problem_type = "regression" if num_labels == 1 else "single_label_classification"
+        get_criterion(self.criterion, self.params).check(problem_type)
+        for name in ("thresholds", "temperatures"):
+            values = getattr(self, name)
+            if values is not None and len(values) != num_exits:
+                raise ExitConfigurationError(
+                    f"exit_policy has {len(values)} {name}, but the model has {num_exits} exits: give one per exit."
+                )
+        if any(threshold is None or math.isnan(threshold) for threshold in self.thresholds[:-1]):
+            raise ExitConfigurationError(f"exit_policy has a threshold that is no number: {self.thresholds}.")
+        if any(not 0 < temperature < math.inf for temperature in self.temperatures or []):
+            raise ExitConfigurationError(f"exit_policy needs temperatures above 0, not {self.temperatures}.")
+
+    def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
+        """Who leaves at an exit before the last.
+
+        Args:
+            exit_index: 0-based.
+            logits: (rows, num_labels).
+            state: what the criterion remembers of these rows; `()` at the first exit.
+
+        Returns:
+            (rows,) bool, True leaves, and the state for the next exit.
+        """
+        logits = logits.float()
+        if self.temperatures:
+            logits = logits / self.temperatures[exit_index]
+        scores, state = get_criterion(self.criterion, self.params).step(logits, state)
+        return scores >= self.thresholds[exit_index], state
+
+    def scores(self, exit_logits: torch.Tensor) -> torch.Tensor:
+        """Scores (num_rows, num_exits) of logits (num_rows, num_exits, num_labels)."""
+        return get_criterion(self.criterion, self.params).scores(exit_logits, self.temperatures)
+
+    def exits_of(self, exit_logits: torch.Tensor) -> torch.Tensor:
+        """The 0-based exit, (num_rows,) int64, that each row of (num_rows, num_exits, num_labels) takes."""
+        scores = self.scores(exit_logits)
+        leaves = scores >= torch.tensor(self.thresholds, dtype=scores.dtype, device=scores.device)
+        leaves[:, -1] = True
+        return leaves.int().argmax(1)
