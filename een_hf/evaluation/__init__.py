@@ -1,0 +1,53 @@
+"""Evaluation: metrics, costs, the results of a run and their picture."""
+
+from .calibration import CalibrationReport, budgeted_curve, calibrate, policy_row
+from .cost import cost_inputs, mean_length, relative_costs
+from .metrics import (
+    F1,
+    METRICS,
+    Accuracy,
+    MatthewsCorrelation,
+    MeanSquaredError,
+    Pearson,
+    Spearman,
+    expected_calibration_error,
+    load_metrics,
+    make_compute_metrics,
+    predict_labels,
+)
+from .plots import plot_exit_curves
+from .results import (
+    anytime_table,
+    format_exit_table,
+    load_exit_logits,
+    save_exit_logits,
+    write_exit_results,
+)
+
+
+__all__ = [
+    "F1",
+    "METRICS",
+    "Accuracy",
+    "CalibrationReport",
+    "MatthewsCorrelation",
+    "MeanSquaredError",
+    "Pearson",
+    "Spearman",
+    "anytime_table",
+    "budgeted_curve",
+    "calibrate",
+    "cost_inputs",
+    "expected_calibration_error",
+    "format_exit_table",
+    "load_exit_logits",
+    "load_metrics",
+    "make_compute_metrics",
+    "mean_length",
+    "plot_exit_curves",
+    "policy_row",
+    "predict_labels",
+    "relative_costs",
+    "save_exit_logits",
+    "write_exit_results",
+]

@@ -1,0 +1,225 @@
+"""Metrics that need no download, the labels that logits predict, and calibration error."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import datasets
+import evaluate
+import numpy as np
+import scipy.special
+import scipy.stats
+import sklearn.metrics
+from transformers import EvalPrediction
+
+
+_MULTI_LABEL = "multilabel"
+_MULTI_CLASS = "multiclass"
+
+
+class _InMemoryMetric(evaluate.Metric):
+    """A metric of (predictions, references) that touches no file: no cache folder, no lock, any number of processes.
+
+    A subclass names the dtype of its inputs and supplies `score`. The config name `multilabel` makes each row a list.
+    """
+
+    dtype = "int64"
+    description = ""
+
+    def __init__(self, config_name: str | None = None, **kwargs):
+        super().__init__(config_name, **{"keep_in_memory": True, **kwargs})
+
+    def _info(self):
+        value = datasets.Value(self.dtype)
+        many = self.config_name == _MULTI_LABEL
+        feature = datasets.Sequence(value) if many else value
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation="",
+            inputs_description="",
+            features=datasets.Features({"predictions": feature, "references": feature}),
+            format=None if many else "numpy",
+        )
+
+    def _build_data_dir(self):
+        return self._data_dir_root if self.keep_in_memory else super()._build_data_dir()
+
+    def _compute(self, predictions, references):
+        return {self.key: float(self.score(np.asarray(predictions), np.asarray(references)))}
+
+    def score(self, predictions: np.ndarray, references: np.ndarray) -> float:
+        """The number itself; arrays are (num_rows,), or (num_rows, num_labels) for `multilabel`."""
+        raise NotImplementedError
+
+
+class Accuracy(_InMemoryMetric):
+    """Share of rows predicted right; with `multilabel`, of rows whose labels are all right."""
+
+    key = "accuracy"
+    description = "Share of rows that are predicted right."
+
+    def score(self, predictions, references):
+        return sklearn.metrics.accuracy_score(references, predictions)
+
+
+class F1(_InMemoryMetric):
+    """F1 of class 1 (two classes), macro average (`multiclass`) or micro average (`multilabel`); 0 if undefined."""
+
+    key = "f1"
+    description = "Harmonic mean of precision and recall."
+
+    def score(self, predictions, references):
+        average = {_MULTI_LABEL: "micro", _MULTI_CLASS: "macro"}.get(self.config_name, "binary")
+        return sklearn.metrics.f1_score(references, predictions, average=average, zero_division=0)
+
+
+class MatthewsCorrelation(_InMemoryMetric):
+    """Matthews correlation of classes; 0 where predictions or references are constant."""
+
+    key = "matthews_correlation"
+    description = "Matthews correlation coefficient."
+
+    def score(self, predictions, references):
+        if _is_constant(predictions) or _is_constant(references):
+            return 0.0
+        return sklearn.metrics.matthews_corrcoef(references, predictions)
+
+
+class Pearson(_InMemoryMetric):
+    """Pearson correlation; 0, as Matthews correlation, where predictions or references are constant."""
+
+    key = "pearson"
+    dtype = "float64"
+    description = "Pearson correlation coefficient."
+
+    def score(self, predictions, references):
+        return _correlation(scipy.stats.pearsonr, predictions, references)
+
+
+class Spearman(_InMemoryMetric):
+    """Spearman rank correlation; 0 where predictions or references are constant."""
+
+    key = "spearmanr"
+    dtype = "float64"
+    description = "Spearman rank correlation coefficient."
+
+    def score(self, predictions, references):
+        return _correlation(scipy.stats.spearmanr, predictions, references)
+
+
+class MeanSquaredError(_InMemoryMetric):
+    """Mean squared error; NaN where a prediction is NaN."""
+
+    key = "mse"
+    dtype = "float64"
+    description = "Mean squared error."
+
+    def score(self, predictions, references):
+        return np.mean((predictions - references) ** 2)
+
+
+METRICS = {metric.key: metric for metric in (Accuracy, F1, MatthewsCorrelation, Pearson, Spearman, MeanSquaredError)}
+
+
+def _is_constant(values: np.ndarray) -> bool:
+    return bool((values == values[0]).all())
+
+
+def _correlation(function: Callable, predictions: np.ndarray, references: np.ndarray) -> float:
+    if _is_constant(predictions) or _is_constant(references):
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", scipy.stats.NearConstantInputWarning)
+        return function(predictions, references).statistic
+
+
+def load_metrics(names: Sequence[str], config_name: str | None = None) -> evaluate.CombinedEvaluations:
+    """Metrics by name, as one object with `compute(predictions=, references=) -> dict[str, float]`.
+
+    Args:
+        names: keys of `METRICS`.
+        config_name: `multilabel` for rows of 0/1, `multiclass` for more than two classes (a macro F1), else `None`.
+
+    Raises:
+        ValueError: a name that is not in `METRICS`, or a metric of numbers for multi-label rows.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(f"Unknown metric {unknown[0]!r}; known metrics: {', '.join(sorted(METRICS))}.")
+    if config_name == _MULTI_LABEL:
+        unfit = [name for name in names if name not in ("accuracy", "f1")]
+        if unfit:
+            raise ValueError(f"Metric {unfit[0]!r} does not fit multi-label rows; use accuracy or f1.")
+    return evaluate.combine([METRICS[name](config_name) for name in names])
+
+
+def predict_labels(logits: np.ndarray, problem_type: str) -> np.ndarray:
+    """What logits (..., num_labels) predict.
+
+    Returns:
+        `single_label_classification`: class indices (...), int64. `multi_label_classification`: 0/1 (..., num_labels),
+        int64, 1 where the logit is above 0. `regression`: the numbers, (...) for one label, else (..., num_labels).
+
+    Raises:
+        ValueError: another problem type.
+    """
+    logits = np.asarray(logits)
+    if problem_type == "single_label_classification":
+        return logits.argmax(-1)
+    if problem_type == "multi_label_classification":
+        return (logits > 0).astype(np.int64)
+    if problem_type == "regression":
+        return logits[..., 0] if logits.shape[-1] == 1 else logits
+    raise ValueError(
+        f"problem_type is {problem_type!r}; it must be one of: multi_label_classification, regression, "
+        "single_label_classification."
+    )
+
+
+def make_compute_metrics(names: Sequence[str], problem_type: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """A `compute_metrics` for a `Trainer` whose predictions are logits (num_rows, num_labels).
+
+    More than one metric adds `combined_score`, their mean, as run_glue does.
+
+    Raises:
+        ValueError: an unknown metric or problem type, or a metric that does not fit the problem.
+    """
+    multi_label = problem_type == "multi_label_classification"
+    load_metrics(names, _MULTI_LABEL if multi_label else None)
+    predict_labels(np.zeros((1, 1)), problem_type)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits = np.asarray(prediction.predictions)
+        many = problem_type == "single_label_classification" and logits.shape[-1] > 2
+        metrics = load_metrics(names, _MULTI_LABEL if multi_label else _MULTI_CLASS if many else None)
+        references = np.asarray(prediction.label_ids)
+        if problem_type == "regression":
+            references = references.reshape(len(logits))
+        values = metrics.compute(predictions=predict_labels(logits, problem_type), references=references)
+        if len(values) > 1:
+            values["combined_score"] = math.fsum(values.values()) / len(values)
+        return values
+
+    return compute_metrics
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+    """Expected calibration error of a single-label classifier.
+
+    ECE = sum_m |B_m|/n |acc(B_m) - conf(B_m)|, B_m the rows with confidence in ((m-1)/M, m/M] (Guo et al., On
+    Calibration of Modern Neural Networks, ICML 2017, eq. 3).
+
+    Args:
+        logits: (num_rows, num_labels).
+        labels: class indices, (num_rows,).
+        num_bins: M.
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    probabilities = scipy.special.softmax(logits, axis=-1)
+    confidence = probabilities.max(-1)
+    right = logits.argmax(-1) == np.asarray(labels)
+    edges = np.linspace(0, 1, num_bins + 1)
+    bins = np.searchsorted(edges[1:-1], confidence, side="left")
+    # |B_m| (acc - conf) is the sum of (right - confidence) over the bin.
+    gaps = np.bincount(bins, weights=right - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(confidence))

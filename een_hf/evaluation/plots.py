@@ -1,0 +1,95 @@
+"""The picture of a run: what each exit scores, what it costs, and who leaves where."""
+
+import os
+import textwrap
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+
+_BLUE, _ORANGE, _RED, _GREY = "#2f5d9b", "#e08a1e", "#c0392b", "#707070"
+_BASELINE_MARKERS = "sD^vPXph"
+
+
+def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure:
+    """Draw a results dict (as `write_exit_results` takes it) into a PNG file.
+
+    Above, `results["metric"]` against relative cost: every exit on every sample, the budgets, the calibrated policy
+    and the baselines, as far as there are any. Below, under each exit, the share of samples that leaves there: by the
+    policy, or else by the budget nearest to half of the cost. Where samples leave, the exits are drawn on the same
+    rows (`anytime_report`), otherwise on the whole evaluation split (`anytime`).
+
+    Returns:
+        the figure; its first axes hold the curves, its second, if there is one, the shares.
+    """
+    budgeted = sorted(results["budgeted"], key=lambda entry: entry["relative_cost"])
+    policy = results["policy"]
+    leaving = policy or min(budgeted, key=lambda entry: abs(entry["relative_cost"] - 0.5), default=None)
+    exits = (results["anytime_report"] if leaving else None) or results["anytime"]
+    metric = results["metric"]
+
+    figure = Figure(figsize=(7.5, 6.5 if leaving else 5.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    if leaving:
+        axes, shares = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        _draw_shares(shares, exits, leaving, "policy" if policy else f"budget {leaving['target_cost']:.2f}")
+        bottom = shares
+    else:
+        axes = bottom = figure.subplots()
+    axes.set_title(_title(results))
+    axes.set_ylabel(metric.replace("_", " "))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    bottom.set_xlabel("relative cost (plain model = 1)")
+
+    _draw_exits(axes, exits, metric)
+    if budgeted:
+        axes.plot(*_points(budgeted, metric), "o-", color=_ORANGE, markersize=4, zorder=3, label="budgets")
+    for index, baseline in enumerate(results.get("baselines") or ()):
+        marker = _BASELINE_MARKERS[index % len(_BASELINE_MARKERS)]
+        name = textwrap.fill(baseline["name"], 40)
+        axes.plot(*_points([baseline], metric), marker, color=_GREY, markersize=8, zorder=5, label=name)
+    if policy:
+        (cost,), (score,) = _points([policy], metric)
+        label = f"policy ({policy['criterion']}): {score:.3f} at cost {cost:.2f}"
+        axes.plot([cost], [score], "*", color=_RED, markeredgecolor="white", markersize=20, zorder=6, label=label)
+    axes.margins(y=0.12)
+    axes.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, markerscale=0.8, fontsize="small")
+    figure.savefig(path, format="png")
+    return figure
+
+
+def _draw_exits(axes, exits: list[dict], metric: str) -> None:
+    costs, scores = _points(exits, metric)
+    last = f"exit {exits[-1]['exit']} for every sample"
+    axes.axhline(scores[-1], color=_BLUE, linewidth=1, linestyle=":", zorder=1, label=last)
+    axes.plot(costs, scores, "o-", color=_BLUE, markersize=14, zorder=4, label="one exit for every sample, by number")
+    for entry, cost, score in zip(exits, costs, scores, strict=True):
+        style = {"color": "white", "fontsize": 8, "ha": "center", "va": "center_baseline", "zorder": 5.5}
+        # Above the baselines: the number stays readable where the stock model lies on the last exit.
+        axes.text(cost, score, str(entry["exit"]), **style)
+
+
+def _draw_shares(axes, exits: list[dict], leaving: dict, name: str) -> None:
+    costs = [entry["relative_cost"] for entry in exits]
+    bars = axes.bar(costs, leaving["exit_fractions"], width=0.6 * min(np.diff([0, *costs])), color=_BLUE, alpha=0.75)
+    axes.bar_label(bars, [f"{share:.0%}" for share in leaving["exit_fractions"]], fontsize=8, padding=1)
+    axes.set_ylabel(f"leaving\n({name})")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.margins(y=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _points(entries: list[dict], metric: str) -> tuple[list[float], list[float]]:
+    """Costs and scores; a score that is null becomes NaN, which is not drawn."""
+    scores = [entry["metrics"].get(metric) for entry in entries]
+    return [entry["relative_cost"] for entry in entries], [np.nan if score is None else score for score in scores]
+
+
+def _title(results: dict) -> str:
+    data = dict.fromkeys(name for name in (results["dataset"], results["task_name"]) if name)
+    return f"{' / '.join(data)}: {results['model_type']}, {results['method']}"

@@ -1,0 +1,235 @@
+"""What a run leaves behind: the table of exits, `exit_results.json` and `exit_logits.npz`."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+from ..models.exit_losses import loss_matrix
+from .metrics import expected_calibration_error
+
+
+RESULTS_NAME = "exit_results.json"
+LOGITS_NAME = "exit_logits.npz"
+SCHEMA_VERSION = 1
+
+_ANYTIME_KEYS = ("exit", "layer", "relative_cost", "loss", "metrics", "ece")
+_ENTRY_KEYS = {
+    "anytime": _ANYTIME_KEYS,
+    "anytime_report": _ANYTIME_KEYS,
+    "budgeted": ("target_cost", "relative_cost", "metrics", "thresholds", "exit_fractions"),
+    "baselines": ("name", "relative_cost", "metrics"),
+}
+_POLICY_KEYS = (
+    "criterion",
+    "thresholds",
+    "calibrated_for",
+    "guarantee",
+    "relative_cost",
+    "metrics",
+    "exit_fractions",
+)
+_REQUIRED_KEYS = (
+    "method",
+    "model_type",
+    "dataset",
+    "task_name",
+    "metric",
+    "exit_layers",
+    "num_eval_samples",
+    "num_calibration_samples",
+    "anytime",
+    "anytime_report",
+    "budgeted",
+    "policy",
+)
+
+
+def anytime_table(
+    exit_logits: np.ndarray,
+    labels: np.ndarray,
+    *,
+    relative_costs: Sequence[float],
+    exit_layers: Sequence[int],
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+    problem_type: str,
+) -> list[dict[str, Any]]:
+    """Every exit's scores on every row.
+
+    Args:
+        exit_logits: (num_rows, num_exits, num_labels).
+        labels: (num_rows,), or (num_rows, num_labels) for a multi-label problem.
+        relative_costs: one per exit.
+        exit_layers: one per exit, 1-based.
+        compute_metrics: called with the logits (num_rows, num_labels) of one exit at a time.
+        problem_type: as in transformers.
+
+    Returns:
+        one dict per exit: `exit` (from 1), `layer`, `relative_cost`, `loss` (mean over rows), `metrics`, `ece` (`None`
+        where rows have no single class).
+    """
+    exit_logits, labels = np.asarray(exit_logits), np.asarray(labels)
+    with torch.no_grad():
+        losses = loss_matrix(torch.tensor(exit_logits), torch.tensor(labels), problem_type).double().mean(0).tolist()
+    table = []
+    for index, (layer, cost, loss) in enumerate(zip(exit_layers, relative_costs, losses, strict=True)):
+        logits = exit_logits[:, index]
+        classes = problem_type == "single_label_classification"
+        table.append(
+            {
+                "exit": index + 1,
+                "layer": layer,
+                "relative_cost": cost,
+                "loss": loss,
+                "metrics": compute_metrics(EvalPrediction(predictions=logits, label_ids=labels)),
+                "ece": expected_calibration_error(logits, labels) if classes else None,
+            }
+        )
+    return table
+
+
+def write_exit_results(output_dir: str | os.PathLike, results: dict[str, Any]) -> Path:
+    """Write `exit_results.json`, whole or not at all, and return its path.
+
+    The file is strict JSON: NaN is written as null, an infinity as the largest number of its sign, so that a threshold
+    no score reaches stays one. `schema_version` is added.
+
+    Raises:
+        ValueError: a key that the schema requires is missing; it is named.
+    """
+    _check_schema(results)
+    path = Path(output_dir) / RESULTS_NAME
+    text = json.dumps(_strict({"schema_version": SCHEMA_VERSION, **results}), indent=2, allow_nan=False)
+    with _replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def save_exit_logits(
+    output_dir: str | os.PathLike,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    row_ids: Sequence,
+    part: str | Sequence[str],
+) -> Path:
+    """Write `exit_logits.npz`, whole or not at all, and return its path.
+
+    Args:
+        output_dir: an existing folder.
+        logits: (num_rows, num_exits, num_labels).
+        labels: (num_rows, ...).
+        row_ids: (num_rows,), numbers or text.
+        part: what each row is for, (num_rows,), or one word for all.
+
+    Raises:
+        ValueError: the numbers of rows differ.
+    """
+    logits = np.asarray(logits)
+    arrays = {"logits": logits, "labels": np.asarray(labels), "row_ids": np.asarray(row_ids)}
+    arrays["part"] = np.full(len(logits), part) if isinstance(part, str) else np.asarray(part)
+    for name, array in arrays.items():
+        if len(array) != len(logits):
+            raise ValueError(f"{name} has {len(array)} rows, but logits have {len(logits)}.")
+        if array.dtype == object:
+            arrays[name] = array.astype(str)
+    path = Path(output_dir) / LOGITS_NAME
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    return path
+
+
+def load_exit_logits(output_dir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read `exit_logits.npz`: `logits`, `labels`, `row_ids`, `part`, as `save_exit_logits` takes them."""
+    with np.load(Path(output_dir) / LOGITS_NAME, allow_pickle=False) as file:
+        return dict(file)
+
+
+def format_exit_table(results: dict[str, Any]) -> str:
+    """The exits of a results dict as an aligned table for a terminal, then the policy, if there is one."""
+    anytime, policy = results["anytime"], results.get("policy")
+    metrics = list(anytime[0]["metrics"])
+    header = ["exit", "layer", "relative cost", *metrics, "loss", "ece"]
+    rows = [
+        [
+            str(entry["exit"]),
+            str(entry["layer"]),
+            *(
+                _number(value)
+                for value in (
+                    entry["relative_cost"],
+                    *(entry["metrics"].get(name) for name in metrics),
+                    entry["loss"],
+                    entry["ece"],
+                )
+            ),
+        ]
+        for entry in anytime
+    ]
+    if policy:
+        header.append("leaving")
+        rows = [[*row, f"{share:.1%}"] for row, share in zip(rows, policy["exit_fractions"], strict=True)]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    if policy:
+        goal = ", ".join(f"{name} {_short(value)}" for name, value in (policy["calibrated_for"] or {}).items())
+        scores = ", ".join(f"{name} {_number(value)}" for name, value in policy["metrics"].items())
+        lines.append(
+            f"policy: {policy['criterion']}{f' for {goal}' if goal else ''}: "
+            f"relative cost {_number(policy['relative_cost'])}, {scores}"
+        )
+    return "\n".join(lines)
+
+
+def _check_schema(results: dict[str, Any]) -> None:
+    places = [("results", results, _REQUIRED_KEYS)]
+    places += [
+        (f"results[{name!r}][{index}]", entry, keys)
+        for name, keys in _ENTRY_KEYS.items()
+        for index, entry in enumerate(results.get(name) or ())
+    ]
+    if results.get("policy") is not None:
+        places.append(("results['policy']", results["policy"], _POLICY_KEYS))
+    for place, mapping, keys in places:
+        missing = [key for key in keys if key not in mapping]
+        if missing:
+            raise ValueError(f"{place} lacks {', '.join(missing)}.")
+
+
+def _strict(value: Any) -> Any:
+    """`value` in types and numbers that strict JSON has."""
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return _strict(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else math.copysign(sys.float_info.max, value)
+    return value
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` once it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,116 @@
+"""Relative costs against closed forms."""
+
+import copy
+
+import pytest
+import torch
+
+from een_hf.evaluation import mean_length, relative_costs
+from een_hf.models import (
+    EarlyExitBertConfig,
+    EarlyExitBertForSequenceClassification,
+    EarlyExitViTConfig,
+    EarlyExitViTForImageClassification,
+)
+
+
+WIDTH, INNER, LABELS = 16, 40, 3
+BERT = {
+    "vocab_size": 50,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "num_labels": LABELS,
+}
+VIT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": LABELS,
+}
+
+
+def make_bert(**fields):
+    return EarlyExitBertForSequenceClassification(EarlyExitBertConfig(**BERT, **fields))
+
+
+def make_vit(**fields):
+    return EarlyExitViTForImageClassification(EarlyExitViTConfig(**VIT, **fields))
+
+
+def expected_costs(exit_layers, tokens, num_layers, embedding, head):
+    """Multiply-accumulates of a transformer encoder, by hand."""
+    projections = 4 * tokens * WIDTH * WIDTH
+    attention = 2 * tokens * tokens * WIDTH
+    mlp = 2 * tokens * WIDTH * INNER
+    layer = projections + attention + mlp
+    plain = embedding + num_layers * layer + head
+    return [(embedding + depth * layer + count * head) / plain for count, depth in enumerate(exit_layers, 1)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("tokens", [1, 20, 64])
+def test_costs_of_bert_equal_the_closed_form(tokens, pooling, attention):
+    """Fails if attention products or earlier heads are left out, or a kernel changes the count."""
+    model = make_bert(exit_layers=[1, 3], exit_pooling=pooling, attn_implementation=attention)
+    head = WIDTH * WIDTH + WIDTH * LABELS
+    expected = expected_costs([1, 3, 4], tokens, 4, embedding=0, head=head)
+    assert relative_costs(model, sequence_length=tokens) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("image_size", [None, 32, 48, (48, 32)])
+def test_costs_of_vit_equal_the_closed_form(image_size):
+    """Fails if the patch projection or the class token is left out, or another image size is ignored."""
+    height, width = image_size if isinstance(image_size, tuple) else (image_size or 32,) * 2
+    patches = height * width // 64
+    expected = expected_costs([2, 3], patches + 1, 3, embedding=patches * 3 * 64 * WIDTH, head=WIDTH * LABELS)
+    assert relative_costs(make_vit(exit_layers=[2]), image_size=image_size) == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_earlier_exits_the_model_costs_one():
+    """Fails if the plain model, the denominator, is not the one that is run."""
+    assert relative_costs(make_bert(exit_layers=[4]), sequence_length=9) == [1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make, size", [(make_bert, {"sequence_length": 20}), (make_vit, {"image_size": 48})])
+def test_counting_leaves_the_model_alone(make, size, dtype):
+    """Fails if counting changes weights, mode, hooks, settings or random numbers, or needs full precision."""
+    torch.manual_seed(0)
+    model = make().to(dtype).train()
+    before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    attention = model.config._attn_implementation
+    random_state = torch.get_rng_state()
+    costs = relative_costs(model, **size)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert costs == pytest.approx(relative_costs(make(), **size))
+    assert model.training and model.config.to_dict() == config and model.config._attn_implementation == attention
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.backbone_layers)
+
+
+def test_a_set_policy_does_not_change_the_count():
+    """Fails if the model leaves early while it is counted."""
+    model = make_bert()
+    expected = relative_costs(model, sequence_length=20)
+    model.config.exit_policy = {"criterion": "confidence", "thresholds": [0.0, 0.0, 0.0, 0.0]}
+    assert relative_costs(model, sequence_length=20) == expected
+
+
+@pytest.mark.parametrize("size", [{}, {"sequence_length": 0}, {"sequence_length": 65}])
+def test_a_length_that_does_not_fit_is_named(size):
+    """Fails if a text model is counted at some arbitrary length, or a wrong one ends in a shape error."""
+    with pytest.raises(ValueError, match="sequence_length"):
+        relative_costs(make_bert(), **size)
+
+
+def test_mean_length_counts_unmasked_tokens():
+    """Fails if padding counts."""
+    assert mean_length([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]) == round((3 + 1 + 4) / 3)
+    assert mean_length([[0, 0]]) == 1
