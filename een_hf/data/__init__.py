@@ -1,0 +1,17 @@
+"""Data: text and image tasks, partitions, and small real samples out of installed packages."""
+
+from .glue import TextDataArguments, encode_text_data, load_text_data
+from .samples import load_bbc_news, load_digits, sample_model_path
+from .task import DataError, TaskData
+
+
+__all__ = [
+    "DataError",
+    "TaskData",
+    "TextDataArguments",
+    "encode_text_data",
+    "load_bbc_news",
+    "load_digits",
+    "load_text_data",
+    "sample_model_path",
+]

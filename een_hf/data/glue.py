@@ -1,0 +1,590 @@
+"""Text data: the nine GLUE tasks, Hub data sets, local folders and files, and the installed BBC News sample."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
+
+from .samples import load_bbc_news
+from .task import DataError, Modality, TaskData, check_splits, cut_validation_split
+
+
+logger = logging.getLogger(__name__)
+
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+_HUB_GLUE = "nyu-mll/glue"
+_BBC_NEWS = "bbc_news"
+_FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+# MNLI's matched halves are the splits that every task has.
+_SPLIT_NAMES = {"validation_matched": "validation", "test_matched": "test"}
+_ROW_ID = "idx"
+_LOAD_ERRORS = (OSError, ValueError, DatasetsError)
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """What a GLUE task is made of.
+
+    Args:
+        text_columns: one column, or two for sentence pairs.
+        label_names: by label id; empty for regression.
+        metrics: the task's own.
+    """
+
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+
+
+_PAIR = ("sentence1", "sentence2")
+
+GLUE_TASKS = {
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
+    "mnli": GlueTask(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "mrpc": GlueTask(_PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment")),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "rte": GlueTask(_PAIR, ("entailment", "not_entailment")),
+    "sst2": GlueTask(("sentence",), ("negative", "positive")),
+    "stsb": GlueTask(_PAIR, (), ("pearson", "spearmanr")),
+    "wnli": GlueTask(_PAIR, ("not_entailment", "entailment")),
+}
+
+_DEFAULT_METRICS = {SINGLE_LABEL: ["accuracy"], MULTI_LABEL: ["f1"], REGRESSION: ["mse"]}
+
+
+@dataclass
+class TextDataArguments:
+    """Which text is trained on and evaluated, and how it becomes tokens."""
+
+    task_name: str | None = field(
+        default=None,
+        metadata={"help": f"GLUE task, names text columns, labels and metrics: {', '.join(sorted(GLUE_TASKS))}."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the data are: Hub name, local folder of parquet files, or the installed sample `bbc_news`. "
+            f"Default: the Hub's {_HUB_GLUE} with --task_name, else the files."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of --dataset_name. Default: --task_name, where one is given."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Training rows: csv, json, jsonl or parquet."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Evaluation rows: csv, json, jsonl or parquet."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Rows to predict: csv, json, jsonl or parquet."})
+    text_column_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One text column, or two for pairs, apart by blanks or commas. Default: the task's, else the only "
+            "one or two text columns."
+        },
+    )
+    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels. Default: `label`."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer, where it is not the model's own: Hub name or folder."}
+    )
+    max_seq_length: int = field(default=128, metadata={"help": "Rows are cut to this many tokens."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad all rows to --max_seq_length instead of to the longest of their batch."}
+    )
+    train_val_split: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training rows that become the validation split where there is none."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first N training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first N evaluation rows."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Take only the first N rows to predict."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that turn text into tokens. Default: this one."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Make tokens anew instead of from the cache."})
+
+    def __post_init__(self):
+        if self.task_name is not None:
+            self.task_name = self.task_name.lower()
+            if self.task_name not in GLUE_TASKS:
+                raise DataError(f"--task_name {self.task_name!r} is not one of: {', '.join(sorted(GLUE_TASKS))}.")
+        files = self.files()
+        if self.dataset_name is not None and files:
+            raise DataError(f"--dataset_name and --{next(iter(files))}_file are two sources of data: give one.")
+        if self.dataset_name is None and self.task_name is None and not files:
+            raise DataError("No data: give --task_name, --dataset_name, or --train_file and --validation_file.")
+        for split, path in files.items():
+            if Path(path).suffix not in _FILE_FORMATS:
+                raise DataError(f"--{split}_file {path} must end in one of: {', '.join(sorted(_FILE_FORMATS))}.")
+            if not os.path.isfile(path):
+                raise DataError(f"--{split}_file {path} is not there.")
+        if self.text_column_names is not None:
+            given = [self.text_column_names] if isinstance(self.text_column_names, str) else self.text_column_names
+            self.text_column_names = [name for names in given for name in names.split(",") if name]
+            if not 1 <= len(self.text_column_names) <= 2:
+                raise DataError(f"--text_column_names takes one column or two, not {len(self.text_column_names)}.")
+        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
+            raise DataError(
+                f"--train_val_split is a share of the training rows, between 0 and 1, not {self.train_val_split}."
+            )
+        numbers = ("max_seq_length", "preprocessing_num_workers", *_LIMITS.values())
+        for name in numbers:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise DataError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+
+    def files(self) -> dict[str, str]:
+        """The given files by split."""
+        paths = {split: getattr(self, f"{split}_file") for split in _LIMITS}
+        return {split: path for split, path in paths.items() if path is not None}
+
+
+def load_text_data(
+    args: TextDataArguments,
+    *,
+    splits_needed: Iterable[str],
+    seed: int,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> TaskData:
+    """Load the splits of a run, with labels as class ids, numbers, or lists of class ids.
+
+    The label column of a split without labels (GLUE's test splits carry -1) is left out.
+
+    Args:
+        args: where the data are and what their columns are.
+        splits_needed: of `train`, `validation`, `test`; for MNLI their `_mismatched` halves come along.
+        seed: of the split that `--train_val_split` cuts.
+        cache_dir: where downloads are kept.
+        token: for private Hub repositories.
+
+    Raises:
+        DataError: a source, split, column or label that is missing or does not fit.
+    """
+    task = GLUE_TASKS.get(args.task_name)
+    source, splits = _load_splits(args, cache_dir, token)
+    needed = list(splits_needed)
+    cut = args.train_val_split is not None and "train" in splits and "validation" not in splits
+    if args.train_val_split is not None and not cut:
+        logger.warning("--train_val_split is not used: %s has the splits %s.", source, ", ".join(splits))
+    not_cut = [split for split in needed if not (cut and split == "validation")]
+    check_splits(splits, not_cut, _missing_split_hints(args), source)
+    splits = {split: rows for split, rows in splits.items() if split.removesuffix("_mismatched") in _LIMITS}
+
+    label_column = args.label_column_name or "label"
+    for split, rows in splits.items():
+        if not split.startswith("test"):
+            _check_columns(rows, [label_column], "label_column_name", f"{source}, split {split!r}")
+    input_columns = _text_columns(args, task, splits, label_column, source)
+    splits, problem_type, label_names = _resolve_labels(splits, label_column, task, source)
+    splits = {
+        split: _prepare_rows(rows, input_columns, f"{source}, split {split!r}") for split, rows in splits.items()
+    }
+    if cut:
+        splits = cut_validation_split(splits, args.train_val_split, label_column, seed)
+    wanted = {split: rows for split, rows in splits.items() if split.removesuffix("_mismatched") in needed}
+    return TaskData(
+        splits={split: _limit(rows, getattr(args, _LIMITS[split.split("_")[0]])) for split, rows in wanted.items()},
+        problem_type=problem_type,
+        label_names=label_names,
+        input_columns=input_columns,
+        label_column=label_column,
+        dataset=_dataset_name(args),
+        task_name=args.task_name,
+        metrics=list(task.metrics) if task else _DEFAULT_METRICS[problem_type],
+    )
+
+
+def encode_text_data(
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TextDataArguments,
+    *,
+    label2id: dict[str, int] | None = None,
+    keep_columns: Sequence[str] = (),
+) -> dict[str, datasets.Dataset]:
+    """Turn text into tokens and labels into the model's ids, in the column `labels`.
+
+    Rows are cut, and padded only with `--pad_to_max_length`; else the collator pads each batch.
+
+    Args:
+        data: what `load_text_data` returned.
+        tokenizer: the model's tokenizer.
+        args: lengths, workers and cache.
+        label2id: the model's label names; names that are the data's in another order are followed. `None` takes the
+            data's order.
+        keep_columns: columns of the data that stay beside the model's inputs.
+
+    Raises:
+        DataError: a label that the model does not know.
+    """
+    length = args.max_seq_length
+    if length > tokenizer.model_max_length:
+        length = tokenizer.model_max_length
+        logger.warning(
+            "--max_seq_length %d is more than the model takes; rows are cut to %d.", args.max_seq_length, length
+        )
+    ids = None if data.label_names is None else _model_label_ids(data, label2id)
+    num_labels = max(data.num_labels, len(label2id or ()))
+    encoded = {}
+    for split, rows in data.splits.items():
+        encoded[split] = rows.map(
+            _encode_rows,
+            batched=True,
+            num_proc=args.preprocessing_num_workers,
+            load_from_cache_file=not args.overwrite_cache,
+            remove_columns=[name for name in rows.column_names if name not in keep_columns],
+            desc=f"Tokenizing {split}",
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "columns": data.input_columns,
+                "length": length,
+                "padding": "max_length" if args.pad_to_max_length else False,
+                "label_column": data.label_column if data.label_column in rows.column_names else None,
+                "label_ids": ids,
+                "num_labels": num_labels if data.problem_type == MULTI_LABEL else None,
+            },
+        )
+    return encoded
+
+
+def _encode_rows(
+    rows: dict[str, list],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: list[str],
+    length: int,
+    padding: str | bool,
+    label_column: str | None,
+    label_ids: list[int] | None,
+    num_labels: int | None,
+) -> dict[str, list]:
+    """A batch of rows as model inputs; `num_labels` is given for multi-label rows, which become rows of 0 and 1."""
+    encoded = dict(
+        tokenizer(*(rows[column] for column in columns), truncation=True, max_length=length, padding=padding)
+    )
+    if label_column is None:
+        return encoded
+    labels = rows[label_column]
+    if num_labels is not None:
+        chosen = [{label_ids[label] for label in several} for several in labels]
+        labels = [[float(label in present) for label in range(num_labels)] for present in chosen]
+    elif label_ids is not None:
+        labels = [label_ids[label] for label in labels]
+    return {**encoded, "labels": labels}
+
+
+# Sources
+
+
+def _load_splits(args: TextDataArguments, cache_dir: str | None, token: str | None) -> tuple[str, dict]:
+    """What the source is called in messages, and all its splits under the names of `TaskData`."""
+    files = args.files()
+    if files:
+        source = " ".join(f"--{split}_file {path}" for split, path in files.items())
+        splits = {
+            split: _load_files({split: [path]}, f"--{split}_file {path}", cache_dir) for split, path in files.items()
+        }
+        splits = {split: rows[split] for split, rows in splits.items()}
+    elif args.dataset_name is None:
+        source = f"--task_name {args.task_name} ({_HUB_GLUE})"
+        splits = _load_hub(_HUB_GLUE, args.dataset_config_name or args.task_name, source, cache_dir, token)
+    elif os.path.isdir(args.dataset_name):
+        source = f"--dataset_name {args.dataset_name}"
+        found = _parquet_files(Path(args.dataset_name), args.dataset_config_name or args.task_name, source)
+        splits = _load_files(found, source, cache_dir)
+    elif args.dataset_name == _BBC_NEWS:
+        # One fixed split: a checkpoint evaluated under another --seed must not meet its training rows.
+        source, splits = f"--dataset_name {_BBC_NEWS}", load_bbc_news()
+    else:
+        source = f"--dataset_name {args.dataset_name}"
+        splits = _load_hub(args.dataset_name, args.dataset_config_name or args.task_name, source, cache_dir, token)
+    return source, {_SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
+
+
+def _load_hub(name: str, config: str | None, source: str, cache_dir: str | None, token: str | None) -> dict:
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise DataError(f"{source}: there is no such folder.")
+    try:
+        return dict(datasets.load_dataset(name, config, cache_dir=cache_dir, token=token))
+    except _LOAD_ERRORS as error:
+        raise DataError(
+            f"{source} cannot be loaded from the Hub ({error}). Without network give --dataset_name a local folder of "
+            "parquet files, or --train_file and --validation_file."
+        ) from error
+
+
+def _parquet_files(folder: Path, config: str | None, source: str) -> dict[str, list[str]]:
+    """Parquet files by split (`train-00000-of-00001.parquet`, `train.parquet`), in the folder or as the Hub nests."""
+    places = [*([folder / config, folder / "data" / config] if config else []), folder, folder / "data"]
+    for place in places:
+        found: dict[str, list[str]] = {}
+        for path in sorted(place.glob("*.parquet")):
+            found.setdefault(path.stem.split("-")[0], []).append(str(path))
+        if found:
+            return found
+    raise DataError(
+        f"{source} holds no parquet file, neither itself nor in: {', '.join(p.name for p in places[:-1])}."
+    )
+
+
+def _load_files(files: dict[str, list[str]], source: str, cache_dir: str | None) -> dict:
+    kind = _FILE_FORMATS[Path(next(iter(files.values()))[0]).suffix]
+    try:
+        return dict(datasets.load_dataset(kind, data_files=files, cache_dir=cache_dir))
+    except _LOAD_ERRORS as error:
+        raise DataError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
+
+
+def _missing_split_hints(args: TextDataArguments) -> dict[str, str]:
+    cut = "--train_val_split 0.1, which cuts one from the training rows"
+    if args.files():
+        return {
+            "train": "--do_train needs --train_file",
+            "validation": f"--do_eval needs --validation_file, or {cut}",
+            "test": "--do_predict needs --test_file",
+        }
+    other = "another --dataset_name, or files (--train_file, --validation_file, --test_file)"
+    return {
+        "train": f"--do_train needs {other}",
+        "validation": f"--do_eval needs {cut}, or {other}",
+        "test": f"--do_predict needs {other}",
+    }
+
+
+def _dataset_name(args: TextDataArguments) -> str:
+    """A name for files and tables."""
+    if args.dataset_name is not None:
+        return Path(args.dataset_name).resolve().name if os.path.isdir(args.dataset_name) else args.dataset_name
+    files = args.files()
+    return Path(next(iter(files.values()))).stem if files else _HUB_GLUE
+
+
+# Columns
+
+
+def _check_columns(rows: datasets.Dataset, columns: Sequence[str], flag: str, where: str) -> None:
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise DataError(
+            f"{where} has no column {missing[0]!r}; its columns are: {', '.join(rows.column_names)}. "
+            f"Name one by --{flag}."
+        )
+
+
+def _text_columns(
+    args: TextDataArguments, task: GlueTask | None, splits: dict, label_column: str, source: str
+) -> list[str]:
+    columns = args.text_column_names or (list(task.text_columns) if task else None)
+    if columns is None:
+        rows = next(iter(splits.values()))
+        columns = [
+            name
+            for name, feature in rows.features.items()
+            if getattr(feature, "dtype", None) in ("string", "large_string") and name not in (label_column, _ROW_ID)
+        ]
+        if not 1 <= len(columns) <= 2:
+            raise DataError(
+                f"{source} has {len(columns)} columns of text; name one or two by --text_column_names. Its columns "
+                f"are: {', '.join(rows.column_names)}."
+            )
+    for split, rows in splits.items():
+        _check_columns(rows, columns, "text_column_names", f"{source}, split {split!r}")
+    return columns
+
+
+def _prepare_rows(rows: datasets.Dataset, columns: list[str], where: str) -> datasets.Dataset:
+    """Text columns as strings without gaps, and a row id that outlives cutting and selecting."""
+    for column in columns:
+        if rows.features[column] != datasets.Value("string"):
+            rows = rows.cast_column(column, datasets.Value("string"))
+        texts = rows[column][:]
+        if None in texts:
+            raise DataError(f"{where} has no text in column {column!r} of row {texts.index(None)} (counted from 0).")
+    return rows if _ROW_ID in rows.column_names else rows.add_column(_ROW_ID, list(range(len(rows))))
+
+
+def _limit(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+# Labels
+
+
+def _resolve_labels(
+    splits: dict, column: str, task: GlueTask | None, source: str
+) -> tuple[dict, str, list[str] | None]:
+    """Splits whose labels are class ids, numbers or lists of class ids, their problem type and their label names."""
+    values = {split: _label_values(rows, column) for split, rows in splits.items() if column in rows.column_names}
+    hidden = [split for split, labels in values.items() if split.startswith("test") and _is_hidden(labels)]
+    splits = {split: rows.remove_columns(column) if split in hidden else rows for split, rows in splits.items()}
+    values = {split: labels for split, labels in values.items() if split not in hidden}
+    if not values:
+        if task is None:
+            raise DataError(
+                f"{source} has no labels, so that nothing says what is predicted: give a --train_file or "
+                "--validation_file with labels too, or --task_name."
+            )
+        return splits, SINGLE_LABEL if task.label_names else REGRESSION, list(task.label_names) or None
+    for split, labels in values.items():
+        missing = next((row for row, label in enumerate(labels) if _is_missing(label)), None)
+        if missing is not None:
+            raise DataError(
+                f"{source}, split {split!r} has no label in column {column!r} of row {missing} (counted from 0)."
+            )
+
+    kinds = {split: _problem_type(splits[split].features[column], task, column, source) for split in values}
+    problem_type = next(iter(kinds.values()))
+    for split, kind in kinds.items():
+        if kind != problem_type:
+            first = next(iter(kinds))
+            raise DataError(
+                f"{source}: column {column!r} means {problem_type} in split {first!r}, but {kind} in split {split!r}."
+            )
+    if problem_type == REGRESSION:
+        label_names, feature = None, datasets.Value("float32")
+        numbers = {split: [float(label) for label in labels] for split, labels in values.items()}
+    else:
+        feature = splits[next(iter(values))].features[column]
+        declared = getattr(getattr(feature, "feature", feature), "names", None)
+        label_names, index = _number_labels(values, declared, task, f"{source}, column {column!r}")
+        feature = datasets.ClassLabel(names=label_names)
+        if problem_type == MULTI_LABEL:
+            feature = datasets.List(feature)
+            numbers = {split: [[index[one] for one in label] for label in labels] for split, labels in values.items()}
+        else:
+            numbers = {split: [index[label] for label in labels] for split, labels in values.items()}
+    for split, labels in numbers.items():
+        splits[split] = splits[split].remove_columns(column).add_column(column, labels, feature=feature)
+    return splits, problem_type, label_names
+
+
+def _label_values(rows: datasets.Dataset, column: str) -> list:
+    """Labels by name where the column has names, else as they are; `None` where ClassLabel says that there is none."""
+    feature, values = rows.features[column], rows[column][:]
+    inner = getattr(feature, "feature", feature)
+    if not isinstance(inner, datasets.ClassLabel):
+        return values
+
+    def name(label):
+        if isinstance(label, list):
+            return [name(one) for one in label]
+        return None if label is None or label < 0 else inner.names[label]
+
+    return [name(label) for label in values]
+
+
+def _is_missing(label: Any) -> bool:
+    if isinstance(label, list):
+        return any(_is_missing(one) for one in label)
+    return label is None or (isinstance(label, float) and math.isnan(label))
+
+
+def _is_hidden(labels: list) -> bool:
+    """Whether a test split says of no row what its label is."""
+    return all(_is_missing(label) or label == -1 for label in labels)
+
+
+def _problem_type(feature: Any, task: GlueTask | None, column: str, source: str) -> str:
+    if isinstance(feature, datasets.ClassLabel):
+        return SINGLE_LABEL
+    if isinstance(feature, datasets.List):
+        kind = _problem_type(feature.feature, task, column, source)
+        if kind == SINGLE_LABEL:
+            return MULTI_LABEL
+    dtype = getattr(feature, "dtype", "")
+    if dtype.startswith("float") or (dtype.startswith(("int", "uint")) and task and not task.label_names):
+        return REGRESSION
+    if dtype.startswith(("int", "uint")) or dtype in ("string", "large_string", "bool"):
+        return SINGLE_LABEL
+    raise DataError(f"{source}: column {column!r} of type {feature} holds no labels; name one by --label_column_name.")
+
+
+def _number_labels(
+    values: dict[str, list], declared: list[str] | None, task: GlueTask | None, where: str
+) -> tuple[list[str], dict[Any, int]]:
+    """Label names in the order of their ids, and the id of each label that occurs.
+
+    The order is the data's own (ClassLabel), else the task's, else sorted. A whole number stands for the task's label
+    of that id; without a task it is its own name.
+    """
+    labels = {one for rows in values.values() for row in rows for one in (row if isinstance(row, list) else [row])}
+    if len({isinstance(label, str) for label in labels}) > 1:
+        raise DataError(f"{where} has labels that are words and labels that are numbers.")
+    names = declared or (list(task.label_names) if task else None)
+    if names is None:
+        order = sorted(labels)
+        return [str(label) for label in order], {label: number for number, label in enumerate(order)}
+    index = {name: number for number, name in enumerate(names)} | {number: number for number in range(len(names))}
+    unknown = [label for label in labels if label not in index]
+    if unknown:
+        raise DataError(f"{where} has the label {min(unknown)!r}; the labels are: {', '.join(names)}.")
+    return names, index
+
+
+def _model_label_ids(data: TaskData, label2id: dict[str, int] | None) -> list[int]:
+    """The model's id of each of the data's labels.
+
+    Labels are matched by name, in either case. Where one side only has numbers (`LABEL_0`, or data with whole numbers
+    as labels), the number is the id.
+    """
+    names = data.label_names
+    if label2id is None:
+        return list(range(len(names)))
+    known = {name.lower(): number for name, number in label2id.items()}
+    if all(name == f"label_{number}" for name, number in known.items()):
+        known = {name.lower(): number for number, name in enumerate(names) if number < len(known)}
+    elif all(name.isdigit() for name in names) and not any(name in known for name in names):
+        known = {str(number): number for number in label2id.values()}
+    unknown = [name for name in names if name.lower() not in known]
+    if unknown:
+        raise DataError(
+            f"Column {data.label_column!r} has the label {unknown[0]!r}, which the model does not know; it knows: "
+            f"{', '.join(label2id)}. Give --ignore_mismatched_sizes to make the head anew, or relabel the data."
+        )
+    return [known[name.lower()] for name in names]
+
+
+# What the script needs
+
+
+def _load_tokenizer(name: str | None, args: TextDataArguments, config: Any, **hub) -> PreTrainedTokenizerBase:
+    """The tokenizer of `--tokenizer_name`, else the model's own."""
+    name = args.tokenizer_name or name
+    if name is None:
+        raise DataError("A model from scratch (--model_type) has no tokenizer: give --tokenizer_name.")
+    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    if len(tokenizer) > config.vocab_size:
+        raise DataError(
+            f"The tokenizer {name} has {len(tokenizer)} words, the model {config.vocab_size}: give --config_overrides "
+            f"vocab_size={len(tokenizer)}, or the model's own tokenizer."
+        )
+    return tokenizer
+
+
+def _encode_for_model(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, args: TextDataArguments, config: Any
+) -> dict:
+    return encode_text_data(data, tokenizer, args, label2id=config.label2id)
+
+
+def _make_collator(tokenizer: PreTrainedTokenizerBase, args: TextDataArguments) -> Callable:
+    return default_data_collator if args.pad_to_max_length else DataCollatorWithPadding(tokenizer)
+
+
+TEXT = Modality(
+    model_type="bert",
+    data_arguments=TextDataArguments,
+    load_data=load_text_data,
+    load_processor=_load_tokenizer,
+    encode_data=_encode_for_model,
+    make_collator=_make_collator,
+)

@@ -1,0 +1,92 @@
+"""What a data set is to the rest of the package, text or images."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..models.configuration_een import ExitConfigurationError
+
+
+class DataError(ExitConfigurationError):
+    """Data that are missing or do not fit what was asked for."""
+
+
+@dataclass
+class TaskData:
+    """A labelled data set before tokenizer or image processor.
+
+    Args:
+        splits: `train`, `validation`, `test`, for MNLI also `validation_mismatched` and `test_mismatched`.
+        problem_type: as in transformers.
+        label_names: one per class, or `None` for regression.
+        input_columns: what the model reads: one or two text columns, or one image column.
+        label_column: where the labels are.
+        dataset: name for files and tables.
+        task_name: GLUE task, or `None`.
+        metrics: names of `een_hf.evaluation.METRICS`, the main one first.
+    """
+
+    splits: dict[str, datasets.Dataset]
+    problem_type: str
+    label_names: list[str] | None
+    input_columns: list[str]
+    label_column: str
+    dataset: str
+    task_name: str | None
+    metrics: list[str]
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names) if self.label_names else 1
+
+    def row_ids(self, split: str) -> np.ndarray:
+        """The data set's own `idx` of each row where it has one, else the position."""
+        rows = self.splits[split]
+        return np.asarray(rows["idx"] if "idx" in rows.column_names else range(len(rows)))
+
+
+@dataclass(frozen=True)
+class Modality:
+    """What differs between text and images.
+
+    Args:
+        model_type: `bert` or `vit`, the architecture of this kind of data.
+        data_arguments: dataclass of the script's data flags.
+        load_data: `(data_args, *, splits_needed, seed, cache_dir, token) -> TaskData`.
+        load_processor: `(name or path or None, data_args, config, **hub) -> tokenizer or image processor`.
+        encode_data: `(data, processor, data_args, config) -> dict of split name to encoded rows`.
+        make_collator: `(processor, data_args) -> data collator`.
+    """
+
+    model_type: str
+    data_arguments: type
+    load_data: Callable[..., TaskData]
+    load_processor: Callable[..., Any]
+    encode_data: Callable[..., dict]
+    make_collator: Callable[..., Any]
+
+
+def cut_validation_split(splits: dict, share: float, label_column: str, seed: int) -> dict:
+    """Cut a seeded `validation` split from `train`, stratified where the labels are classes of enough rows."""
+    if not 0 < share < 1:
+        raise DataError(f"--train_val_split is a share of the training split, between 0 and 1, not {share}.")
+    rows = splits["train"]
+    by_class = None
+    if isinstance(rows.features[label_column], datasets.ClassLabel):
+        counts = np.unique(rows[label_column], return_counts=True)[1]
+        # Both parts must be able to hold every class.
+        if counts.min() >= 2 and len(counts) <= len(rows) * min(share, 1 - share):
+            by_class = label_column
+    parts = rows.train_test_split(share, seed=seed, stratify_by_column=by_class)
+    return {**splits, "train": parts["train"], "validation": parts["test"]}
+
+
+def check_splits(splits: dict, needed: Iterable[str], hints: dict[str, str], source: str) -> None:
+    """Raise DataError for a needed split that is missing, naming what would provide it."""
+    for split in needed:
+        if split not in splits:
+            there = ", ".join(sorted(splits)) or "none"
+            raise DataError(f"{source} has no {split} split (there: {there}): {hints[split]}.")
