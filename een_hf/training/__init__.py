@@ -1,0 +1,18 @@
+"""Training schemes."""
+
+from .arguments import EarlyExitTrainingArguments, ModelArguments
+from .boosted import BoostedExitTrainer
+from .joint import JointExitTrainer
+from .trainer import EarlyExitTrainer, get_scheme, register_scheme, scheme_names
+
+
+__all__ = [
+    "BoostedExitTrainer",
+    "EarlyExitTrainer",
+    "EarlyExitTrainingArguments",
+    "JointExitTrainer",
+    "ModelArguments",
+    "get_scheme",
+    "register_scheme",
+    "scheme_names",
+]

@@ -1,0 +1,164 @@
+"""Command-line arguments that every scheme and both scripts share."""
+
+import re
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.utils import ExplicitEnum
+
+from ..models import MODEL_CLASSES, ExitConfigurationError
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and where its exits are."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name or folder of a stock or early-exit checkpoint, or `minilm`, the installed sample."
+        },
+    )
+    model_type: str | None = field(
+        default=None,
+        metadata={"help": f"Start from scratch with this architecture: {', '.join(MODEL_CLASSES)}."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Config fields of a model from scratch: `hidden_size=128,num_hidden_layers=4`."},
+    )
+    exit_layers: list[int] | None = field(
+        default=None, metadata={"help": "1-based layers that carry an exit, rising. Default: every layer."}
+    )
+    exit_pooling: str | None = field(
+        default=None, metadata={"help": "What an exit reads: `cls` (default) or `mean` over the tokens (text)."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    token: str | None = field(default=None, metadata={"help": "Token for private Hub repositories."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Make the head anew where the checkpoint's has another number of labels."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel as transformers names it: `sdpa`, `eager`, ..."}
+    )
+
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.model_type is None):
+            raise ExitConfigurationError(
+                "Give either --model_name_or_path, a checkpoint to start from, or --model_type, to start from scratch."
+            )
+        if self.model_type is not None and self.model_type not in MODEL_CLASSES:
+            raise ExitConfigurationError(
+                f"--model_type {self.model_type!r} is not one of: {', '.join(MODEL_CLASSES)}."
+            )
+        if self.config_overrides is not None and self.model_type is None:
+            raise ExitConfigurationError("--config_overrides needs --model_type: a checkpoint has its own config.")
+        if self.config_overrides is not None and not re.fullmatch(r"\w+=[^,=]+(,\w+=[^,=]+)*", self.config_overrides):
+            raise ExitConfigurationError(
+                f"--config_overrides {self.config_overrides!r} is not of the form name=value,name=value."
+            )
+
+
+@dataclass
+class EarlyExitTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what all schemes share."""
+
+    method: str = field(
+        default="joint",
+        metadata={"help": "Scheme: a registered name (`joint`, alias `base`, ...) or `package.module:TrainerClass`."},
+    )
+    exit_loss_weights: list[str] = field(
+        default_factory=lambda: ["uniform"],
+        metadata={"help": "Weight of each exit's loss: `uniform` (1), `linear` (k/K) or one number per exit."},
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of newly made heads. Default: 20 x --learning_rate with AdamW on a pretrained "
+            "backbone, equal to it with SGD or from scratch."
+        },
+    )
+    freeze_backbone: bool = field(
+        default=False,
+        metadata={"help": "Train exits 1..K-1 of a fine-tuned model only; backbone and last head stay to the bit."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.exit_loss_weights, str):
+            self.exit_loss_weights = self.exit_loss_weights.split(",")
+        self.exit_loss_weights = [str(weight) for weight in self.exit_loss_weights]
+        if self.head_learning_rate is not None and self.head_learning_rate <= 0:
+            raise ExitConfigurationError(f"--head_learning_rate must be above 0, not {self.head_learning_rate}.")
+
+
+class Risk(ExplicitEnum):
+    """What `--max_risk` limits."""
+
+    ACCURACY_GAP = "accuracy_gap"
+    CONSISTENCY = "consistency"
+
+
+class CostUnit(ExplicitEnum):
+    """What a budget is a share of."""
+
+    OPERATIONS = "operations"
+    LATENCY = "latency"
+
+
+@dataclass
+class CalibrationArguments:
+    """How the exit policy is chosen after training."""
+
+    exit_criterion: str = field(
+        default="confidence",
+        metadata={"help": "How sure an exit is: `confidence`, `entropy`, `margin`, `patience` or `vote`."},
+    )
+    target_cost: float | None = field(
+        default=None, metadata={"help": "Set the most accurate policy at this average relative cost."}
+    )
+    max_risk: float | None = field(
+        default=None, metadata={"help": "Set the cheapest policy whose risk is certified to stay below this."}
+    )
+    risk: Risk | None = field(
+        default=None,
+        metadata={
+            "help": "`accuracy_gap`: last exit right and policy wrong (default with labels); `consistency`: policy "
+            "differs from the last exit (needs no labels)."
+        },
+    )
+    risk_confidence: float = field(
+        default=0.9, metadata={"help": "Probability, over the calibration rows, with which --max_risk holds."}
+    )
+    calibration_file: str | None = field(
+        default=None, metadata={"help": "File (text) or folder (images) whose rows calibrate the policy."}
+    )
+    calibration_samples: int | None = field(
+        default=None,
+        metadata={"help": "Rows held out of the training split to calibrate. Default: half of the evaluation split."},
+    )
+    cost: CostUnit = field(
+        default=CostUnit.OPERATIONS,
+        metadata={"help": "Cost of an exit: `operations` (multiply-accumulates) or `latency`, measured here."},
+    )
+
+    def __post_init__(self):
+        self.cost = CostUnit(self.cost)
+        self.risk = None if self.risk is None else Risk(self.risk)
+        if self.target_cost is not None and self.max_risk is not None:
+            raise ExitConfigurationError("--target_cost and --max_risk both choose the policy: give one of them.")
+        if self.target_cost is not None and self.target_cost <= 0:
+            raise ExitConfigurationError(
+                f"--target_cost is a share of the full cost, above 0, not {self.target_cost}."
+            )
+        for name in ("max_risk", "risk_confidence"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ExitConfigurationError(f"--{name} must lie between 0 and 1, not {value}.")
+        if self.risk is not None and self.max_risk is None:
+            raise ExitConfigurationError("--risk names what --max_risk limits: give --max_risk too.")
+        if self.calibration_file is not None and self.calibration_samples is not None:
+            raise ExitConfigurationError("--calibration_file and --calibration_samples both name rows: give one.")
+        if self.calibration_samples is not None and self.calibration_samples < 1:
+            raise ExitConfigurationError(f"--calibration_samples must be at least 1, not {self.calibration_samples}.")

@@ -1,0 +1,512 @@
+"""One run of a script: arguments, data, model, training, evaluation at every exit, calibration, predictions."""
+
+import difflib
+import json
+import os
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from sklearn.model_selection import train_test_split
+from transformers import HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..data.samples import sample_model_path
+from ..data.task import Modality, TaskData
+from ..evaluation import (
+    anytime_table,
+    budgeted_curve,
+    calibrate,
+    cost_inputs,
+    format_exit_table,
+    make_compute_metrics,
+    plot_exit_curves,
+    policy_row,
+    predict_labels,
+    relative_costs,
+    save_exit_logits,
+    write_exit_results,
+)
+from ..evaluation.calibration import CalibrationReport
+from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError, ExitPolicy
+from ..models.policies import get_criterion
+from .arguments import CalibrationArguments, EarlyExitTrainingArguments, ModelArguments
+from .trainer import EarlyExitTrainer, get_scheme, scheme_arguments
+
+
+logger = logging.get_logger(__name__)
+
+RUN_FILE = "run_arguments.json"
+
+
+@dataclass
+class RunArguments:
+    """The parsed flags of one run."""
+
+    model: ModelArguments
+    data: Any
+    training: EarlyExitTrainingArguments
+    calibration: CalibrationArguments
+    scheme: Any | None
+
+    def settings(self) -> dict:
+        """What makes two runs the same experiment: all flags but those that say where and how it is watched."""
+        watching = (
+            "output_dir",
+            "resume",
+            "log",
+            "report_to",
+            "run_name",
+            "push_to_hub",
+            "hub_",
+            "disable_tqdm",
+            "token",
+        )
+        watching += ("do_eval", "do_predict", "save_", "dataloader_", "local_rank", "cache_dir", "overwrite_cache")
+        parts = (self.model, self.data, self.training, self.calibration, self.scheme)
+        merged = {}
+        for part in filter(None, parts):
+            for field in fields(part):
+                if not field.name.startswith(watching):
+                    merged[field.name] = getattr(part, field.name)
+        return json.loads(json.dumps(merged, default=str))
+
+
+# Arguments
+
+
+def parse_arguments(modality: Modality, argv: list[str]) -> RunArguments:
+    """Parse flags, or a recipe (first argument, YAML or JSON) and flags that override it.
+
+    Raises:
+        ExitConfigurationError: a recipe that is not there, or a flag or recipe key that is not known.
+    """
+    recipe = None
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        recipe, argv = argv[0], argv[1:]
+    words = [*_recipe_words(recipe), *argv] if recipe else list(argv)
+    method = next(
+        (words[i + 1] for i in reversed(range(len(words) - 1)) if words[i] == "--method"),
+        EarlyExitTrainingArguments.method,
+    )
+    get_scheme(method)
+    common = [ModelArguments, modality.data_arguments, EarlyExitTrainingArguments, CalibrationArguments]
+    schemes = scheme_arguments()
+    parser = HfArgumentParser([*common, *schemes])
+    flags = sorted(parser._option_string_actions)
+    for word in words:
+        name = word.split("=", 1)[0]
+        if name.startswith("--") and name not in flags and name.replace("-", "_").replace("__", "--", 1) not in flags:
+            near = difflib.get_close_matches(name, flags, n=3)
+            where = f"recipe {recipe}: key {name[2:]!r}" if recipe and word not in argv else f"flag {name}"
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; see --help."
+            raise ExitConfigurationError(f"Unknown {where}{hint}")
+    parsed = parser.parse_args_into_dataclasses(words)
+    own = [part for kind, part in zip(schemes, parsed[4:], strict=True) if kind is get_scheme(method).arguments_class]
+    return RunArguments(*parsed[:4], scheme=own[0] if own else None)
+
+
+def _recipe_words(path: str) -> list[str]:
+    """A recipe as command-line words."""
+    if not os.path.exists(path):
+        raise ExitConfigurationError(f"Recipe {path} is not there; recipes of this project are in recipes/.")
+    with open(path) as file:
+        recipe = yaml.safe_load(file)
+    if not isinstance(recipe, dict):
+        raise ExitConfigurationError(f"Recipe {path} must be a mapping of flags to values.")
+    words = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def check_output_dir(args: RunArguments) -> str | None:
+    """Return the checkpoint to resume from, or `None` for a fresh start; remember this run's settings.
+
+    Raises:
+        ExitConfigurationError: the folder belongs to a finished run, to a run with other settings, or to neither.
+    """
+    folder = Path(args.training.output_dir)
+    record = folder / RUN_FILE
+    if not args.training.do_train:
+        return None
+    checkpoint = args.training.resume_from_checkpoint
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    if record.exists():
+        before = json.loads(record.read_text())
+        now = args.settings()
+        names = [name for name in now if before["settings"].get(name, now[name]) != now[name]]
+        if names:
+            changes = ", ".join(f"--{n} was {before['settings'][n]!r}, is {now[n]!r}" for n in names)
+            raise ExitConfigurationError(
+                f"--output_dir {folder} holds a run with other arguments ({changes}): give another --output_dir, "
+                "or remove that folder."
+            )
+        if before["finished"]:
+            raise ExitConfigurationError(
+                f"--output_dir {folder} holds a finished run: give another --output_dir, or remove that folder to "
+                "train again."
+            )
+    elif last is not None or (folder / "config.json").exists():
+        raise ExitConfigurationError(
+            f"--output_dir {folder} holds a model or checkpoints of something else: give another --output_dir."
+        )
+    return checkpoint or last
+
+
+def _record_run(args: RunArguments, finished: bool) -> None:
+    folder = Path(args.training.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).write_text(json.dumps({"finished": finished, "settings": args.settings()}, indent=2))
+
+
+# Model
+
+
+def _model_source(args: ModelArguments) -> str | None:
+    """The checkpoint to load: `minilm` is the installed sample, unless a folder has that name."""
+    name = args.model_name_or_path
+    return str(sample_model_path(name)) if name == "minilm" and not os.path.isdir(name) else name
+
+
+def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> EarlyExitMixin:
+    """The early-exit model for `data`, from a checkpoint or from scratch.
+
+    Raises:
+        ExitConfigurationError: an architecture that this script does not train, a config field that is not there, or
+            a fine-tuned head with other labels than the data.
+    """
+    model_class = MODEL_CLASSES[modality.model_type]
+    config_class = model_class.config_class
+    given = {name: getattr(args, name) for name in ("exit_layers", "exit_pooling") if getattr(args, name) is not None}
+    given["problem_type"] = data.problem_type
+    if args.model_type is not None:
+        if args.model_type != modality.model_type:
+            raise ExitConfigurationError(
+                f"--model_type {args.model_type} does not fit this script, which trains {modality.model_type}."
+            )
+        overrides = dict(pair.split("=") for pair in (args.config_overrides or "").split(",") if pair)
+        unknown = sorted(overrides.keys() - config_class.__dataclass_fields__.keys())
+        if unknown:
+            raise ExitConfigurationError(
+                f"--config_overrides names {unknown[0]!r}, which {config_class.__name__} lacks."
+            )
+        overrides = {name: yaml.safe_load(value) for name, value in overrides.items()}
+        return model_class(config_class(**overrides, **_label_names(data), **given))
+
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    name = _model_source(args)
+    found, _ = config_class.get_config_dict(name, **hub)
+    if found.get("model_type") not in (config_class.model_type, config_class.stock_model_type):
+        raise ExitConfigurationError(
+            f"--model_name_or_path {args.model_name_or_path} is of type {found.get('model_type')!r}. This script "
+            f"trains {config_class.stock_model_type!r}; exits exist for {', '.join(MODEL_CLASSES)}. Another "
+            "architecture is one adapter file: see 'Add an architecture' in README.md."
+        )
+    config = config_class.from_dict({**found, "model_type": config_class.model_type}, **given)
+    fine_tuned = any(str(kind).endswith("Classification") for kind in found.get("architectures") or [])
+    if not fine_tuned or args.ignore_mismatched_sizes:
+        _set_labels(config, data)
+    elif config.num_labels != data.num_labels:
+        raise ExitConfigurationError(
+            f"--model_name_or_path {args.model_name_or_path} has a head for {config.num_labels} labels, the data have "
+            f"{data.num_labels}: give --ignore_mismatched_sizes to make the head anew, or another checkpoint."
+        )
+    elif set(config.label2id) == {f"LABEL_{i}" for i in range(config.num_labels)}:
+        _set_labels(config, data)  # the checkpoint names no labels, so the data's order is taken
+    return model_class.from_pretrained(
+        name,
+        config=config,
+        ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+        attn_implementation=args.attn_implementation,
+        **hub,
+    )
+
+
+def _label_names(data: TaskData) -> dict:
+    names = data.label_names or [f"LABEL_{i}" for i in range(data.num_labels)]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def _set_labels(config, data: TaskData) -> None:
+    for name, value in _label_names(data).items():
+        setattr(config, name, value)
+
+
+# Evaluation
+
+
+def split_for_calibration(labels: np.ndarray, problem_type: str, seed: int) -> np.ndarray:
+    """A seeded half of the rows, stratified by class where there are classes: (num_rows,) bool, True calibrates."""
+    rows = np.arange(len(labels))
+    stratify = None
+    if problem_type == "single_label_classification":
+        counts = np.unique(labels, return_counts=True)[1]
+        stratify = labels if counts.min() >= 2 and len(counts) <= len(rows) // 2 else None
+    chosen, _ = train_test_split(rows, train_size=0.5, random_state=seed, stratify=stratify)
+    return np.isin(rows, chosen)
+
+
+class Experiment:
+    """One run: everything between the parsed flags and the files in the output folder."""
+
+    def __init__(self, modality: Modality, args: RunArguments):
+        self.modality, self.args = modality, args
+        self.training = args.training
+        self.folder = Path(args.training.output_dir)
+
+    def run(self) -> dict:
+        """Train, evaluate, calibrate and predict as the flags say; return the metrics."""
+        args, training = self.args, self.training
+        if not (training.do_train or training.do_eval or training.do_predict):
+            raise ExitConfigurationError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+        checkpoint = check_output_dir(args)
+        set_seed(training.seed)
+        self._prepare()
+        metrics = {}
+        if training.do_train:
+            if training.should_save:
+                _record_run(args, finished=False)
+            if checkpoint is not None:
+                logger.warning("Resuming from %s.", checkpoint)
+            outcome = self.trainer.train(resume_from_checkpoint=checkpoint)
+            metrics |= outcome.metrics
+            self.trainer.save_model()
+            self.trainer.save_state()
+            self._save_metrics("train", outcome.metrics)
+        if training.do_eval:
+            metrics |= self._evaluate()
+        if training.do_predict:
+            self._predict()
+        if training.do_train and training.should_save:
+            _record_run(args, finished=True)
+        if training.push_to_hub:
+            self.trainer.push_to_hub()
+        return metrics
+
+    def _prepare(self) -> None:
+        """Load data, model and processor and build the trainer, so that whatever is wrong shows before training."""
+        args, training = self.args, self.training
+        needed = [
+            split
+            for split, wanted in (
+                ("train", training.do_train or args.calibration.calibration_samples),
+                ("validation", training.do_eval or training.eval_strategy != "no"),
+                ("test", training.do_predict),
+            )
+            if wanted
+        ]
+        hub = {"cache_dir": args.model.cache_dir, "token": args.model.token}
+        self.data = self.modality.load_data(args.data, splits_needed=needed, seed=training.seed, **hub)
+        self.model = load_model(self.modality, args.model, self.data)
+        source = _model_source(args.model)
+        self.processor = self.modality.load_processor(source, args.data, self.model.config, **hub)
+        self.splits = self.modality.encode_data(self.data, self.processor, args.data, self.model.config)
+        self._hold_out_calibration_rows()
+        self.trainer: EarlyExitTrainer = get_scheme(training.method)(
+            model=self.model,
+            args=training,
+            scheme_args=args.scheme,
+            compute_metrics=make_compute_metrics(self.data.metrics, self.data.problem_type),
+            train_dataset=self.splits.get("train") if training.do_train else None,
+            eval_dataset=self.splits.get("validation"),
+            processing_class=self.processor,
+            data_collator=self.modality.make_collator(self.processor, args.data),
+        )
+
+    def _hold_out_calibration_rows(self) -> None:
+        """Take `--calibration_samples` rows out of the training split, before training."""
+        wanted, self.calibration_rows = self.args.calibration.calibration_samples, None
+        if wanted is None:
+            return
+        train = self.splits["train"]
+        if wanted >= len(train):
+            raise ExitConfigurationError(
+                f"--calibration_samples {wanted} leaves no training row: the training split has {len(train)}."
+            )
+        order = np.random.default_rng(self.training.seed).permutation(len(train))
+        self.calibration_rows = train.select(order[:wanted])
+        self.splits["train"] = train.select(np.sort(order[wanted:]))
+
+    def _save_metrics(self, split: str, metrics: dict) -> None:
+        self.trainer.log_metrics(split, metrics)
+        self.trainer.save_metrics(split, metrics)
+
+    # Evaluation
+
+    def _evaluate(self) -> dict:
+        """Evaluate every exit and write results, logits and plot."""
+        trainer = self.trainer
+        for split, rows in self.splits.items():
+            if split.startswith("validation_"):
+                prefix = f"eval_{split.removeprefix('validation_')}"
+                self._save_metrics(prefix, trainer.predict_exits(rows, prefix).metrics)
+        prediction = trainer.predict_exits(self.splits["validation"], "eval")
+        self._save_metrics("eval", prediction.metrics)
+        logits, labels = prediction.predictions, prediction.label_ids
+        results, report = self._results(logits, labels)
+        if report is not None:
+            self.model.set_exit_policy(report.policy)
+            trainer.save_model()
+        if self.training.should_save:
+            write_exit_results(self.folder, results)
+            plot_exit_curves(results, self.folder / "exit_curves.png")
+            print(format_exit_table(results))
+            print(f"Policy: {report.message}" if report else _budget_hint(results, self.folder))
+            print(f"Results, logits, plot (exit_curves.png) and model: {self.folder}")
+        self._warn_of_idle_exits(results, labels)
+        return prediction.metrics
+
+    def _results(self, logits: np.ndarray, labels: np.ndarray) -> tuple[dict, CalibrationReport | None]:
+        """The content of `exit_results.json`, and what calibration found, where it was asked for."""
+        data, config, wanted = self.data, self.model.config, self.args.calibration
+        costs = relative_costs(self.model, **cost_inputs(self.calibration_rows or self.splits["validation"]))
+        chooses = np.zeros(len(labels), dtype=bool)
+        if self.calibration_rows is not None:
+            held_out = self.trainer.predict_exits(self.calibration_rows, "calibration")
+            calibration = held_out.predictions, held_out.label_ids
+        else:
+            chooses = split_for_calibration(labels, data.problem_type, self.training.seed)
+            calibration = logits[chooses], labels[chooses]
+        reported = logits[~chooses], labels[~chooses]
+        compute_metrics, problem_type = self.trainer.task_metrics, data.problem_type
+        criterion = _fitting_criterion(wanted.exit_criterion, problem_type)
+        settings = {"criterion": criterion, "problem_type": problem_type}
+        budgeted, report, policy = [], None, None
+        if criterion is not None:
+            budgeted = budgeted_curve(calibration, reported, costs, compute_metrics, **settings)
+        if wanted.target_cost is not None or wanted.max_risk is not None:
+            chosen_by = "the checkpoint" if self._calibration_chose_checkpoint() else None
+            report = calibrate(
+                *calibration,
+                costs,
+                target_cost=wanted.target_cost,
+                max_risk=wanted.max_risk,
+                risk=wanted.risk and wanted.risk.value,
+                risk_confidence=wanted.risk_confidence,
+                seed=self.training.seed,
+                chosen_by=chosen_by,
+                **settings,
+            )
+            if report.policy is not None:
+                policy = policy_row(report.policy, *reported, costs, compute_metrics)
+        if self.training.should_save:
+            part = np.where(chooses, "calibration", "report")
+            save_exit_logits(self.folder, logits, labels, data.row_ids("validation"), part)
+        table = {
+            "relative_costs": costs,
+            "exit_layers": config.exit_layers,
+            "compute_metrics": compute_metrics,
+            "problem_type": problem_type,
+        }
+        results = {
+            "method": self.trainer.method,
+            "model_type": self.modality.model_type,
+            "dataset": data.dataset,
+            "task_name": data.task_name,
+            "metric": data.metrics[0],
+            "exit_layers": config.exit_layers,
+            "num_eval_samples": len(labels),
+            "num_calibration_samples": len(calibration[1]),
+            "anytime": anytime_table(logits, labels, **table),
+            "anytime_report": anytime_table(*reported, **table),
+            "budgeted": budgeted,
+            "policy": policy,
+        }
+        return results, report
+
+    def _calibration_chose_checkpoint(self) -> bool:
+        return self.training.load_best_model_at_end and self.calibration_rows is None
+
+    def _warn_of_idle_exits(self, results: dict, labels: np.ndarray) -> None:
+        """Name the exits that learned no more than the majority class."""
+        if not self.training.do_train or self.data.problem_type != "single_label_classification":
+            return
+        majority = np.bincount(labels).max() / len(labels)
+        idle = [row["exit"] for row in results["anytime"] if row["metrics"].get("accuracy", 1) <= majority]
+        if idle:
+            logger.warning(
+                f"Exits {', '.join(map(str, idle))} are no better than always answering the majority class "
+                f"({majority:.3f}): train longer, raise --head_learning_rate or their --exit_loss_weights."
+            )
+
+    # Prediction
+
+    def _predict(self) -> None:
+        """Write `predict_results_<task>.txt` and, with what every exit says, `predict_exits_<task>.jsonl`."""
+        data, config = self.data, self.model.config
+        task = data.task_name or Path(data.dataset).stem
+        for split, rows in self.splits.items():
+            if not split.startswith("test"):
+                continue
+            name = task + split.removeprefix("test").replace("_mismatched", "-mm")
+            logits = self.trainer.predict_exits(
+                rows.remove_columns("labels") if "labels" in rows.column_names else rows
+            )
+            logits = logits.predictions
+            costs = relative_costs(self.model, **cost_inputs(rows))
+            taken = np.full(len(logits), len(costs) - 1)
+            if config.exit_policy is not None:
+                taken = ExitPolicy.from_dict(config.exit_policy).exits_of(torch.from_numpy(logits)).numpy()
+            predictions = predict_labels(logits, data.problem_type)
+            if not self.training.should_save:
+                continue
+            with open(self.folder / f"predict_results_{name}.txt", "w") as file:
+                file.write("index\tprediction\n")
+                for index, (row, exit_index) in enumerate(zip(predictions, taken, strict=True)):
+                    file.write(f"{index}\t{self._label(row[exit_index])}\n")
+            with open(self.folder / f"predict_exits_{name}.jsonl", "w") as file:
+                for row_id, row, exit_index in zip(data.row_ids(split), predictions, taken, strict=True):
+                    line = {
+                        "row_id": row_id.item(),
+                        "predictions": [self._label(prediction) for prediction in row],
+                        "exit": int(exit_index) + 1,
+                        "relative_cost": costs[exit_index],
+                    }
+                    file.write(json.dumps(line) + "\n")
+
+    def _label(self, prediction) -> str | float | list[str]:
+        """A prediction as people read it: label name, names, or number."""
+        names = self.model.config.id2label
+        if self.data.problem_type == "regression":
+            return round(float(prediction), 3)
+        if self.data.problem_type == "multi_label_classification":
+            return [names[index] for index in np.flatnonzero(prediction).tolist()]
+        return names[int(prediction)]
+
+
+def _fitting_criterion(name: str, problem_type: str) -> str | None:
+    """The criterion for the curve; `None` where no criterion fits the problem."""
+    try:
+        get_criterion(name).check(problem_type)
+    except ExitConfigurationError:
+        if problem_type == "multi_label_classification":
+            return None
+        raise
+    return name
+
+
+def _budget_hint(results: dict, folder: Path) -> str:
+    """The table of budgets, for a run that set no policy."""
+    lines = ["No policy was asked for. These budgets were measured on the rows that calibrated nothing:"]
+    for row in results["budgeted"]:
+        lines.append(f"  cost {row['relative_cost']:.3f}  {results['metric']} {row['metrics'][results['metric']]:.4f}")
+    lines.append("Save one in the model's config: give --target_cost to a run, or in Python:")
+    lines.append(f'  model.set_exit_policy(ExitPolicy.from_results("{folder}/exit_results.json", target_cost=0.5))')
+    return "\n".join(lines)
+
+
+def main(modality: Modality, argv: list[str] | None = None) -> None:
+    """Entry point of a script: run it, and answer bad input with one line instead of a traceback."""
+    try:
+        Experiment(modality, parse_arguments(modality, sys.argv[1:] if argv is None else argv)).run()
+    except ExitConfigurationError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,251 @@
+"""What all schemes share: the registry, the loss over exits, metrics of every exit, the heads' learning rate."""
+
+import importlib
+import json
+import os
+from dataclasses import asdict
+
+import torch
+from torch import nn
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
+
+from ..models import EarlyExitMixin, ExitConfigurationError
+from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
+from .arguments import EarlyExitTrainingArguments
+from .losses import exit_loss_weights
+
+
+SCHEME_FILE = "scheme.json"
+_SCHEMES: dict[str, type["EarlyExitTrainer"]] = {}
+
+
+def register_scheme(*names: str):
+    """Class decorator: make a trainer known to `--method` under `names`; the first is its proper name."""
+
+    def register(trainer_class: type["EarlyExitTrainer"]) -> type["EarlyExitTrainer"]:
+        trainer_class.method = names[0]
+        _SCHEMES.update(dict.fromkeys(names, trainer_class))
+        return trainer_class
+
+    return register
+
+
+def scheme_names() -> list[str]:
+    """The proper names of all registered schemes, sorted."""
+    return sorted({trainer_class.method for trainer_class in _SCHEMES.values()})
+
+
+def get_scheme(name: str) -> type["EarlyExitTrainer"]:
+    """The trainer class of a registered scheme, or of `package.module:Class`.
+
+    Raises:
+        ExitConfigurationError: an unknown name, a module or class that is not there, or no `EarlyExitTrainer`.
+    """
+    if name in _SCHEMES:
+        return _SCHEMES[name]
+    if ":" not in name:
+        raise ExitConfigurationError(
+            f"--method {name!r} is not one of: {', '.join(sorted(_SCHEMES))}; a scheme from elsewhere is given as "
+            "package.module:Class."
+        )
+    module_name, class_name = name.split(":", 1)
+    try:
+        trainer_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ExitConfigurationError(f"--method {name!r} cannot be imported: {error}.") from error
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, EarlyExitTrainer)):
+        raise ExitConfigurationError(f"--method {name!r} is not a subclass of EarlyExitTrainer.")
+    if "method" not in vars(trainer_class):
+        register_scheme(name)(trainer_class)
+    return trainer_class
+
+
+def scheme_arguments() -> list[type]:
+    """The arguments dataclasses of all registered schemes, for the parser."""
+    classes = dict.fromkeys(trainer_class.arguments_class for trainer_class in _SCHEMES.values())
+    return [arguments_class for arguments_class in classes if arguments_class is not None]
+
+
+class EarlyExitTrainer(Trainer):
+    """A `Trainer` for early-exit models; a scheme subclasses it under `@register_scheme("name")`.
+
+    A scheme changes what it needs: `check_model` (what it can train, settings it writes into the config),
+    `sample_weights` (w[i,k]), or the Trainer's own hooks. The loss is `(w * l).mean(0).sum()` with l[i,k] the loss of
+    sample i at exit k, and `--exit_loss_weights` multiplies w in every scheme.
+
+    Args:
+        model: an early-exit model.
+        args: `EarlyExitTrainingArguments`.
+        scheme_args: the scheme's own dataclass (`arguments_class`), its defaults where left out.
+        compute_metrics: as in `Trainer`: called with (num_samples, num_labels) logits, once for every exit.
+        **kwargs: as in `Trainer`.
+
+    Raises:
+        ExitConfigurationError: a model without exits, or settings that do not fit it.
+    """
+
+    # The loss is a mean over the micro-batch, so the Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+    method: str
+    arguments_class: type | None = None
+    citation: str = ""
+
+    def __init__(self, model=None, args=None, *, scheme_args=None, compute_metrics=None, **kwargs):
+        if not isinstance(model, EarlyExitMixin):
+            raise ExitConfigurationError(
+                f"{type(self).__name__} needs an early-exit model, not {type(model).__name__}: load the checkpoint "
+                "with EarlyExitBertForSequenceClassification or EarlyExitViTForImageClassification."
+            )
+        args = args or EarlyExitTrainingArguments()
+        if args.batch_eval_metrics:
+            raise ExitConfigurationError("--batch_eval_metrics is not supported: metrics need all rows of an exit.")
+        self.scheme_args = scheme_args or (self.arguments_class and self.arguments_class())
+        self.task_metrics = compute_metrics
+        self.exit_loss_weights = exit_loss_weights(args.exit_loss_weights, model.num_exits)
+        self.check_model(model)
+        if args.freeze_backbone:
+            model.freeze_backbone()
+        super().__init__(model=model, args=args, compute_metrics=self._metrics_of_exits, **kwargs)
+
+    # What a scheme may change
+
+    def check_model(self, model: EarlyExitMixin) -> None:
+        """Refuse what the scheme cannot train, and write its settings into `model.config`.
+
+        Unless a scheme says otherwise, every exit predicts by itself.
+        """
+        model.config.exit_aggregation = "none"
+        model.config.gradient_rescale = False
+
+    def sample_weights(self, losses: torch.Tensor, exit_logits: torch.Tensor) -> torch.Tensor | None:
+        """w, (batch, num_exits), for these losses (batch, num_exits) and logits; `None` weighs all by 1."""
+        return None
+
+    # Loss
+
+    def losses_of(self, exit_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """l, (batch, num_exits), from logits (batch, num_exits, num_labels)."""
+        config = self.accelerator.unwrap_model(self.model).config
+        config.problem_type = infer_problem_type(config.problem_type, config.num_labels, labels)
+        return loss_matrix(exit_logits, labels, config.problem_type, self.args.label_smoothing_factor)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if inputs.get("labels") is None:
+            raise ExitConfigurationError(f"A training batch needs `labels`; this one has: {', '.join(inputs)}.")
+        features = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**{**features, "early_exit": False})
+        losses = self.losses_of(outputs.exit_logits, inputs["labels"])
+        weights = self.exit_loss_weights.to(losses)
+        if model.training:
+            sample_weights = self.sample_weights(losses.detach(), outputs.exit_logits.detach())
+            weights = weights if sample_weights is None else weights * sample_weights
+        loss = reduce_losses(losses, weights)
+        return (loss, outputs) if return_outputs else loss
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in `Trainer`; the predictions are the logits of all exits, (batch, num_exits, num_labels)."""
+        inputs = {**inputs, "early_exit": False}
+        only_exit_logits = ["logits", "exit_index", "hidden_states", "attentions"]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys or only_exit_logits)
+
+    def predict_exits(self, dataset, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Evaluate every exit on every row: predictions (num_rows, num_exits, num_labels), labels, metrics."""
+        return super().predict(dataset, metric_key_prefix=metric_key_prefix)
+
+    def calibrate(self, calibration_data, **settings):
+        """Choose an exit policy on rows that nothing else has chosen; it is returned, not set.
+
+        Args:
+            calibration_data: rows as `evaluate` takes them.
+            **settings: of `een_hf.evaluation.calibrate`, for example `target_cost=0.5`, or `max_risk=0.02,
+                risk="consistency"`.
+
+        Returns:
+            a `CalibrationReport`; set its policy with `model.set_exit_policy(report.policy)`.
+        """
+        from ..evaluation import calibrate, cost_inputs, relative_costs
+
+        prediction = self.predict_exits(calibration_data, "calibration")
+        network = self.accelerator.unwrap_model(self.model)
+        settings.setdefault("problem_type", network.config.problem_type or "single_label_classification")
+        costs = relative_costs(network, **cost_inputs(calibration_data))
+        return calibrate(prediction.predictions, prediction.label_ids, costs, **settings)
+
+    def _metrics_of_exits(self, prediction: EvalPrediction) -> dict[str, float]:
+        """`exit{k}_loss` and `exit{k}_<metric>` for every exit, `<metric>` for the last."""
+        exit_logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        with torch.no_grad():
+            losses = self.losses_of(exit_logits, labels).mean(0).tolist()
+        metrics = {}
+        for index, loss in enumerate(losses):
+            metrics[f"exit{index + 1}_loss"] = loss
+            if self.task_metrics is not None:
+                own = EvalPrediction(predictions=prediction.predictions[:, index], label_ids=prediction.label_ids)
+                last = self.task_metrics(own)
+                metrics.update({f"exit{index + 1}_{name}": value for name, value in last.items()})
+        return metrics if self.task_metrics is None else {**metrics, **last}
+
+    # Optimizer
+
+    def head_learning_rate(self) -> float:
+        """Learning rate of newly made heads: `--head_learning_rate` or its default."""
+        if self.args.head_learning_rate is not None:
+            return self.args.head_learning_rate
+        pretrained = self.model.newly_initialized is not None
+        factor = 20 if pretrained and str(self.args.optim).removeprefix("OptimizerNames.").startswith("adamw") else 1
+        return factor * self.args.learning_rate
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As in `Trainer`, with newly made heads in parameter groups of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        network = self.accelerator.unwrap_model(self.model if model is None else model)
+        new_heads = nn.ModuleList(
+            [part for k in range(network.num_exits) if network.is_new_head(k) for part in network.exit_head_modules(k)]
+        )
+        new = {id(parameter) for parameter in new_heads.parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for is_new, rate in ((False, group["lr"]), (True, self.head_learning_rate())):
+                params = [parameter for parameter in group["params"] if (id(parameter) in new) == is_new]
+                if params:
+                    groups.append({**group, "params": params, "lr": rate})
+        optimizer.param_groups = groups
+        return optimizer
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As in `Trainer`.
+
+        Raises:
+            ExitConfigurationError: the checkpoint to resume from belongs to another scheme.
+        """
+        if resume_from_checkpoint:
+            folder = resume_from_checkpoint
+            folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
+            self._check_scheme(folder)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _check_scheme(self, checkpoint: str | None) -> None:
+        path = os.path.join(checkpoint or "", SCHEME_FILE)
+        if checkpoint is None or not os.path.exists(path):
+            return
+        with open(path) as file:
+            found = json.load(file)["method"]
+        if found != self.method:
+            raise ExitConfigurationError(
+                f"--resume_from_checkpoint {checkpoint} was trained with --method {found}, not {self.method}: go on "
+                f"with --method {found}, or start anew from its weights with --model_name_or_path {checkpoint}."
+            )
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            settings = asdict(self.scheme_args) if self.scheme_args else {}
+            with open(os.path.join(output_dir, SCHEME_FILE), "w") as file:
+                json.dump({"method": self.method, **settings}, file, indent=2)
