@@ -21,6 +21,9 @@ _LAZY = {
     "EarlyExitTrainer": ".training",
     "EarlyExitTrainingArguments": ".training",
     "JointExitTrainer": ".training",
+    "MetaWeightedExitTrainer": ".training",
+    "calibrate": ".evaluation",
+    "predict": ".inference",
     "register_scheme": ".training",
 }
 
@@ -36,6 +39,9 @@ __all__ = [
     "ExitConfigurationError",
     "ExitPolicy",
     "JointExitTrainer",
+    "MetaWeightedExitTrainer",
+    "calibrate",
+    "predict",
     "register_scheme",
 ]
 

@@ -3,6 +3,7 @@
 from .arguments import EarlyExitTrainingArguments, ModelArguments
 from .boosted import BoostedExitTrainer
 from .joint import JointExitTrainer
+from .l2w import MetaWeightedExitTrainer
 from .trainer import EarlyExitTrainer, get_scheme, register_scheme, scheme_names
 
 
@@ -11,6 +12,7 @@ __all__ = [
     "EarlyExitTrainer",
     "EarlyExitTrainingArguments",
     "JointExitTrainer",
+    "MetaWeightedExitTrainer",
     "ModelArguments",
     "get_scheme",
     "register_scheme",

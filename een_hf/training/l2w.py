@@ -1,0 +1,624 @@
+"""Meta-weighted training: a small network learns how much each sample counts at each exit.
+
+Symbols: l[i,k] is the loss of sample i at exit k and w[i,k] its weight; K the number of exits; theta the parameters
+of the network, W the weight prediction network; g the clipped gradient of the weighted loss, and P how far the
+optimizer's step moves theta per unit of g.
+"""
+
+import json
+import math
+import os
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm, skip_init
+from transformers import get_scheduler
+from transformers.utils import logging
+
+from ..models import ExitConfigurationError
+from ..models.exit_losses import reduce_losses
+from .trainer import EarlyExitTrainer, register_scheme
+
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "weight_network.pt"
+WEIGHT_MAP = "l2w_weights"
+# Length h * ||u|| of a step of the central differences.
+_STEP_NORM = 0.01
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": f"l2w: {text}."})
+
+
+@dataclass
+class MetaWeightedArguments:
+    """Settings of `--method l2w`; the defaults are the paper's for CIFAR."""
+
+    wpn_hidden_size: int = _setting(500, "width of the weight prediction network")
+    wpn_num_layers: int = _setting(1, "its number of hidden layers")
+    meta_learning_rate: float = _setting(1e-4, "its learning rate (Adam)")
+    meta_weight_decay: float = _setting(1e-4, "its weight decay")
+    meta_lr_scheduler_type: Literal["cosine", "linear", "constant"] = _setting(
+        "cosine", "its schedule: `cosine` (to zero), `linear` or `constant`"
+    )
+    meta_interval: int = _setting(1, "optimizer steps from one look-ahead to the next")
+    meta_epsilon: float = _setting(0.8, "eps in w = 1 + eps * (g - mean(g)), from 0 to 1")
+    meta_target_p: float = _setting(0.75, "q; the share of the meta half charged at exit k is proportional to q^k")
+    meta_input: Literal["loss", "confidence", "both"] = _setting("loss", "what the network reads of each exit")
+    meta_constraint: Literal["exit", "sample", "batch"] = _setting(
+        "exit", "over what weights average 1: a sample's exits, an exit's samples, or all of the batch"
+    )
+    meta_gradient: Literal["directional", "exact"] = _setting(
+        "directional", "`directional` (central differences) or `exact` (double backward, the slow reference)"
+    )
+
+    def __post_init__(self):
+        def check(name: str, holds: bool, wanted: str):
+            if not holds:
+                raise ExitConfigurationError(f"--{name} must be {wanted}, not {getattr(self, name)!r}.")
+
+        for name in ("meta_lr_scheduler_type", "meta_input", "meta_constraint", "meta_gradient"):
+            known = get_args(type(self).__annotations__[name])
+            check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        for name in ("wpn_hidden_size", "wpn_num_layers", "meta_interval"):
+            check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number from 1")
+        for name in ("meta_learning_rate", "meta_target_p"):
+            check(name, 0 < getattr(self, name) < math.inf, "above 0")
+        check("meta_weight_decay", 0 <= self.meta_weight_decay < math.inf, "0 or above")
+        check("meta_epsilon", 0 <= self.meta_epsilon <= 1, "between 0 and 1")
+
+
+class WeightPredictionNetwork(nn.Module):
+    """W: from what K exits say of a sample to its K weights, w = 1 + eps * (g - mean(g)).
+
+    g is an MLP with ReLU and, at its end, tanh. `generator` draws its parameters (within the bounds of `nn.Linear`);
+    the global random state does not advance.
+    """
+
+    def __init__(self, num_exits: int, args: MetaWeightedArguments, generator: torch.Generator):
+        super().__init__()
+        self.input = args.meta_input
+        self.epsilon = args.meta_epsilon
+        self.mean_over = {"exit": (1,), "sample": (0,), "batch": (0, 1)}[args.meta_constraint]
+        num_inputs = num_exits * (2 if self.input == "both" else 1)
+        sizes = [num_inputs, *[args.wpn_hidden_size] * args.wpn_num_layers, num_exits]
+        layers = []
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+            linear = skip_init(nn.Linear, fan_in, fan_out)
+            for parameter in linear.parameters():
+                nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5, generator=generator)
+            layers += [linear, nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1], nn.Tanh())
+
+    def forward(self, losses: torch.Tensor, exit_logits: torch.Tensor) -> torch.Tensor:
+        """w, (batch, K), from the losses (batch, K) and the logits (batch, K, num_labels)."""
+        inputs = [] if self.input == "confidence" else [losses]
+        if self.input != "loss":
+            inputs.append(_confidences(exit_logits))
+        predicted = self.layers(torch.cat(inputs, 1).float()).to(losses.dtype)
+        return 1 + self.epsilon * (predicted - predicted.mean(self.mean_over, keepdim=True))
+
+
+def _confidences(exit_logits: torch.Tensor) -> torch.Tensor:
+    """The largest probability, (batch, K)."""
+    low = exit_logits.dtype in (torch.float16, torch.bfloat16)
+    return exit_logits.softmax(-1, dtype=torch.float32 if low else None).amax(-1)
+
+
+def charge_exits(confidences: torch.Tensor, target_p: float) -> torch.Tensor:
+    """At which exit each sample of the meta half is charged, as the weights c of L_meta = sum of c * l.
+
+    Exit 1 is charged with the surest floor(n p_1) of the n samples; exit 2 with the surest floor(n p_2) of the others,
+    by its own confidence; and so on; exit K with those that are left (Han et al., section 3.3). p_k is proportional to
+    q^k. Of equally sure samples the earlier ones come first.
+
+    Args:
+        confidences: (n, K).
+        target_p: q.
+
+    Returns:
+        (n, K): 1 / (number of samples charged at k) where the row's sample is charged at exit k, else 0.
+    """
+    num_samples, num_exits = confidences.shape
+    total = sum(target_p**k for k in range(1, num_exits + 1))
+    charges = torch.zeros_like(confidences)
+    left = torch.arange(num_samples, device=confidences.device)
+    for k in range(1, num_exits + 1):
+        share = len(left) if k == num_exits else math.floor(num_samples * target_p**k / total)
+        order = confidences[left, k - 1].argsort(descending=True, stable=True)
+        if share:
+            charges[left[order[:share]], k - 1] = 1 / share
+        left = left[order[share:].sort().values]
+    return charges
+
+
+@torch.no_grad()
+def linear_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.Tensor],
+    values: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+) -> list[torch.Tensor | float]:
+    """Make the step that AdamW or SGD would make, without touching its state.
+
+    Args:
+        optimizer: read only.
+        parameters: those that have a gradient; they tell the optimizer's groups and states.
+        values: theta, stepped in place to theta'.
+        gradients: g, clipped.
+
+    Returns:
+        P for each parameter: with the g^2 of AdamW held constant, theta' falls by P per unit of g.
+    """
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    slopes: list[torch.Tensor | float] = [0.0] * len(parameters)
+    for group in optimizer.param_groups:
+        chosen = [places[id(parameter)] for parameter in group["params"] if id(parameter) in places]
+        if not chosen:
+            continue
+        states = [optimizer.state.get(parameters[place], {}) for place in chosen]
+        step = _adamw_step if "betas" in group else _sgd_step
+        found = step(group, states, [values[place] for place in chosen], [gradients[place] for place in chosen])
+        for place, slope in zip(chosen, found, strict=True):
+            slopes[place] = slope
+    return slopes
+
+
+def _adamw_step(group, states, values, gradients) -> list[torch.Tensor]:
+    rate, (beta1, beta2) = float(group["lr"]), group["betas"]
+    # Counters may live on the device: one read for all of them.
+    counted = [state["step"] for state in states if state]
+    counted = iter(torch.stack(counted).tolist() if counted else [])
+    steps = [next(counted) + 1 if state else 1.0 for state in states]
+    zeros = [None if state else torch.zeros_like(value) for state, value in zip(states, values, strict=True)]
+    first = [state["exp_avg"] if state else zero for state, zero in zip(states, zeros, strict=True)]
+    second = [state["exp_avg_sq"] if state else zero for state, zero in zip(states, zeros, strict=True)]
+    rates = [rate / (1 - beta1**step) for step in steps]
+
+    corrections = [1 - beta2**step for step in steps]
+    slopes = torch._foreach_mul(second, [beta2 / correction for correction in corrections])
+    torch._foreach_addcmul_(slopes, gradients, gradients, [(1 - beta2) / correction for correction in corrections])
+    torch._foreach_sqrt_(slopes)
+    torch._foreach_add_(slopes, group["eps"])
+    if group["weight_decay"]:
+        torch._foreach_mul_(values, 1 - rate * group["weight_decay"])
+    torch._foreach_addcdiv_(values, first, slopes, [-beta1 * rate for rate in rates])
+    torch._foreach_addcdiv_(values, gradients, slopes, [-(1 - beta1) * rate for rate in rates])
+    torch._foreach_reciprocal_(slopes)
+    torch._foreach_mul_(slopes, [(1 - beta1) * rate for rate in rates])
+    return slopes
+
+
+def _sgd_step(group, states, values, gradients) -> list[float]:
+    rate, momentum, slopes = float(group["lr"]), group["momentum"], []
+    for state, value, gradient in zip(states, values, gradients, strict=True):
+        buffer = state.get("momentum_buffer") if momentum else None
+        slope, inertia = (1.0, 0.0) if buffer is None else (1 - group["dampening"], momentum)
+        if group["nesterov"]:
+            slope, inertia = 1 + momentum * slope, momentum * inertia
+        slopes.append(rate * slope)
+        value.mul_(1 - rate * slope * group["weight_decay"]).add_(gradient, alpha=-rate * slope)
+        if buffer is not None:
+            value.add_(buffer, alpha=-rate * inertia)
+    return slopes
+
+
+class _PlainForward(nn.Module):
+    """The class's own forward: accelerate wraps the instance's in autocast."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: dict) -> torch.Tensor:
+        features = {name: value for name, value in inputs.items() if name != "labels"}
+        return type(self.network).forward(self.network, **{**features, "early_exit": False}).exit_logits
+
+
+@contextmanager
+def _restored(tensors: list[torch.Tensor]):
+    """Give copies of `tensors`, and put them back at the end, whatever happened."""
+    saved = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield saved
+    finally:
+        with torch.no_grad():
+            for tensor, copy in zip(tensors, saved, strict=True):
+                tensor.copy_(copy)
+
+
+def _random_generators(device: torch.device) -> list:
+    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    return [generator.get_rng_state() for generator in _random_generators(device)]
+
+
+@contextmanager
+def _random_fork(device: torch.device, start: list[torch.Tensor] | None = None):
+    """Run under the random state `start` (default: the present one), and go back to the present one afterwards."""
+    present = _random_state(device)
+    try:
+        for generator, state in zip(_random_generators(device), start or present, strict=True):
+            generator.set_rng_state(state)
+        yield
+    finally:
+        for generator, state in zip(_random_generators(device), present, strict=True):
+            generator.set_rng_state(state)
+
+
+@contextmanager
+def _full_precision(device: torch.device):
+    """No autocast and no TF32: their rounding would drown a change of 1e-6 in a parameter."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+def _halve(inputs: dict) -> tuple[dict, dict]:
+    """The batch in two; the first half is the smaller one, and empty if there is one sample only."""
+    size = len(inputs["labels"])
+
+    def part(rows: slice) -> dict:
+        in_rows = {n for n, value in inputs.items() if isinstance(value, torch.Tensor) and value.shape[:1] == (size,)}
+        return {name: value[rows] if name in in_rows else value for name, value in inputs.items()}
+
+    return part(slice(size // 2)), part(slice(size // 2, size))
+
+
+@register_scheme("l2w")
+class MetaWeightedExitTrainer(EarlyExitTrainer):
+    """A weight network W learns, by looking one step ahead, how much each sample counts at each exit.
+
+    The network trains on sum_k mean_i w[i,k] l[i,k], with w = W(l) taken as a constant. Every `meta_interval`
+    optimizer steps W learns first, from the step's first micro-batch: it is cut in halves a and b, and W is updated
+    for (train a, meta b), then for (train b, meta a), both at the same theta:
+
+        theta'(w) = the optimizer's step on a = theta - P g(w) + terms without w
+        L_meta    = sum_k mean of l[j,k](theta') over the samples j of b charged at exit k (`charge_exits`)
+        W         = Adam's step on dL_meta/dW
+
+    `--meta_gradient directional` builds no graph of second order: dL_meta/dw[i,k] = -(1/n) <grad l[i,k](theta), u>,
+    with u = c P grad L_meta(theta') and c the clipping constant, is read off by central differences along u. `exact`
+    is the double backward. All of it runs in full float32, also under mixed precision, where dropout masks would
+    change with the dtype; parameters, buffers and random states are left as they were to the last bit. A batch of one
+    sample has no halves: W rests. Logged weights are those of the main process' samples.
+
+    Differences from the paper's code:
+        - Both look-aheads start at the same theta, and then one step takes the whole batch; there, each half has its
+          own step, and the second look-ahead starts after the first step.
+        - The look-ahead is the real optimizer's step, clipped and per parameter group, for SGD and AdamW, made linear
+          in g: c and the g^2 of AdamW count as constants. There it is SGD's only, and nothing is clipped.
+        - Central differences take the place of the double backward (`exact` keeps it).
+        - `--exit_loss_weights` multiplies w in the look-ahead too; soft labels and label smoothing are respected.
+        - W's generator and the order of ties in `charge_exits` are fixed, so that runs repeat and resume to the bit.
+
+    References:
+        Han, Pu, Lai, Wang, Song, Cao, Huang, Deng, Huang: Learning to Weight Samples for Dynamic Early-exiting
+        Networks (ECCV 2022).
+    """
+
+    arguments_class = MetaWeightedArguments
+    citation = "https://arxiv.org/abs/2209.08310"
+
+    def __init__(self, model=None, args=None, **kwargs):
+        super().__init__(model=model, args=args, **kwargs)
+        self._check_settings(own_optimizer=kwargs.get("optimizer_cls_and_kwargs") is not None)
+        self.meta_generator = torch.Generator().manual_seed(self.args.seed)
+        self.weight_network = WeightPredictionNetwork(model.num_exits, self.scheme_args, self.meta_generator)
+        self.weight_network.to(self.args.device)
+        self.meta_optimizer = torch.optim.Adam(
+            self.weight_network.parameters(),
+            lr=self.scheme_args.meta_learning_rate,
+            weight_decay=self.scheme_args.meta_weight_decay,
+        )
+        self.meta_scheduler = None
+        self._looked_ahead_at = None
+        # For the log: (2, batch, K) weights and losses of the last batches, how many are new, the meta losses.
+        self._recent, self._unlogged, self._meta_losses = deque(maxlen=1000), 0, []
+
+    # What cannot be trained
+
+    def check_model(self, model) -> None:
+        _check_problem(model.config.problem_type, model.config.num_labels)
+        dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad}
+        if not dtypes <= {"torch.float32", "torch.float64"}:
+            raise ExitConfigurationError(
+                f"--method l2w needs parameters in float32, not {', '.join(sorted(dtypes))}: load the checkpoint with "
+                "dtype=torch.float32, and give --bf16 for speed."
+            )
+        if model.config.exit_aggregation != "none" or model.config.gradient_rescale:
+            logger.warning("--method l2w resets exit_aggregation and gradient_rescale of the checkpoint: no boosting.")
+            model.config.exit_aggregation, model.config.gradient_rescale = "none", False
+
+    def _check_settings(self, own_optimizer: bool) -> None:
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
+        if sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ExitConfigurationError(
+                "--method l2w changes whole parameters in place and cannot train sharded ones: leave out --fsdp, "
+                "--deepspeed and tensor parallelism."
+            )
+        if self.optimizer is not None:
+            _check_optimizer(self.optimizer)
+        elif not own_optimizer and self.args.optim not in _OPTIMIZERS:
+            raise ExitConfigurationError(_unknown_optimizer(self.args.optim.value))
+        if self.scheme_args.meta_gradient == "exact":
+            kernel = self.model.config._attn_implementation
+            if kernel not in ("eager", "sdpa"):
+                raise ExitConfigurationError(
+                    f"--meta_gradient exact needs --attn_implementation eager or sdpa; {kernel} has no double backward"
+                )
+            # The newer name first: the older one warns.
+            if getattr(self.args, "activation_checkpointing", None) or self.args.gradient_checkpointing:
+                raise ExitConfigurationError(
+                    "--meta_gradient exact does not work with --gradient_checkpointing: use `directional`."
+                )
+
+    def losses_of(self, exit_logits, labels):
+        losses = super().losses_of(exit_logits, labels)
+        _check_problem(self.model.config.problem_type, self.model.config.num_labels)
+        return losses
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        _check_optimizer(optimizer)
+        return optimizer
+
+    # The weighted step
+
+    def sample_weights(self, losses, exit_logits):
+        with torch.no_grad():
+            weights = self.weight_network(losses, exit_logits)
+        self._recent.append(torch.stack([weights, losses]))
+        self._unlogged += 1
+        return weights
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        step = self.state.global_step
+        if step != self._looked_ahead_at:
+            self._looked_ahead_at = step
+            # Without labels the weighted step says what is missing.
+            if step % self.scheme_args.meta_interval == 0 and inputs.get("labels") is not None:
+                model.train()
+                self.meta_step(self._prepare_inputs(inputs))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    # Learning W
+
+    def meta_step(self, inputs: dict) -> None:
+        """Update W on both orders of the halves of `inputs`."""
+        halves, device = _halve(inputs), self.args.device
+        with _random_fork(device), _restored(list(self.model.buffers())), _full_precision(device):
+            for train, meta in (halves, halves[::-1]):
+                self.meta_optimizer.zero_grad()
+                if len(train["labels"]) and len(meta["labels"]):
+                    weights, gradient, meta_loss = self.meta_gradient(train, meta)
+                    weights.backward(gradient)
+                    self._meta_losses.append(meta_loss)
+                if self._average_over_processes():
+                    self.meta_optimizer.step()
+        self.meta_scheduler.step()
+
+    def meta_gradient(self, train: dict, meta: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Look one step ahead on the train half, and judge the step on the meta half.
+
+        Returns:
+            w of the train half, (n, K), with its graph through W; dL_meta/dw, (n, K); L_meta.
+        """
+        if self.scheme_args.meta_gradient == "exact":
+            with sdpa_kernel(SDPBackend.MATH):
+                return self._exact_gradient(train, meta)
+        return self._directional_gradient(train, meta)
+
+    def _directional_gradient(self, train, meta):
+        # At the peak two sets of tensors stand beside the gradient that joint training has too: `saved`, `direction`.
+        device, masks = self.args.device, _random_state(self.args.device)
+        weights, _, parameters, direction, clip = self._train_pass(train)
+        parameters = list(parameters.values())
+        with _restored(parameters) as saved:
+            if clip < 1:
+                torch._foreach_mul_(direction, clip)
+            slopes = linear_step(self.optimizer, parameters, parameters, direction)
+            # u = c P grad L_meta; c comes last. Where g is exactly zero, half a does not use the parameter, and what u
+            # is there changes nothing. It must be zero: word rows that no batch has had yet have AdamW's P at 1/eps,
+            # and would take all of ||u||.
+            for part in direction:
+                part.ne_(0).mul_(slopes.pop(0))
+            meta_loss = self._meta_loss(meta)
+            torch._foreach_mul_(direction, torch.autograd.grad(meta_loss, parameters, materialize_grads=True))
+            norm = get_total_norm(direction).item()
+            if not 0 < norm < math.inf:
+                return weights, torch.zeros_like(weights), meta_loss.detach()
+            h, sides = _STEP_NORM / norm, []
+            for sign in (1, -1):
+                with torch.no_grad(), _random_fork(device, masks):
+                    for parameter, value, part in zip(parameters, saved, direction, strict=True):
+                        torch.add(value, part, alpha=sign * h, out=parameter)
+                    sides.append(self._losses(train)[0])
+        derivative = clip * self.exit_loss_weights.to(weights) * (sides[0] - sides[1]) / (2 * h)
+        return weights, -derivative / len(derivative), meta_loss.detach()
+
+    def _exact_gradient(self, train, meta):
+        weights, leaf, parameters, gradients, clip = self._train_pass(train, create_graph=True)
+        values = [parameter.detach().clone() for parameter in parameters.values()]
+        constants = [part.detach() for part in gradients]
+        slopes = linear_step(self.optimizer, list(parameters.values()), values, [clip * part for part in constants])
+        # The value is theta', the derivative -c P.
+        ahead = {
+            f"network.{name}": value - slope * clip * (part - constant)
+            for name, value, slope, part, constant in zip(
+                parameters, values, slopes, gradients, constants, strict=True
+            )
+        }
+        meta_loss = self._meta_loss(meta, ahead)
+        return weights, torch.autograd.grad(meta_loss, leaf)[0], meta_loss.detach()
+
+    def _train_pass(self, train: dict, create_graph: bool = False):
+        """w with its graph through W; w as a leaf; by name the parameters that the loss reaches; gradients; c."""
+        losses, exit_logits = self._losses(train)
+        weights = self.weight_network(losses.detach(), exit_logits.detach())
+        leaf = weights.detach().requires_grad_(create_graph)
+        loss = reduce_losses(losses, self.exit_loss_weights.to(losses) * leaf)
+        trainable = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        gradients = torch.autograd.grad(loss, trainable.values(), create_graph=create_graph, allow_unused=True)
+        # A parameter without gradient is left alone by the optimizer, decay included.
+        reached = {name: part for name, part in zip(trainable, gradients, strict=True) if part is not None}
+        clip, limit = 1.0, self.args.max_grad_norm
+        if limit and limit > 0:
+            norm = get_total_norm([part.detach() for part in reached.values()]).item()
+            clip = min(1.0, limit / (norm + 1e-6))
+        return weights, leaf, {name: trainable[name] for name in reached}, list(reached.values()), clip
+
+    def _losses(self, inputs: dict, parameters: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """l (n, K) and the logits (n, K, num_labels) of `inputs`, at `parameters` where given."""
+        plain = _PlainForward(self.model)
+        exit_logits = plain(inputs) if parameters is None else functional_call(plain, parameters, (inputs,))
+        return self.losses_of(exit_logits, inputs["labels"]), exit_logits
+
+    def _meta_loss(self, inputs: dict, parameters: dict | None = None) -> torch.Tensor:
+        losses, exit_logits = self._losses(inputs, parameters)
+        return (charge_exits(_confidences(exit_logits.detach()), self.scheme_args.meta_target_p) * losses).sum()
+
+    def _average_over_processes(self) -> bool:
+        """Average W's gradient over the processes that have one; `False` if none has."""
+        parameters = list(self.weight_network.parameters())
+        ready = parameters[0].grad is not None
+        if self.accelerator.num_processes == 1:
+            return ready
+        parts = [(p.grad if ready else torch.zeros_like(p)).flatten() for p in parameters]
+        total = self.accelerator.reduce(torch.cat([*parts, parts[0].new_tensor([float(ready)])]), "sum")
+        for parameter, part in zip(parameters, total[:-1].split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = (part / total[-1]).view_as(parameter)
+        return total[-1].item() > 0
+
+    # Schedule and checkpoints
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        num_updates = math.ceil(num_training_steps / self.scheme_args.meta_interval)
+        schedule = self.scheme_args.meta_lr_scheduler_type
+        self.meta_scheduler = get_scheduler(schedule, self.meta_optimizer, 0, num_updates)
+        self._looked_ahead_at = None
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _meta_parts(self) -> dict:
+        return {"network": self.weight_network, "optimizer": self.meta_optimizer, "scheduler": self.meta_scheduler}
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            state = {name: part.state_dict() for name, part in self._meta_parts().items()}
+            torch.save({**state, "generator": self.meta_generator.get_state()}, os.path.join(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.exists(path):
+            raise ExitConfigurationError(
+                f"--resume_from_checkpoint {checkpoint} has no {STATE_FILE}, the weight network of --method l2w: "
+                f"start anew from its weights with --model_name_or_path {checkpoint}."
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in self._meta_parts().items():
+            part.load_state_dict(state[name])
+        self.meta_generator.set_state(state["generator"])
+
+    # What W has learned
+
+    def log(self, logs, start_time=None):
+        """As in `Trainer`; beside the loss stands what W did since the last time."""
+        if "loss" in logs and self._unlogged:
+            weights, losses = torch.cat(list(self._recent)[-self._unlogged :], 1).double().cpu()
+            by_exit = [values - values.mean(0) for values in (weights, losses)]
+            # 0 where the weights of an exit do not vary.
+            spread = by_exit[0].norm(dim=0) * by_exit[1].norm(dim=0)
+            correlations = (by_exit[0] * by_exit[1]).sum(0) / spread.clamp(min=1e-12)
+            logs = {**logs, "l2w_weight_std": weights.std(correction=0).item()}
+            for k, (mean, correlation) in enumerate(zip(weights.mean(0), correlations, strict=True), 1):
+                logs[f"l2w_weight_exit{k}"] = mean.item()
+                logs[f"l2w_correlation_exit{k}"] = correlation.item()
+            if self._meta_losses:
+                logs["l2w_meta_loss"] = torch.stack(self._meta_losses).mean().item()
+            self._unlogged, self._meta_losses = 0, []
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As in `EarlyExitTrainer`; leaves a heat map of weight against loss in the output folder."""
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.is_world_process_zero() and self._recent:
+            weights, losses = torch.cat(list(self._recent), 1).double().cpu()
+            save_weight_map(weights, losses, self.args.output_dir)
+        return output
+
+
+def _check_problem(problem_type: str | None, num_labels: int) -> None:
+    if problem_type not in (None, "single_label_classification") or num_labels == 1:
+        raise ExitConfigurationError(
+            f"--method l2w is for single-label classification, not {problem_type or 'regression'}: use --method joint "
+            "or boosted. If the labels are soft, set problem_type='single_label_classification' in the config."
+        )
+
+
+def _check_optimizer(optimizer) -> None:
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    switches = [name for name in ("amsgrad", "maximize") if any(group.get(name) for group in optimizer.param_groups)]
+    if switches or type(optimizer) not in (torch.optim.AdamW, torch.optim.SGD):
+        raise ExitConfigurationError(_unknown_optimizer(" with ".join([type(optimizer).__name__, *switches])))
+
+
+def _unknown_optimizer(found: str) -> str:
+    return f"--method l2w looks ahead by AdamW's or SGD's step: --optim must be {', '.join(_OPTIMIZERS)}, not {found}."
+
+
+def save_weight_map(weights: torch.Tensor, losses: torch.Tensor, folder: str) -> None:
+    """Write the mean weight at each exit and loss as `l2w_weights.json` and, a heat map, `l2w_weights.png`.
+
+    Args:
+        weights: (samples, K).
+        losses: (samples, K); the outer bins take what lies beyond them.
+        folder: takes the files.
+    """
+    from matplotlib.figure import Figure
+
+    edges = torch.logspace(-3, 1, 33, dtype=torch.float64)
+    bins = torch.bucketize(losses, edges[1:-1].contiguous(), right=True).T
+    counts = torch.zeros(len(bins), len(edges) - 1, dtype=torch.float64)
+    sums = counts.scatter_add(1, bins, weights.T)
+    counts.scatter_add_(1, bins, torch.ones_like(weights.T))
+    means = sums / counts
+    table = {
+        "num_samples": len(losses),
+        "loss_edges": edges.tolist(),
+        "counts": counts.long().tolist(),
+        "mean_weight": [[None if math.isnan(mean) else mean for mean in row] for row in means.tolist()],
+    }
+    with open(os.path.join(folder, f"{WEIGHT_MAP}.json"), "w") as file:
+        json.dump(table, file, indent=2)
+
+    figure = Figure(figsize=(7, 1.5 + 0.3 * len(means)), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="loss", ylabel="exit", yticks=range(1, len(means) + 1))
+    axes.set_facecolor("lightgrey")  # no samples
+    reach = max((means - 1).abs().nan_to_num().max().item(), 0.01)
+    rows = [k + 0.5 for k in range(len(means) + 1)]
+    colours = {"cmap": "RdBu_r", "vmin": 1 - reach, "vmax": 1 + reach}
+    figure.colorbar(axes.pcolormesh(edges.numpy(), rows, means.numpy(), **colours), label="mean weight")
+    axes.invert_yaxis()
+    figure.savefig(os.path.join(folder, f"{WEIGHT_MAP}.png"), dpi=120)

@@ -1,0 +1,668 @@
+"""The meta-weighted scheme: the look-ahead against real steps, double backward and numerical differentiation."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+
+from een_hf.models import (
+    EarlyExitBertConfig,
+    EarlyExitBertForSequenceClassification,
+    EarlyExitViTConfig,
+    EarlyExitViTForImageClassification,
+    ExitConfigurationError,
+)
+from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer, get_scheme
+from een_hf.training.l2w import (
+    MetaWeightedArguments,
+    MetaWeightedExitTrainer,
+    WeightPredictionNetwork,
+    charge_exits,
+    save_weight_map,
+)
+
+
+NUM_LABELS = 4
+VOCABULARY = 30_000
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9"}
+ADAMW = {"optim": "adamw_torch"}
+
+
+def bert(vocab_size=200, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    config = EarlyExitBertConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        num_labels=NUM_LABELS,
+        **kwargs,
+    )
+    return EarlyExitBertForSequenceClassification(config)
+
+
+def vit(seed=0):
+    torch.manual_seed(seed)
+    config = EarlyExitViTConfig(
+        image_size=16,
+        patch_size=4,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+        num_labels=NUM_LABELS,
+    )
+    return EarlyExitViTForImageClassification(config)
+
+
+def text_batch(size, seed, low=1, high=200, length=10):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "input_ids": torch.randint(low, high, (size, length), generator=generator),
+        "attention_mask": torch.ones(size, length, dtype=torch.long),
+        "labels": torch.randint(0, NUM_LABELS, (size,), generator=generator),
+    }
+
+
+def image_batch(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(size, 3, 16, 16, generator=generator)
+    return {"pixel_values": pixels, "labels": torch.randint(0, NUM_LABELS, (size,), generator=generator)}
+
+
+class Rows(Dataset):
+    """Texts whose label is plain in their words, so that a run can learn it."""
+
+    def __init__(self, size):
+        self.columns = text_batch(size, seed=3)
+        self.columns["labels"] = self.columns["input_ids"][:, 0] % 2
+        self.columns["input_ids"][:, 1:] = 2 + self.columns["labels"][:, None]
+
+    def __len__(self):
+        return len(self.columns["labels"])
+
+    def __getitem__(self, row):
+        return {name: column[row] for name, column in self.columns.items()}
+
+
+def make_trainer(model, folder, scheme=MetaWeightedExitTrainer, scheme_args=None, size=40, **kwargs):
+    settings = {
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = EarlyExitTrainingArguments(str(folder), **{**settings, **kwargs})
+    scheme_args = {"scheme_args": MetaWeightedArguments(**scheme_args)} if scheme_args else {}
+    return scheme(model=model, args=args, train_dataset=Rows(size), **scheme_args)
+
+
+def warmed_up(model, folder, batches, **kwargs):
+    """A trainer whose optimizer has taken one real step for each of `batches`."""
+    trainer = make_trainer(model, folder, head_learning_rate=5e-3, **kwargs)
+    trainer.create_optimizer_and_scheduler(100)
+    model.train()
+    for batch in batches:
+        model(**batch).loss.backward()
+        clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        model.zero_grad()
+    return trainer
+
+
+def meta_gradients(trainer, train, meta, method, seed):
+    """dL_meta/dw and the gradient of all of W, for one random state."""
+    trainer.scheme_args = copy.copy(trainer.scheme_args)
+    trainer.scheme_args.meta_gradient = method
+    torch.manual_seed(seed)
+    weights, gradient, _ = trainer.meta_gradient(train, meta)
+    of_network = torch.autograd.grad(weights, list(trainer.weight_network.parameters()), gradient)
+    return gradient, torch.cat([part.flatten() for part in of_network])
+
+
+def assert_close_gradients(trainer, batches, states=10):
+    for seed in range(states):
+        train, meta = batches(seed)
+        found = meta_gradients(trainer, train, meta, "directional", seed)
+        wanted = meta_gradients(trainer, train, meta, "exact", seed)
+        for ours, exact in zip(found, wanted, strict=True):
+            ours, exact = ours.double().flatten(), exact.double().flatten()
+            assert torch.cosine_similarity(ours, exact, dim=0) > 0.9999
+            assert (ours - exact).norm() < 5e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_directional_gradient_is_exact_on_bert(tmp_path, optimizer):
+    # Words from the upper half of the vocabulary are new to the optimizer and to the train half: AdamW's P is about
+    # 1/eps for their rows. Without the mask on them the directional derivative is noise.
+    model = bert(VOCABULARY)
+    seen = [text_batch(16, 100 + step, high=VOCABULARY // 2) for step in range(25)]
+    trainer = warmed_up(model, tmp_path, seen, **optimizer)
+    assert len({group["lr"] for group in trainer.optimizer.param_groups}) == 2
+
+    def batches(seed):
+        return (
+            text_batch(8, seed, high=VOCABULARY // 2),
+            text_batch(8, 50 + seed, low=VOCABULARY // 2, high=VOCABULARY),
+        )
+
+    assert_close_gradients(trainer, batches)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_directional_gradient_is_exact_on_vit(tmp_path, optimizer):
+    trainer = warmed_up(vit(), tmp_path, [image_batch(16, 100 + step) for step in range(25)], **optimizer)
+    assert_close_gradients(trainer, lambda seed: (image_batch(8, seed), image_batch(8, 50 + seed)))
+
+
+def test_the_look_ahead_is_float32_under_mixed_precision(tmp_path):
+    # accelerate patches the instance's forward with autocast; perturbations of 1e-6 would vanish in bfloat16.
+    batches = [text_batch(16, 100 + step) for step in range(5)]
+    found = {}
+    for bf16 in (False, True):
+        trainer = warmed_up(bert(), tmp_path, batches, bf16=bf16, **ADAMW)
+        if bf16:
+            trainer.accelerator.prepare(trainer.model)
+            assert "forward" in vars(trainer.model)
+        found[bf16], _ = meta_gradients(trainer, text_batch(8, 1), text_batch(8, 2), "directional", 0)
+    torch.testing.assert_close(found[True], found[False], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_exact_gradient_is_the_numerical_one(tmp_path, optimizer):
+    batches = [text_batch(8, 100 + step) for step in range(5)]
+    model = bert().double()
+    trainer = warmed_up(
+        model, tmp_path, batches, max_grad_norm=0.1, scheme_args={"meta_gradient": "exact"}, **optimizer
+    )
+    train, meta = text_batch(4, 1), text_batch(4, 2)
+    torch.manual_seed(0)
+    weights, gradient, meta_loss = trainer.meta_gradient(train, meta)
+    weights = weights.detach()
+
+    # What follows knows neither the look-ahead nor its step: plain modules, the formulas of the optimizers.
+    def losses_of(network, batch):
+        logits = network(**{**batch, "labels": None}).exit_logits
+        losses = torch.stack(
+            [
+                torch.nn.functional.cross_entropy(logits[:, k], batch["labels"], reduction="none")
+                for k in range(logits.shape[1])
+            ],
+            1,
+        )
+        return losses, logits
+
+    def gradients_at(weights):
+        torch.manual_seed(0)
+        losses, _ = losses_of(model, train)
+        return torch.autograd.grad((weights * losses).mean(0).sum(), list(model.parameters()))
+
+    start = gradients_at(weights)
+    norm = math.sqrt(sum(part.square().sum().item() for part in start))
+    clip = 0.1 / (norm + 1e-6)
+    assert clip < 1
+    parameters = list(model.parameters())
+    group_of = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
+    frozen_charges = []
+
+    def meta_loss_at(weights):
+        ahead, moved = copy.deepcopy(model), gradients_at(weights)
+        with torch.no_grad():
+            for target, parameter, g, g0 in zip(ahead.parameters(), parameters, moved, start, strict=True):
+                group, state = group_of[id(parameter)], trainer.optimizer.state[parameter]
+                g, g0 = clip * g, clip * g0
+                if "betas" in group:
+                    (b1, b2), t = group["betas"], state["step"].item() + 1
+                    m = (b1 * state["exp_avg"] + (1 - b1) * g) / (1 - b1**t)
+                    v = (b2 * state["exp_avg_sq"] + (1 - b2) * g0**2) / (1 - b2**t)
+                    target.copy_(parameter * (1 - group["lr"] * group["weight_decay"]))
+                    target.sub_(group["lr"] * m / (v.sqrt() + group["eps"]))
+                else:
+                    d = g + group["weight_decay"] * parameter
+                    target.sub_(group["lr"] * (0.9 * state["momentum_buffer"] + d))
+            torch.manual_seed(0)
+            losses_of(model, train)  # the train half's masks come first in the random stream
+            losses, logits = losses_of(ahead, meta)
+        if not frozen_charges:
+            frozen_charges.append(charged_by_loop(logits.softmax(-1).amax(-1).tolist(), 0.75))
+        return sum(
+            sum(losses[row, k].item() for row in rows) / len(rows) for k, rows in enumerate(frozen_charges[0]) if rows
+        )
+
+    assert meta_loss_at(weights) == pytest.approx(meta_loss.item(), rel=1e-9)
+    numerical = torch.zeros_like(weights)
+    for i in range(weights.shape[0]):
+        for k in range(weights.shape[1]):
+            nudge = torch.zeros_like(weights)
+            nudge[i, k] = 1e-3
+            numerical[i, k] = (meta_loss_at(weights + nudge) - meta_loss_at(weights - nudge)) / 2e-3
+    assert (numerical - gradient).norm() < 1e-5 * numerical.norm()
+
+
+def charged_by_loop(confidences, target_p):
+    """The rows charged at each exit, by sorted lists."""
+    num_rows, num_exits = len(confidences), len(confidences[0])
+    total = sum(target_p**k for k in range(1, num_exits + 1))
+    left, charged = list(range(num_rows)), []
+    for k in range(num_exits):
+        share = len(left) if k == num_exits - 1 else int(num_rows * target_p ** (k + 1) / total)
+        surest = sorted(left, key=lambda row: -confidences[row][k])  # stable: of equals the earlier row
+        charged.append(surest[:share])
+        left = [row for row in left if row not in charged[-1]]
+    return charged
+
+
+@pytest.mark.parametrize("target_p", [0.3, 0.75, 1.0, 1.4])
+def test_charges_equal_a_plain_loop(target_p):
+    generator = torch.Generator().manual_seed(0)
+    for num_rows in [*range(1, 12), 37]:
+        for num_exits in (1, 2, 3, 7):
+            for digits in (1, 12):  # one digit: full of ties
+                confidences = torch.rand(num_rows, num_exits, generator=generator, dtype=torch.float64).round(
+                    decimals=digits
+                )
+                charges = charge_exits(confidences, target_p)
+                for k, rows in enumerate(charged_by_loop(confidences.tolist(), target_p)):
+                    expected = torch.zeros(num_rows, dtype=torch.float64)
+                    expected[rows] = 1 / len(rows) if rows else 0.0
+                    assert torch.equal(charges[:, k], expected)
+                assert (charges > 0).sum() == num_rows
+
+
+@pytest.mark.parametrize("steps", [0, 1, 25], ids=["first", "second", "later"])
+@pytest.mark.parametrize("max_grad_norm", [0.05, 1e9], ids=["clipped", "unclipped"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ADAMW,
+        {"optim": "adamw_torch_fused"},
+        {"optim": "sgd"},
+        SGD,
+        {"optim": "sgd", "optim_args": "momentum=0.9,dampening=0.3"},
+        {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=true"},
+    ],
+    ids=["adamw", "fused", "plain", "momentum", "dampening", "nesterov"],
+)
+@pytest.mark.parametrize("method", ["directional", "exact"])
+def test_look_ahead_is_the_real_step(tmp_path, optimizer, max_grad_norm, steps, method):
+    # Decay for some parameters only and two learning rates: a step by one global rule would not pass.
+    batches = [text_batch(8, 100 + step) for step in range(steps)]
+    model = bert().double()
+    trainer = warmed_up(model, tmp_path, batches, weight_decay=0.1, max_grad_norm=max_grad_norm, **optimizer)
+    assert len(trainer.optimizer.param_groups) >= 4
+    model.train()
+    trainer.scheme_args.meta_gradient = method
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    states = copy.deepcopy(trainer.optimizer.state_dict())
+    seen = {}
+
+    def snapshot(inputs, parameters=None):
+        named = {f"network.{name}": p for name, p in model.named_parameters()}
+        seen["ahead"] = [p.detach().clone() for p in {**named, **(parameters or {})}.values()]
+        return MetaWeightedExitTrainer._meta_loss(trainer, inputs, parameters)
+
+    trainer._meta_loss = snapshot
+    train, meta = text_batch(6, 1), text_batch(6, 2)
+    torch.manual_seed(5)
+    weights, _, _ = trainer.meta_gradient(train, meta)
+    for old, new in zip(_tensors(states), _tensors(trainer.optimizer.state_dict()), strict=True):
+        assert torch.equal(old, new)
+
+    real, optimizer = copy.deepcopy((model, trainer.optimizer))
+    torch.manual_seed(5)
+    losses = trainer.losses_of(real(**train).exit_logits, train["labels"])
+    (weights.detach() * losses).mean(0).sum().backward()
+    norm = clip_grad_norm_(real.parameters(), max_grad_norm)
+    assert (norm > max_grad_norm) == (max_grad_norm < 1)
+    optimizer.step()
+    wanted = torch.cat([(p.detach() - old).flatten() for p, old in zip(real.parameters(), before, strict=True)])
+    found = torch.cat([(p - old).flatten() for p, old in zip(seen["ahead"], before, strict=True)])
+    assert wanted.norm() > 0
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def _tensors(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    if isinstance(state, dict):
+        state = list(state.values())
+    return [tensor for part in state for tensor in _tensors(part)] if isinstance(state, (list, tuple)) else []
+
+
+class Record(TrainerCallback):
+    """The parameters after every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps.append([parameter.detach().clone() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("constraint", ["exit", "sample", "batch"])
+@pytest.mark.parametrize("kwargs", [{}, {"gradient_accumulation_steps": 3, "exit_loss_weights": "linear"}])
+def test_epsilon_0_is_joint_to_the_last_bit(tmp_path, constraint, kwargs):
+    # Any trace of the look-ahead would show: a random number drawn, a parameter or buffer not put back, a gradient.
+    records, logs = [], []
+    for scheme, scheme_args in (
+        (JointExitTrainer, None),
+        (MetaWeightedExitTrainer, {"meta_epsilon": 0.0, "meta_constraint": constraint, "meta_input": "both"}),
+    ):
+        trainer = make_trainer(bert(), tmp_path, scheme, scheme_args, size=33, logging_steps=1, max_steps=7, **kwargs)
+        records.append(Record())
+        trainer.add_callback(records[-1])
+        trainer.train()
+        logs.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
+    assert len(records[0].steps) == 7
+    for joint, weighted in zip(records[0].steps, records[1].steps, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(joint, weighted, strict=True))
+    assert logs[0] == logs[1]
+
+
+def test_weights_change_the_training_and_w_learns(tmp_path):
+    joint, weighted = make_trainer(bert(), tmp_path, JointExitTrainer), make_trainer(bert(), tmp_path)
+    before = copy.deepcopy(weighted.weight_network.state_dict())
+    joint.train()
+    weighted.train()
+    assert any(
+        not torch.equal(a, b) for a, b in zip(joint.model.parameters(), weighted.model.parameters(), strict=True)
+    )
+    assert all(not torch.equal(before[name], value) for name, value in weighted.weight_network.state_dict().items())
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 9, "gradient_accumulation_steps": 2}
+    whole = make_trainer(bert(), tmp_path / "whole", scheme_args={"meta_interval": 2}, **settings)
+    whole.train()
+    resumed = make_trainer(bert(seed=9), tmp_path / "resumed", scheme_args={"meta_interval": 2}, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert resumed.state.global_step == 9
+    for part in ("model", "weight_network", "meta_optimizer"):
+        pairs = zip(
+            _tensors(getattr(whole, part).state_dict()), _tensors(getattr(resumed, part).state_dict()), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in pairs), part
+    assert whole.meta_scheduler.state_dict() == resumed.meta_scheduler.state_dict()
+    assert torch.equal(whole.meta_generator.get_state(), resumed.meta_generator.get_state())
+
+
+def test_a_checkpoint_without_weight_network_is_refused(tmp_path):
+    make_trainer(bert(), tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    os.remove(tmp_path / "checkpoint-2" / "weight_network.pt")
+    trainer = make_trainer(bert(), tmp_path, max_steps=4)
+    with pytest.raises(ExitConfigurationError, match="--resume_from_checkpoint.*weight_network.pt"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("fails_at", [None, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("method", ["directional", "exact"])
+def test_the_look_ahead_leaves_no_trace(tmp_path, method, fails_at):
+    model = bert()
+    trainer = warmed_up(model, tmp_path, [text_batch(8, 1)], scheme_args={"meta_gradient": method})
+    model.register_buffer("counter", torch.zeros(3))
+    calls = []
+
+    def losses(inputs, parameters=None):
+        calls.append(1)
+        model.counter.add_(1)
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+        return MetaWeightedExitTrainer._losses(trainer, inputs, parameters)
+
+    trainer._losses = losses
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    optimizer_before = copy.deepcopy(trainer.optimizer.state_dict())
+    try:
+        trainer.meta_step(text_batch(8, 2))
+        failed = False
+    except KeyboardInterrupt:
+        failed = True
+    assert failed == (fails_at is not None and len(calls) == fails_at)
+    assert len(calls) == (fails_at if failed else 8 if method == "directional" else 4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for old, new in zip(_tensors(optimizer_before), _tensors(trainer.optimizer.state_dict()), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_w_never_touches_the_global_random_state(tmp_path):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    networks = [
+        WeightPredictionNetwork(3, MetaWeightedArguments(), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    first, same, other = (network.layers[0].weight for network in networks)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("inputs,width", [("loss", 3), ("confidence", 3), ("both", 6)])
+@pytest.mark.parametrize("constraint,over", [("exit", 1), ("sample", 0), ("batch", (0, 1))])
+def test_weights_average_1_over_their_constraint(inputs, width, constraint, over):
+    args = MetaWeightedArguments(meta_input=inputs, meta_constraint=constraint, wpn_num_layers=2, wpn_hidden_size=7)
+    network = WeightPredictionNetwork(3, args, torch.Generator().manual_seed(0))
+    assert [tuple(p.shape) for p in network.parameters()][::2] == [(7, width), (7, 7), (3, 7)]
+    losses, logits = torch.rand(5, 3) * 4, torch.randn(5, 3, NUM_LABELS) * 4
+    weights = network(losses, logits)
+    confidences = torch.stack([logits[:, k].softmax(-1).max(-1).values for k in range(3)], 1)
+    read = {"loss": losses, "confidence": confidences, "both": torch.cat([losses, confidences], 1)}[inputs]
+    a, b, c = network.layers[0], network.layers[2], network.layers[4]
+    g = torch.tanh(c(torch.relu(b(torch.relu(a(read))))))
+    torch.testing.assert_close(weights, 1 + 0.8 * (g - g.mean(over, keepdim=True)))
+    torch.testing.assert_close(weights.mean(over), torch.ones_like(weights.mean(over)))
+
+
+def test_looks_ahead_once_per_interval_on_the_first_micro_batch(tmp_path):
+    trainer = make_trainer(
+        bert(), tmp_path, scheme_args={"meta_interval": 3}, size=64, gradient_accumulation_steps=2, max_steps=7
+    )
+    seen, batches = [], []
+    meta_step, training_step = trainer.meta_step, MetaWeightedExitTrainer.training_step
+
+    def record(inputs):
+        seen.append((trainer.state.global_step, len(batches)))
+        meta_step(inputs)
+
+    def count(model, inputs, num_items_in_batch=None):
+        loss = training_step(trainer, model, inputs, num_items_in_batch)
+        batches.append(1)
+        return loss
+
+    trainer.meta_step, trainer.training_step = record, count
+    trainer.train()
+    assert seen == [(0, 0), (3, 6), (6, 12)]
+    assert trainer.meta_optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)  # cosine, all three used up
+
+
+def test_odd_and_tiny_batches(tmp_path):
+    # 7, then 3, then 1 sample: the last has no halves, so the network is trained and W rests.
+    trainer = make_trainer(bert(), tmp_path, size=8, per_device_train_batch_size=7, num_train_epochs=1)
+    updates = []
+    trainer.meta_optimizer.register_step_post_hook(lambda *_: updates.append(trainer.state.global_step))
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert updates == [0, 0]
+    weights, gradient, _ = trainer.meta_gradient(text_batch(1, 0), text_batch(2, 1))
+    assert weights.shape == gradient.shape == (1, 3) and gradient.isfinite().all()
+
+
+def test_soft_labels_and_label_smoothing(tmp_path):
+    for kwargs, labels in (
+        ({"label_smoothing_factor": 0.1}, torch.randint(0, NUM_LABELS, (8,))),
+        ({}, torch.rand(8, NUM_LABELS).softmax(-1)),
+    ):
+        model = bert(problem_type="single_label_classification")
+        trainer = warmed_up(model, tmp_path, [text_batch(8, 1)], **kwargs)
+        before = copy.deepcopy(trainer.weight_network.state_dict())
+        trainer.meta_step({**text_batch(8, 2), "labels": labels})
+        assert any(not torch.equal(before[name], p) for name, p in trainer.weight_network.state_dict().items())
+
+
+def test_frozen_backbone(tmp_path):
+    model = bert()
+    model.newly_initialized = frozenset(name for name, _ in model.named_parameters() if name.startswith("exit_heads"))
+    before = copy.deepcopy(model.state_dict())
+    make_trainer(model, tmp_path, freeze_backbone=True, max_steps=3).train()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) != name.startswith("exit_heads"), name
+
+
+def test_logs_what_w_has_learned(tmp_path):
+    trainer = make_trainer(bert(), tmp_path, size=16, max_steps=2)
+    seen = []
+    sample_weights = trainer.sample_weights
+
+    def record(losses, exit_logits):
+        weights = sample_weights(losses, exit_logits)
+        seen.append((weights, losses))
+        return weights
+
+    trainer.sample_weights = record
+    trainer.train()
+    weights, losses = (torch.cat(part) for part in zip(*seen, strict=True))
+    entry = next(entry for entry in trainer.state.log_history if "l2w_weight_std" in entry)
+    assert entry["step"] == 2
+    assert entry["l2w_weight_std"] == pytest.approx(weights.std(unbiased=False).item(), rel=1e-4)
+    for k in range(3):
+        assert entry[f"l2w_weight_exit{k + 1}"] == pytest.approx(weights[:, k].mean().item(), rel=1e-5)
+        correlation = torch.corrcoef(torch.stack([weights[:, k], losses[:, k]]))[0, 1].item()
+        assert entry[f"l2w_correlation_exit{k + 1}"] == pytest.approx(correlation, rel=1e-3, abs=1e-4)
+    assert entry["l2w_meta_loss"] > 0
+    assert (tmp_path / "l2w_weights.png").read_bytes()[:4] == b"\x89PNG"
+    table = json.loads((tmp_path / "l2w_weights.json").read_text())
+    assert sum(map(sum, table["counts"])) == 16 * 3
+
+
+def test_weight_map(tmp_path):
+    losses = torch.tensor([[1e-5, 0.5], [100.0, 0.5], [0.5, 0.02]], dtype=torch.float64)
+    weights = torch.tensor([[0.5, 1.0], [1.5, 2.0], [0.7, 0.1]], dtype=torch.float64)
+    save_weight_map(weights, losses, str(tmp_path))
+    table = json.loads((tmp_path / "l2w_weights.json").read_text())
+    cells = {
+        (k, index): mean
+        for k, row in enumerate(table["mean_weight"])
+        for index, mean in enumerate(row)
+        if mean is not None
+    }
+    edges = table["loss_edges"]
+    of_half = next(index for index in range(len(edges) - 1) if edges[index] <= 0.5 < edges[index + 1])
+    of_small = next(index for index in range(len(edges) - 1) if edges[index] <= 0.02 < edges[index + 1])
+    expected = {(0, 0): 0.5, (0, len(edges) - 2): 1.5, (0, of_half): 0.7, (1, of_half): 1.5, (1, of_small): 0.1}
+    assert cells == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("wpn_hidden_size", 0),
+        ("wpn_num_layers", 0),
+        ("meta_learning_rate", 0.0),
+        ("meta_weight_decay", -1.0),
+        ("meta_lr_scheduler_type", "step"),
+        ("meta_interval", 0),
+        ("meta_epsilon", 1.5),
+        ("meta_target_p", 0.0),
+        ("meta_input", "labels"),
+        ("meta_constraint", "row"),
+        ("meta_gradient", "forward"),
+    ],
+)
+def test_bad_settings_name_their_flag(name, value):
+    with pytest.raises(ExitConfigurationError, match=f"--{name} "):
+        MetaWeightedArguments(**{name: value})
+
+
+def test_what_cannot_be_trained_is_refused_before_training(tmp_path):
+    assert get_scheme("l2w") is MetaWeightedExitTrainer
+    with pytest.raises(ExitConfigurationError, match="--optim .*adafactor"):
+        make_trainer(bert(), tmp_path, optim="adafactor")
+    for model in (bert(problem_type="multi_label_classification"), bert(problem_type="regression")):
+        with pytest.raises(ExitConfigurationError, match="--method l2w"):
+            make_trainer(model, tmp_path)
+    with pytest.raises(ExitConfigurationError, match="--method l2w.*float32"):
+        make_trainer(bert().bfloat16(), tmp_path)
+    with pytest.raises(ExitConfigurationError, match="--meta_gradient exact.*--gradient_checkpointing"):
+        make_trainer(bert(), tmp_path, scheme_args={"meta_gradient": "exact"}, gradient_checkpointing=True)
+    model = bert()
+    for optimizer in (
+        torch.optim.Adam(model.parameters()),
+        torch.optim.AdamW(model.parameters(), amsgrad=True),
+        torch.optim.SGD(model.parameters(), maximize=True),
+    ):
+        args = EarlyExitTrainingArguments(str(tmp_path), use_cpu=True)
+        with pytest.raises(ExitConfigurationError, match="--optim"):
+            MetaWeightedExitTrainer(model=model, args=args, optimizers=(optimizer, None))
+    trainer = make_trainer(bert(), tmp_path)
+    trainer.train_dataset.columns["labels"] = torch.rand(40, NUM_LABELS)  # inferred as multi-label
+    with pytest.raises(ExitConfigurationError, match="--method l2w"):
+        trainer.train()
+
+
+TWO_PROCESSES = """
+import sys
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+sys.path.insert(0, {folder!r})
+from test_l2w import bert, make_trainer
+
+
+class SameEverywhere(TrainerCallback):
+    steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for network in (trainer.weight_network, trainer.model):
+            mine = torch.cat([p.detach().flatten() for p in network.parameters()])
+            others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(others, mine)
+            assert all(torch.equal(mine, other) for other in others)
+        self.steps += 1
+
+
+for method in ("directional", "exact"):
+    callback = SameEverywhere()
+    trainer = make_trainer(
+        bert(), {output!r}, scheme_args={{"meta_gradient": method, "meta_learning_rate": 1e-3}}, size=64,
+        num_train_epochs=10, per_device_train_batch_size=8, logging_steps=4, gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+    )
+    trainer.add_callback(callback)
+    start = torch.cat([p.detach().flatten() for p in trainer.weight_network.parameters()])
+    trainer.train()
+    assert trainer.args.world_size == dist.get_world_size() == 2
+    assert callback.steps == trainer.state.global_step > 10
+    assert not torch.equal(start, torch.cat([p.detach().flatten() for p in trainer.weight_network.parameters()]))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.6 * losses[0], losses
+print("both ran")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_keep_one_weight_network(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES.format(folder=os.path.dirname(__file__), output=str(tmp_path / "out")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("both ran") == 2
