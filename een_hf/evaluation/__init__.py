@@ -23,6 +23,7 @@ from .results import (
     save_exit_logits,
     write_exit_results,
 )
+from .speed import measure_seconds, relative_latencies, stock_model, text_functions
 
 
 __all__ = [
@@ -44,10 +45,14 @@ __all__ = [
     "load_metrics",
     "make_compute_metrics",
     "mean_length",
+    "measure_seconds",
     "plot_exit_curves",
     "policy_row",
     "predict_labels",
     "relative_costs",
+    "relative_latencies",
     "save_exit_logits",
+    "stock_model",
+    "text_functions",
     "write_exit_results",
 ]

@@ -345,6 +345,10 @@ class _LeavingRows:
             return None
         keep = torch.argsort(stay, descending=True, stable=True)[:num_staying]
         if num_staying:
+            if self.rows is None:
+                self.logits = (
+                    self.logits.clone()
+                )  # later answers are written into it; the head's output stays as it is
             self.rows = keep if self.rows is None else self.rows[keep]
             self.state = tuple(tensor[keep] for tensor in self.state)
             self.width = width

@@ -6,6 +6,7 @@ threshold ("at least as sure as the threshold" leaves); the last exit takes whoe
 
 import json
 import math
+import numbers
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -50,13 +51,13 @@ class ExitCriterion:
     """Scores exits one after the other; what it remembers of a row is a tuple of tensors, row first.
 
     A subclass supplies `step`, and names in `defaults` its parameters, in `problem_types` what it can score, and in
-    `integer_scores` whether its scores are counts.
+    `scores_probabilities` whether it reads softmax probabilities: only those are sharpened by a temperature.
     """
 
     name: str
     defaults: dict = {}
     problem_types = ("single_label_classification",)
-    integer_scores = False
+    scores_probabilities = True
 
     def __init__(self, params: dict):
         self.params = params
@@ -68,11 +69,20 @@ class ExitCriterion:
         """
         raise NotImplementedError
 
+    def score(
+        self, logits: torch.Tensor, state: tuple, temperature: float | None = None
+    ) -> tuple[torch.Tensor, tuple]:
+        """As `step`, of logits in any precision, divided by the exit's temperature where the criterion takes one."""
+        logits = logits.float()
+        if temperature is not None and self.scores_probabilities:
+            logits = logits / temperature
+        return self.step(logits, state)
+
     def scores(self, exit_logits: torch.Tensor, temperatures: list[float] | None = None) -> torch.Tensor:
         """Scores (num_rows, num_exits) of all exits' logits (num_rows, num_exits, num_labels)."""
         state, columns = (), []
-        for index, logits in enumerate(exit_logits.float().unbind(1)):
-            scores, state = self.step(logits / temperatures[index] if temperatures else logits, state)
+        for index, logits in enumerate(exit_logits.unbind(1)):
+            scores, state = self.score(logits, state, temperatures[index] if temperatures else None)
             columns.append(scores)
         return torch.stack(columns, 1)
 
@@ -124,31 +134,34 @@ class Patience(ExitCriterion):
 
     defaults = {"tolerance": 0.5}
     problem_types = ("single_label_classification", "regression")
-    integer_scores = True
+    scores_probabilities = False
 
     def step(self, logits, state):
         regression = logits.shape[-1] == 1
-        prediction = logits[:, 0] if regression else logits.argmax(-1)
+        broken = logits.isnan().any(-1)
+        # A broken exit predicts nothing that a later one could agree with.
+        prediction = logits[:, 0] if regression else logits.argmax(-1).masked_fill(broken, -1)
         if not state:
             streak = torch.zeros_like(logits[:, 0])
         else:
             before, streak = state
             agrees = (prediction - before).abs() < self.params["tolerance"] if regression else prediction == before
             streak = torch.where(agrees, streak + 1, 0.0)
-        # A streak over NaN logits means nothing.
-        return torch.where(logits.isnan().any(-1), float("nan"), streak), (prediction, streak)
+        return streak.masked_fill(broken, float("nan")), (prediction, streak)
 
 
 @register_criterion("vote")
 class Vote(ExitCriterion):
     """Votes of the exits so far for the class that leads (each exit votes for the class it predicts)."""
 
-    integer_scores = True
+    scores_probabilities = False
 
     def step(self, logits, state):
+        broken = logits.isnan().any(-1)
         vote = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        vote = vote.masked_fill(broken.unsqueeze(-1), 0.0)
         votes = vote + state[0] if state else vote
-        return torch.where(logits.isnan().any(-1), float("nan"), votes.amax(-1)), (votes,)
+        return votes.amax(-1).masked_fill(broken, float("nan")), (votes,)
 
 
 @dataclass
@@ -173,9 +186,11 @@ class ExitPolicy:
     guarantee: dict | None = None
 
     def to_dict(self) -> dict:
-        """A plain dict, ready for JSON; thresholds beyond `NEVER` become `NEVER`."""
+        """A plain dict, ready for strict JSON; thresholds beyond `NEVER`, infinite ones too, become `NEVER`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["thresholds"] = [max(-NEVER, min(NEVER, float(threshold))) for threshold in self.thresholds]
+        if self.temperatures is not None:
+            values["temperatures"] = [float(temperature) for temperature in self.temperatures]
         return values
 
     @classmethod
@@ -201,9 +216,9 @@ class ExitPolicy:
         """
         with open(path) as file:
             results = json.load(file)
-        found = results["policy"]
+        found = results.get("policy")
         if target_cost is not None:
-            budgets = sorted(results["budgeted"], key=lambda row: row["target_cost"])
+            budgets = sorted(results.get("budgeted") or [], key=lambda row: row["target_cost"])
             fitting = [row for row in budgets if row["target_cost"] <= target_cost + 1e-9]
             if not fitting:
                 known = ", ".join(f"{row['target_cost']:.3g}" for row in budgets) or "none"
@@ -211,6 +226,8 @@ class ExitPolicy:
             found = {**fitting[-1], "calibrated_for": {"target_cost": fitting[-1]["target_cost"]}}
         if found is None:
             raise ExitConfigurationError(f"{path} holds no calibrated policy; name a budget: target_cost=0.5.")
+        if "criterion" in results:
+            found = {"criterion": results["criterion"], **found}
         return cls.from_dict({f.name: found[f.name] for f in fields(cls) if f.name in found})
 
     def validate(self, num_exits: int, problem_type: str | None, num_labels: int) -> None:
@@ -219,17 +236,25 @@ class ExitPolicy:
         Raises:
             ExitConfigurationError: naming what does not fit and what would.
         """
-        if problem_type is None:
-            problem_type = "regression" if num_labels == 1 else "single_label_classification"
-        get_criterion(self.criterion, self.params).check(problem_type)
+        if num_labels == 1 and problem_type != "multi_label_classification":
+            problem_type = "regression"
+        get_criterion(self.criterion, self.params).check(problem_type or "single_label_classification")
+        if problem_type == "regression" and num_labels > 1:
+            raise ExitConfigurationError(
+                f"exit_policy: --exit_criterion {self.criterion} scores regression with 1 label, not {num_labels}."
+            )
         for name in ("thresholds", "temperatures"):
             values = getattr(self, name)
             if values is not None and len(values) != num_exits:
                 raise ExitConfigurationError(
                     f"exit_policy has {len(values)} {name}, but the model has {num_exits} exits: give one per exit."
                 )
-        if any(threshold is None or math.isnan(threshold) for threshold in self.thresholds[:-1]):
-            raise ExitConfigurationError(f"exit_policy has a threshold that is no number: {self.thresholds}.")
+            if any(not isinstance(value, numbers.Real) or math.isnan(value) for value in values or []):
+                raise ExitConfigurationError(f"exit_policy has {name} that are no numbers: {values}.")
+        if self.temperatures and problem_type == "regression":
+            raise ExitConfigurationError(
+                "exit_policy has temperatures, which mean nothing in regression: leave them out."
+            )
         if any(not 0 < temperature < math.inf for temperature in self.temperatures or []):
             raise ExitConfigurationError(f"exit_policy needs temperatures above 0, not {self.temperatures}.")
 
@@ -244,10 +269,8 @@ class ExitPolicy:
         Returns:
             (rows,) bool, True leaves, and the state for the next exit.
         """
-        logits = logits.float()
-        if self.temperatures:
-            logits = logits / self.temperatures[exit_index]
-        scores, state = get_criterion(self.criterion, self.params).step(logits, state)
+        temperature = self.temperatures[exit_index] if self.temperatures else None
+        scores, state = get_criterion(self.criterion, self.params).score(logits, state, temperature)
         return scores >= self.thresholds[exit_index], state
 
     def scores(self, exit_logits: torch.Tensor) -> torch.Tensor:

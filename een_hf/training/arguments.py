@@ -143,6 +143,11 @@ class CalibrationArguments:
         metadata={"help": "Cost of an exit: `operations` (multiply-accumulates) or `latency`, measured here."},
     )
 
+    measure_speed: bool = field(
+        default=False,
+        metadata={"help": "Time the rows that calibrated nothing with exits off, on, and in the stock pipeline."},
+    )
+
     def __post_init__(self):
         self.cost = CostUnit(self.cost)
         self.risk = None if self.risk is None else Risk(self.risk)

@@ -25,17 +25,20 @@ from ..evaluation import (
     cost_inputs,
     format_exit_table,
     make_compute_metrics,
+    measure_seconds,
     plot_exit_curves,
     policy_row,
     predict_labels,
     relative_costs,
+    relative_latencies,
     save_exit_logits,
+    text_functions,
     write_exit_results,
 )
 from ..evaluation.calibration import CalibrationReport
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from ..models.policies import get_criterion
-from .arguments import CalibrationArguments, EarlyExitTrainingArguments, ModelArguments
+from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
 from .trainer import EarlyExitTrainer, get_scheme, scheme_arguments
 
 
@@ -268,6 +271,8 @@ class Experiment:
         args, training = self.args, self.training
         if not (training.do_train or training.do_eval or training.do_predict):
             raise ExitConfigurationError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+        if args.calibration.measure_speed and self.modality.model_type != "bert":
+            raise ExitConfigurationError("--measure_speed is for text; benchmarks/inference.py times images.")
         checkpoint = check_output_dir(args)
         set_seed(training.seed)
         self._prepare()
@@ -361,6 +366,8 @@ class Experiment:
             plot_exit_curves(results, self.folder / "exit_curves.png")
             print(format_exit_table(results))
             print(f"Policy: {report.message}" if report else _budget_hint(results, self.folder))
+            if self.args.calibration.measure_speed and self.model.config.exit_policy is not None:
+                self._print_speed(results)
             print(f"Results, logits, plot (exit_curves.png) and model: {self.folder}")
         self._warn_of_idle_exits(results, labels)
         return prediction.metrics
@@ -368,7 +375,7 @@ class Experiment:
     def _results(self, logits: np.ndarray, labels: np.ndarray) -> tuple[dict, CalibrationReport | None]:
         """The content of `exit_results.json`, and what calibration found, where it was asked for."""
         data, config, wanted = self.data, self.model.config, self.args.calibration
-        costs = relative_costs(self.model, **cost_inputs(self.calibration_rows or self.splits["validation"]))
+        costs = self._costs(self.calibration_rows or self.splits["validation"])
         chooses = np.zeros(len(labels), dtype=bool)
         if self.calibration_rows is not None:
             held_out = self.trainer.predict_exits(self.calibration_rows, "calibration")
@@ -423,6 +430,18 @@ class Experiment:
         }
         return results, report
 
+    def _costs(self, rows) -> list[float]:
+        """Relative cost of every exit: operations, or time on this machine (`--cost latency`)."""
+        inputs = cost_inputs(rows)
+        if self.args.calibration.cost == CostUnit.OPERATIONS:
+            return relative_costs(self.model, **inputs)
+        batch = self.trainer.data_collator([rows[0]])
+        if "sequence_length" in inputs:
+            shape = (1, inputs["sequence_length"])
+            batch = {"input_ids": torch.zeros(shape, dtype=torch.int64), "attention_mask": torch.ones(shape)}
+        batch = {name: value.to(self.model.device) for name, value in batch.items() if name != "labels"}
+        return relative_latencies(self.model, batch)
+
     def _calibration_chose_checkpoint(self) -> bool:
         return self.training.load_best_model_at_end and self.calibration_rows is None
 
@@ -438,6 +457,18 @@ class Experiment:
                 f"({majority:.3f}): train longer, raise --head_learning_rate or their --exit_loss_weights."
             )
 
+    def _print_speed(self, results: dict) -> None:
+        """Time the validation rows, tokenizing included, with exits off, on, and in the stock pipeline."""
+        rows = self.data.splits["validation"]
+        texts = [rows[column] for column in self.data.input_columns]
+        settings = {
+            "max_length": self.args.data.max_seq_length,
+            "batch_size": self.training.per_device_eval_batch_size,
+        }
+        functions = text_functions(self.model, self.processor, texts, **settings)
+        for name, seconds in measure_seconds(functions, repeats=3).items():
+            print(f"{name}: {np.median(seconds):.2f} s for {len(rows)} rows")
+
     # Prediction
 
     def _predict(self) -> None:
@@ -452,7 +483,7 @@ class Experiment:
                 rows.remove_columns("labels") if "labels" in rows.column_names else rows
             )
             logits = logits.predictions
-            costs = relative_costs(self.model, **cost_inputs(rows))
+            costs = self._costs(rows)
             taken = np.full(len(logits), len(costs) - 1)
             if config.exit_policy is not None:
                 taken = ExitPolicy.from_dict(config.exit_policy).exits_of(torch.from_numpy(logits)).numpy()

@@ -348,9 +348,10 @@ def test_asking_for_hidden_states_runs_every_layer(architecture, load_exits, mon
     model = load_exits(architecture, exit_layers=_exit_layers(criterion), attn_implementation="eager")
     inputs = architecture.inputs(32, padding=architecture.paddings[0])
     labels = torch.arange(32) % 3
-    scores = [_scores(criterion, row) for row in _all_exits(model, inputs).double().tolist()]
+    temperatures = TEMPERATURES[: model.num_exits]
+    scores = [_scores(criterion, row, TEMPERATURES) for row in _all_exits(model, inputs).double().tolist()]
     for thresholds in _grid(criterion, scores):
-        policy = _policy(criterion, thresholds)
+        policy = _policy(criterion, thresholds, temperatures=temperatures)
         expected = _run(model, policy, inputs, labels=labels)
         assert not warnings
         output = _run(model, policy, inputs, labels=labels, **{asked: True})

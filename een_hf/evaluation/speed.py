@@ -1,0 +1,111 @@
+"""Seconds on the machine at hand, as medians of interleaved repeats."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification, pipeline
+
+from ..inference import predict
+
+
+def measure_seconds(functions: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, list[float]]:
+    """Seconds of every call, `repeats` for each function, after one call to warm up; the functions take turns."""
+    seconds = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def stock_model(model, num_layers: int | None = None) -> torch.nn.Module:
+    """The plain transformers model inside an early-exit model, weights copied: no exits, first-token pooling.
+
+    Args:
+        model: an early-exit model.
+        num_layers: cut to this many layers.
+    """
+    config = model.config
+    settings = config.to_dict() | {"num_hidden_layers": num_layers or config.num_hidden_layers}
+    settings.pop("model_type")
+    stock_config = AutoConfig.for_model(config.stock_model_type, **settings)
+    images = model.main_input_name == "pixel_values"
+    auto_class = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    stock = auto_class.from_config(stock_config, attn_implementation=config._attn_implementation, dtype=model.dtype)
+    names = stock.state_dict().keys()
+    stock.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
+    return stock.to(model.device).eval()
+
+
+def text_functions(
+    model, tokenizer, texts: list[list[str]], *, max_length: int, batch_size: int
+) -> dict[str, Callable[[], object]]:
+    """Three ways to classify texts, tokenizing included, for `measure_seconds`.
+
+    The stock pipeline runs the plain model inside; the other two are `een_hf.inference.predict` with exits off and
+    with the model's policy.
+
+    Args:
+        model: an early-exit model with a policy.
+        tokenizer: its tokenizer.
+        texts: one column, or two for pairs.
+        max_length: longer texts are cut.
+        batch_size: of all three.
+    """
+
+    def run(config_policy):
+        def call():
+            encoded = tokenizer(*map(list, texts), truncation=True, max_length=max_length)
+            rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+            policy, model.config.exit_policy = model.config.exit_policy, config_policy
+            try:
+                return predict(model, rows, batch_size, progress=False)
+            finally:
+                model.config.exit_policy = policy
+
+        return call
+
+    stock = pipeline("text-classification", model=stock_model(model), tokenizer=tokenizer, device=model.device)
+    inputs = [dict(zip(("text", "text_pair"), pair, strict=False)) for pair in zip(*texts, strict=True)]
+    settings = {"batch_size": batch_size, "truncation": True, "max_length": max_length}
+    return {
+        "stock pipeline": lambda: stock(inputs, **settings),
+        "exits off": run(None),
+        "exits on": run(model.config.exit_policy),
+    }
+
+
+@torch.inference_mode()
+def relative_latencies(model, inputs: dict[str, torch.Tensor], repeats: int = 15) -> list[float]:
+    """Time up to and with each exit over that of the plain model, measured on `inputs` (usually batch 1).
+
+    The same quantity as `relative_costs`, in seconds instead of operations: medians of interleaved repeats of every
+    stage and every head.
+    """
+    model.eval()
+    hidden, attention_mask = model.embed(**inputs)
+    functions = {"embed": lambda: model.embed(**inputs)}
+    previous = None
+    for index in range(model.num_exits):
+        mask = model.layer_mask(hidden, attention_mask)
+        stage = (index, hidden, attention_mask, mask, previous)
+        functions[f"stage{index}"] = lambda stage=stage: model.run_stage(*stage)
+        hidden, previous = model.run_stage(*stage)
+        exit_inputs = (index, hidden, attention_mask)
+        functions[f"head{index}"] = lambda exit_inputs=exit_inputs: model.compute_exit(*exit_inputs)
+    medians = {name: float(np.median(values)) for name, values in measure_seconds(functions, repeats).items()}
+    stages = np.array([medians[f"stage{index}"] for index in range(model.num_exits)])
+    earlier_heads = sum(medians[f"head{index}"] for index in range(model.num_exits - 1))
+    up_to = medians["embed"] + np.cumsum(stages)
+    return (up_to / (up_to[-1] - earlier_heads)).tolist()
