@@ -162,6 +162,7 @@ def predict(
     collator: Callable[[list[dict]], dict] | None = None,
     window: int | None = None,
     progress: bool | None = None,
+    total: int | None = None,
 ) -> ExitPredictions:
     """Predict a data set or stream with early exits, in input order.
 
@@ -173,10 +174,11 @@ def predict(
         window: rows that are read and sorted by length at a time. Default: the whole data set, or 64 batches of a
             stream.
         progress: show a progress bar. Default: from 1,000 rows on, or for a stream.
+        total: number of rows, where `dataset` does not know it.
     """
     was_training = model.training
     model.eval()
-    total = len(dataset) if hasattr(dataset, "__len__") else None
+    total = len(dataset) if hasattr(dataset, "__len__") else total
     collator = collator or (lambda rows: pad_rows(rows, model.config))
     window = window or (64 * batch_size if total is None else max(total, 1))
     engine = ExitEngine(model, batch_size)

@@ -47,6 +47,11 @@ def get_criterion(name: str, params: dict | None = None) -> "ExitCriterion":
     return criterion({**criterion.defaults, **params})
 
 
+def fitting_criteria(problem_type: str) -> list[str]:
+    """Names of the criteria that can score this kind of problem, sorted."""
+    return [name for name, kind in sorted(_CRITERIA.items()) if problem_type in kind.problem_types]
+
+
 class ExitCriterion:
     """Scores exits one after the other; what it remembers of a row is a tuple of tensors, row first.
 
@@ -89,7 +94,7 @@ class ExitCriterion:
     def check(self, problem_type: str) -> None:
         """Raise ExitConfigurationError where the criterion cannot score this kind of problem."""
         if problem_type not in self.problem_types:
-            fitting = [name for name, kind in sorted(_CRITERIA.items()) if problem_type in kind.problem_types]
+            fitting = fitting_criteria(problem_type)
             raise ExitConfigurationError(
                 f"--exit_criterion {self.name} does not fit {problem_type}: it scores "
                 f"{' and '.join(self.problem_types)}. "

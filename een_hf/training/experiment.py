@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from ..evaluation import (
 )
 from ..evaluation.calibration import CalibrationReport
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError, ExitPolicy
-from ..models.policies import get_criterion
+from ..models.policies import fitting_criteria, get_criterion
 from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
 from .trainer import EarlyExitTrainer, get_scheme, scheme_arguments
 
@@ -315,7 +315,7 @@ class Experiment:
         source = _model_source(args.model)
         self.processor = self.modality.load_processor(source, args.data, self.model.config, **hub)
         self.splits = self.modality.encode_data(self.data, self.processor, args.data, self.model.config)
-        self._hold_out_calibration_rows()
+        self._take_calibration_rows()
         self.trainer: EarlyExitTrainer = get_scheme(training.method)(
             model=self.model,
             args=training,
@@ -326,10 +326,17 @@ class Experiment:
             processing_class=self.processor,
             data_collator=self.modality.make_collator(self.processor, args.data),
         )
+        self._check_calibration()
+        if training.do_train and self.model.config.exit_policy is not None:
+            logger.warning("The checkpoint's exit policy is reset: training changes what its thresholds mean.")
+            self.model.set_exit_policy(None)
 
-    def _hold_out_calibration_rows(self) -> None:
-        """Take `--calibration_samples` rows out of the training split, before training."""
+    def _take_calibration_rows(self) -> None:
+        """Rows of `--calibration_file`, or `--calibration_samples` rows held out of the training split, or none."""
         wanted, self.calibration_rows = self.args.calibration.calibration_samples, None
+        if self.args.calibration.calibration_file is not None:
+            self.calibration_rows = self._calibration_file_rows(self.args.calibration.calibration_file)
+            return
         if wanted is None:
             return
         train = self.splits["train"]
@@ -340,6 +347,37 @@ class Experiment:
         order = np.random.default_rng(self.training.seed).permutation(len(train))
         self.calibration_rows = train.select(order[:wanted])
         self.splits["train"] = train.select(np.sort(order[wanted:]))
+
+    def _calibration_file_rows(self, path: str):
+        """Encoded rows of a file (text) or a folder (images); labels are optional."""
+        if not os.path.exists(path):
+            raise ExitConfigurationError(f"--calibration_file {path} is not there.")
+        sources = ("dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file")
+        sources += ("train_dir", "validation_dir", "train_val_split", "max_predict_samples", "max_eval_samples")
+        names = {field.name for field in fields(self.args.data)}
+        text = self.modality.model_type == "bert"
+        split = "test" if text else "validation"
+        given = dict.fromkeys(names.intersection(sources)) | {"test_file" if text else "validation_dir": path}
+        data_args = replace(self.args.data, **given)
+        data = self.modality.load_data(data_args, splits_needed=[split], seed=self.training.seed)
+        return self.modality.encode_data(data, self.processor, data_args, self.model.config)[split]
+
+    def _check_calibration(self) -> None:
+        """Refuse, before training, what calibration could not do after it."""
+        wanted = self.args.calibration
+        asked = wanted.target_cost is not None or wanted.max_risk is not None
+        if asked and not self.training.do_eval:
+            raise ExitConfigurationError("--target_cost and --max_risk calibrate on evaluated rows: add --do_eval.")
+        if self.training.do_eval:
+            _fitting_criterion(wanted.exit_criterion, self.data.problem_type, required=asked)
+        rows = self.calibration_rows or self.splits.get("validation")
+        if wanted.target_cost is not None and wanted.cost == CostUnit.OPERATIONS:
+            first = self._costs(rows)[0]
+            if wanted.target_cost < first:
+                raise ExitConfigurationError(
+                    f"--target_cost {wanted.target_cost:g} is below the cost of the first exit, {first:.4g}: give "
+                    "more, or an earlier first exit (--exit_layers)."
+                )
 
     def _save_metrics(self, split: str, metrics: dict) -> None:
         self.trainer.log_metrics(split, metrics)
@@ -385,12 +423,13 @@ class Experiment:
             calibration = logits[chooses], labels[chooses]
         reported = logits[~chooses], labels[~chooses]
         compute_metrics, problem_type = self.trainer.task_metrics, data.problem_type
-        criterion = _fitting_criterion(wanted.exit_criterion, problem_type)
+        asked = wanted.target_cost is not None or wanted.max_risk is not None
+        criterion = _fitting_criterion(wanted.exit_criterion, problem_type, required=asked)
         settings = {"criterion": criterion, "problem_type": problem_type}
         budgeted, report, policy = [], None, None
         if criterion is not None:
             budgeted = budgeted_curve(calibration, reported, costs, compute_metrics, **settings)
-        if wanted.target_cost is not None or wanted.max_risk is not None:
+        if asked:
             chosen_by = "the checkpoint" if self._calibration_chose_checkpoint() else None
             report = calibrate(
                 *calibration,
@@ -422,7 +461,7 @@ class Experiment:
             "metric": data.metrics[0],
             "exit_layers": config.exit_layers,
             "num_eval_samples": len(labels),
-            "num_calibration_samples": len(calibration[1]),
+            "num_calibration_samples": len(calibration[0]),
             "anytime": anytime_table(logits, labels, **table),
             "anytime_report": anytime_table(*reported, **table),
             "budgeted": budgeted,
@@ -479,10 +518,8 @@ class Experiment:
             if not split.startswith("test"):
                 continue
             name = task + split.removeprefix("test").replace("_mismatched", "-mm")
-            logits = self.trainer.predict_exits(
-                rows.remove_columns("labels") if "labels" in rows.column_names else rows
-            )
-            logits = logits.predictions
+            answers = predict_labels(self.trainer.predict(rows).predictions, data.problem_type)
+            logits = self.trainer.predict_exits(rows).predictions
             costs = self._costs(rows)
             taken = np.full(len(logits), len(costs) - 1)
             if config.exit_policy is not None:
@@ -492,8 +529,8 @@ class Experiment:
                 continue
             with open(self.folder / f"predict_results_{name}.txt", "w") as file:
                 file.write("index\tprediction\n")
-                for index, (row, exit_index) in enumerate(zip(predictions, taken, strict=True)):
-                    file.write(f"{index}\t{self._label(row[exit_index])}\n")
+                for index, answer in enumerate(answers):
+                    file.write(f"{index}\t{self._label(answer)}\n")
             with open(self.folder / f"predict_exits_{name}.jsonl", "w") as file:
                 for row_id, row, exit_index in zip(data.row_ids(split), predictions, taken, strict=True):
                     line = {
@@ -514,15 +551,13 @@ class Experiment:
         return names[int(prediction)]
 
 
-def _fitting_criterion(name: str, problem_type: str) -> str | None:
-    """The criterion for the curve; `None` where no criterion fits the problem."""
-    try:
-        get_criterion(name).check(problem_type)
-    except ExitConfigurationError:
-        if problem_type == "multi_label_classification":
-            return None
-        raise
-    return name
+def _fitting_criterion(name: str, problem_type: str, required: bool) -> str | None:
+    """The criterion, if it fits the problem; else an error where it is required, or one that fits, or `None`."""
+    criterion, fitting = get_criterion(name), fitting_criteria(problem_type)
+    if required or name in fitting:
+        criterion.check(problem_type)
+        return name
+    return fitting[0] if fitting else None
 
 
 def _budget_hint(results: dict, folder: Path) -> str:

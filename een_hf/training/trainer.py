@@ -5,7 +5,10 @@ import json
 import os
 from dataclasses import asdict
 
+import datasets
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
@@ -154,6 +157,46 @@ class EarlyExitTrainer(Trainer):
     def predict_exits(self, dataset, metric_key_prefix: str = "test") -> PredictionOutput:
         """Evaluate every exit on every row: predictions (num_rows, num_exits, num_labels), labels, metrics."""
         return super().predict(dataset, metric_key_prefix=metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Answer as the model will: with its exit policy where it has one, else from the last exit.
+
+        The rows run through `een_hf.inference.predict`, spread over the processes.
+
+        Returns:
+            predictions (num_rows, num_labels); labels, where the rows have them; metrics, with `exit_fractions` where
+            rows leave early.
+        """
+        from ..inference import predict
+
+        network, accelerator = self.accelerator.unwrap_model(self.model), self.accelerator
+        if isinstance(test_dataset, datasets.Dataset):
+            test_dataset = self._remove_unused_columns(test_dataset, "test")
+        rows = range(accelerator.process_index, len(test_dataset), accelerator.num_processes)
+        own = predict(
+            network.to(self.args.device),
+            (test_dataset[row] for row in rows),
+            self.args.per_device_eval_batch_size,
+            collator=self.data_collator,
+            window=max(len(rows), 1),
+            progress=not self.args.disable_tqdm and accelerator.is_main_process,
+            total=len(rows),
+        )
+        parts = gather_object([(list(rows), own.logits, own.exit_index)])
+        order = np.argsort([row for ids, *_ in parts for row in ids])
+        logits = torch.cat([part[1] for part in parts]).numpy()[order]
+        exit_index = torch.cat([part[2] for part in parts]).numpy()[order]
+        labels, metrics = None, {}
+        first = test_dataset[0] if len(test_dataset) else {}
+        if "labels" in first:
+            labels = np.array([row["labels"] for row in test_dataset])
+            if self.task_metrics is not None:
+                metrics = self.task_metrics(EvalPrediction(predictions=logits, label_ids=labels))
+        if network.config.exit_policy is not None:
+            fractions = np.bincount(exit_index, minlength=network.num_exits) / max(len(exit_index), 1)
+            metrics = {**metrics, "exit_fractions": fractions.tolist()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return PredictionOutput(predictions=logits, label_ids=labels, metrics=metrics)
 
     def calibrate(self, calibration_data, **settings):
         """Choose an exit policy on rows that nothing else has chosen; it is returned, not set.
