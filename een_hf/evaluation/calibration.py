@@ -19,6 +19,7 @@ RISKS = ("accuracy_gap", "consistency")
 _SHARE_RATIOS = np.geomspace(1 / 30, 30, 61)  # q of the geometric split; below 1 most rows leave early
 _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS = 50, 500
 _PATH_LEVELS = 100
+_PRICE_STEPS, _MAX_LEVELS = 14, 50
 
 
 @dataclass
@@ -77,7 +78,7 @@ def calibrate(
     """
     if (target_cost is None) == (max_risk is None):
         raise ExitConfigurationError("Give one of target_cost (--target_cost) and max_risk (--max_risk).")
-    scored = _scored(exit_logits, labels, costs, criterion, params or {}, problem_type)
+    scored = _scored(exit_logits, labels, costs, criterion, params, problem_type)
     if target_cost is not None:
         return _calibrate_cost(scored, target_cost)
     return _calibrate_risk(scored, max_risk, risk, risk_confidence, seed, chosen_by)
@@ -100,9 +101,16 @@ class _Scored:
         self.num_rows, self.num_exits = self.scores.shape
         predictions = predicted(logits, problem_type)
         targets = predictions[:, -1] if labels is None else labels
+        if targets.ndim == 2 and not self.regression:
+            targets = targets.argmax(-1)
         # What a row is worth at each exit: 1 if right, or minus the squared error.
-        gap = predictions - np.asarray(targets).reshape(-1, 1)
-        self.gains = -np.square(gap) if self.regression else (gap == 0).astype(np.float64)
+        gap = predictions.astype(np.float64) - targets.reshape(-1, 1)
+        self.gains = (gap == 0).astype(np.float64)
+        if self.regression:
+            # A broken answer is as bad as the worst whole one: a NaN would make all policies equal.
+            self.gains = -np.square(gap)
+            whole = np.isfinite(self.gains)
+            self.gains[~whole] = self.gains[whole].min(initial=0.0)
 
     def select(self, rows: np.ndarray, temperatures=None) -> "_Scored":
         labels = None if self.labels is None else self.labels[rows]
@@ -112,9 +120,13 @@ class _Scored:
 
     def exits(self, thresholds: np.ndarray) -> np.ndarray:
         """The 0-based exit, (num_rows,), that each row takes."""
+        return self.leaves(thresholds).argmax(1)
+
+    def leaves(self, thresholds: np.ndarray) -> np.ndarray:
+        """Whether each row is sure enough at each exit, (num_rows, num_exits); everybody is at the last."""
         leaves = self.scores >= thresholds
         leaves[:, -1] = True
-        return leaves.argmax(1)
+        return leaves
 
     def cost_and_gain(self, thresholds: np.ndarray) -> tuple[float, float]:
         exits = self.exits(thresholds)
@@ -132,60 +144,92 @@ class _Scored:
         return CalibrationReport(policy, cost, gain, fractions.tolist(), message)
 
 
+def _tensor(values) -> torch.Tensor:
+    """An array or a tensor of any device and precision, as float32 on the CPU."""
+    return torch.as_tensor(values).detach().cpu().float()
+
+
 def _scored(exit_logits, labels, costs, criterion, params, problem_type) -> _Scored:
-    get_criterion(criterion, params).check(problem_type)
-    logits = torch.as_tensor(np.asarray(exit_logits)).float()
-    labels = None if labels is None else np.asarray(labels)
+    logits, params = _tensor(exit_logits), params or {}
+    if logits.dim() != 3 or logits.shape[1] != len(costs) or len(logits) == 0:
+        raise ExitConfigurationError(
+            f"Calibration takes logits (rows, exits, labels) and one cost per exit, not {tuple(logits.shape)} and "
+            f"{len(costs)} costs."
+        )
+    num_rows, num_exits, num_labels = logits.shape
+    if num_labels == 1 and problem_type != "multi_label_classification":
+        problem_type = "regression"
+    ExitPolicy(criterion, [NEVER] * num_exits, params=params).validate(num_exits, problem_type, num_labels)
+    if labels is not None:
+        labels = labels.detach().cpu().numpy() if torch.is_tensor(labels) else np.asarray(labels)
+        if len(labels) != num_rows:
+            raise ExitConfigurationError(f"{num_rows} calibration rows need as many labels, not {len(labels)}.")
     return _Scored(logits, labels, np.asarray(costs, dtype=np.float64), criterion, params, problem_type)
 
 
 def predicted(logits: torch.Tensor, problem_type: str) -> np.ndarray:
     """Predictions (num_rows, num_exits): classes, or numbers in regression."""
-    logits = np.asarray(logits)
+    logits = _tensor(logits).numpy()
     return logits[..., 0] if problem_type == "regression" else logits.argmax(-1)
 
 
 def fit_temperatures(exit_logits: np.ndarray, labels: np.ndarray | None) -> list[float]:
     """One temperature per exit that minimises its negative log-likelihood (Guo et al., ICML 2017, section 4.2).
 
+    Searched between 1/20 and 20. An exit that answers every row right has no minimum (the likelihood rises all the way
+    to temperature 0) and keeps 1.
+
     Args:
         exit_logits: (num_rows, num_exits, num_labels).
-        labels: class indices (num_rows,); `None`: the last exit's own predictions.
+        labels: class indices (num_rows,), or soft labels (num_rows, num_labels); `None`: the last exit's own
+            predictions.
     """
-    logits = np.asarray(exit_logits, dtype=np.float64)
+    logits = _tensor(exit_logits).double().numpy()
     targets = logits[:, -1].argmax(-1) if labels is None else np.asarray(labels)
     finite = np.isfinite(logits).all((1, 2))
+    num_exits, num_labels = logits.shape[1:]
     logits, targets = logits[finite], targets[finite]
     if len(logits) == 0:
-        return [1.0] * np.asarray(exit_logits).shape[1]
-    rows = np.arange(len(logits))
+        return [1.0] * num_exits
+    if targets.ndim == 1:
+        targets = np.eye(num_labels)[targets]
+    classes = targets.argmax(-1)
+    hard = (targets.max(-1) == 1).all()
 
     def fit(one: np.ndarray) -> float:
+        # Relative to the largest, so that a softmax overflows nowhere.
+        one = one - one.max(-1, keepdims=True)
+        if hard and (one.argmax(-1) == classes).all():
+            return 1.0
+
         def loss(log_temperature: float) -> float:
             scaled = one / math.exp(log_temperature)
-            return float((scipy.special.logsumexp(scaled, axis=-1) - scaled[rows, targets]).mean())
+            return float((np.log(np.exp(scaled).sum(-1)) - (scaled * targets).sum(-1)).mean())
 
         bounds = (math.log(0.05), math.log(20))
         return math.exp(scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
-    return [fit(logits[:, index]) for index in range(logits.shape[1])]
+    return [fit(logits[:, index]) for index in range(num_exits)]
 
 
 def _threshold_between(scores: np.ndarray, num_leaving: int) -> float:
-    """The threshold at which the `num_leaving` surest of `scores` leave: midway to the next score, ties together."""
-    scores = scores[~np.isnan(scores)]
-    if num_leaving <= 0 or len(scores) == 0:
+    """The threshold at which the `num_leaving` surest of `scores` leave, midway to the next score.
+
+    Ties leave together: a group of ties that `num_leaving` would cut in two stays. So one score shared by all, as a
+    count at the first exit is, sends away nobody or everybody, never everybody because somebody was to go.
+    """
+    ordered = np.sort(scores[~np.isnan(scores)])[::-1]
+    if num_leaving <= 0 or len(ordered) == 0:
         return NEVER
-    ordered = np.sort(scores)[::-1]
     if num_leaving >= len(ordered):
         return -NEVER
-    lowest_leaving = ordered[num_leaving - 1]
-    staying = ordered[ordered < lowest_leaving]
-    if len(staying) == 0:
-        return -NEVER
+    highest_staying = ordered[num_leaving]
+    leaving = ordered[ordered > highest_staying]
+    if len(leaving) == 0:
+        return NEVER
     # In the scores' own precision, so that the midpoint never lets the next score pass.
-    middle = np.float32((np.float64(lowest_leaving) + np.float64(staying[0])) / 2)
-    return float(middle if middle > staying[0] else lowest_leaving)
+    middle = np.float32((np.float64(leaving[-1]) + np.float64(highest_staying)) / 2)
+    return float(middle if middle > highest_staying else leaving[-1])
 
 
 # Target cost
@@ -213,6 +257,31 @@ def geometric_thresholds(scores: np.ndarray, ratio: float) -> np.ndarray:
     return thresholds
 
 
+def geometric_policy(
+    exit_logits: np.ndarray,
+    labels: np.ndarray | None,
+    costs: Sequence[float],
+    target_cost: float,
+    *,
+    criterion: str = "confidence",
+    params: dict | None = None,
+    problem_type: str = "single_label_classification",
+) -> ExitPolicy:
+    """The plain geometric split (MSDNet, Huang et al., ICLR 2018) of the best ratio that `target_cost` affords.
+
+    The baseline that `calibrate` improves on; arguments as there.
+    """
+    scored = _scored(exit_logits, labels, costs, criterion, params, problem_type)
+    return scored.policy(_geometric_start(scored, target_cost), calibrated_for={"target_cost": float(target_cost)})
+
+
+def _geometric_start(scored: _Scored, target_cost: float) -> np.ndarray:
+    """Thresholds (num_exits,) of the best affordable geometric split, or those at which everybody leaves at once."""
+    always = np.full(scored.num_exits, -NEVER)
+    splits = [always] + [geometric_thresholds(scored.scores, ratio) for ratio in _SHARE_RATIOS]
+    return max(splits, key=lambda candidate: _rank(scored, candidate, target_cost))
+
+
 def _calibrate_cost(scored: _Scored, target_cost: float) -> CalibrationReport:
     costs = scored.costs
     if target_cost < costs[0]:
@@ -226,10 +295,7 @@ def _calibrate_cost(scored: _Scored, target_cost: float) -> CalibrationReport:
         message = f"A cost of {target_cost:g} pays for every layer: no row needs to leave early."
         return scored.report(scored.policy(thresholds, **about), thresholds, message)
 
-    always = np.full(scored.num_exits, -NEVER)
-    starts = [always] + [geometric_thresholds(scored.scores, ratio) for ratio in _SHARE_RATIOS]
-    best = max(starts, key=lambda candidate: _rank(scored, candidate, target_cost))
-    best = _climb(scored, best, target_cost)
+    best = _improve(scored, _geometric_start(scored, target_cost), target_cost)
     cost, gain = scored.cost_and_gain(best)
     if cost > target_cost:
         raise ExitConfigurationError(
@@ -248,60 +314,104 @@ def _rank(scored: _Scored, thresholds: np.ndarray, target_cost: float) -> tuple[
     return cost <= target_cost, gain, -cost
 
 
-def _climb(scored: _Scored, thresholds: np.ndarray, target_cost: float, max_steps: int = 12) -> np.ndarray:
-    """Improve thresholds while one, or two of them against each other, can be moved to a better affordable policy."""
-    ordered = np.sort(scored.scores, 0)[::-1]
-    sizes = sorted({max(1, round(scored.num_rows * share)) for share in (0.01, 0.05)})
-    best, rank = thresholds, _rank(scored, thresholds, target_cost)
+def _improve(scored: _Scored, start: np.ndarray, target_cost: float) -> np.ndarray:
+    """Thresholds at least as good as `start` and as affordable.
 
-    def moved(candidate: np.ndarray, index: int, step: int) -> np.ndarray:
-        """`candidate` with `step` more of all rows sure at an exit."""
-        sure = int((scored.scores[:, index] >= candidate[index]).sum())
-        candidate = candidate.copy()
-        candidate[index] = _threshold_between(ordered[:, index], sure + step)
-        return candidate
+    Maximises gain - price * cost one exit at a time, bisecting the price of cost towards the target (its Lagrangian:
+    this trades one exit against another), then spends what is left of the budget on one exit at a time.
+    """
+    search = _LineSearch(scored)
+    # In the units of the gain, a squared error's too.
+    low, high = np.array([1e-4, 1e2]) * (np.ptp(scored.gains) or 1.0)
+    best = start
+    for _ in range(_PRICE_STEPS):
+        price = math.sqrt(low * high)
+        thresholds = search.run(start, lambda cost, gain, price=price: (gain - price * cost).argmax())
+        best = max(best, thresholds, key=lambda candidate: _rank(scored, candidate, target_cost))
+        low, high = (price, high) if scored.cost_and_gain(thresholds)[0] > target_cost else (low, price)
 
-    for _ in range(max_steps):
-        singles = [
-            (index, moved(best, index, sign * size))
-            for index in range(scored.num_exits - 1)
-            for size in sizes
-            for sign in (1, -1)
-        ]
-        pairs = [
-            moved(first, other, sign * size)
-            for index, first in singles
-            for other in range(scored.num_exits - 1)
-            if other != index
-            for size in sizes[-1:]
-            for sign in (1, -1)
-        ]
-        candidates = [candidate for _, candidate in singles] + pairs
-        if not candidates:
-            break
-        ranks = [_rank(scored, candidate, target_cost) for candidate in candidates]
-        winner = max(range(len(ranks)), key=ranks.__getitem__)
-        if ranks[winner] <= rank:
-            break
-        best, rank = candidates[winner], ranks[winner]
-    return best
+    # Sums along a line are rounded: once up to the budget and once clearly below it, and the exact cost decides.
+    spent = [
+        search.run(origin, lambda cost, gain, limit=limit: np.where(cost <= limit, gain, -np.inf).argmax())
+        for origin in (best, start)
+        for limit in (target_cost + 1e-12, target_cost - 1e-12)
+    ]
+    return max(best, *spent, key=lambda candidate: _rank(scored, candidate, target_cost))
+
+
+class _LineSearch:
+    """Cost and gain of every threshold of one exit, the other exits' thresholds held, in one pass over the rows.
+
+    Thresholds are taken at no more than `_MAX_LEVELS` quantiles of an exit's scores, and at least 20 rows apart where
+    there are enough: finer ones follow the noise of the calibration rows.
+    """
+
+    def __init__(self, scored: _Scored):
+        self.scored = scored
+        self.num_levels = int(np.clip(scored.num_rows // 20, 4, _MAX_LEVELS))
+        self.columns = [self._column(scores) for scores in scored.scores.T[:-1]]
+
+    def _column(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows from sure to unsure (NaN last), how many of them leave at each candidate, and its threshold."""
+        order = np.argsort(-scores, kind="stable")
+        ordered = scores[order[: np.count_nonzero(~np.isnan(scores))]]
+        ends = np.flatnonzero(np.diff(ordered)) + 1
+        if len(ends) > self.num_levels:
+            ends = ends[np.searchsorted(ends, np.linspace(ends[0], ends[-1], self.num_levels))]
+        counts = np.unique([0, *ends, len(ordered)]).astype(int)
+        return order, counts, np.array([_threshold_between(ordered, count) for count in counts])
+
+    def run(self, start: np.ndarray, choose: Callable, max_sweeps: int = 4) -> np.ndarray:
+        """Sweep over the exits, each taking the candidate that `choose(costs, gains)` names, while anything moves."""
+        scored, thresholds = self.scored, start.copy()
+        leaves = scored.leaves(thresholds)
+        for _ in range(max_sweeps):
+            before = thresholds.copy()
+            for index, (_, _, candidates) in enumerate(self.columns):
+                thresholds[index] = candidates[choose(*self._along(leaves, index))]
+                leaves[:, index] = scored.scores[:, index] >= thresholds[index]
+            if (thresholds == before).all():
+                break
+        return thresholds
+
+    def _along(self, leaves: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Average cost and gain, (num_candidates,), along the candidates of an exit."""
+        scored, (order, counts, _) = self.scored, self.columns[index]
+        rows = np.arange(scored.num_rows)
+        here = ~leaves[:, :index].any(1)
+        others = leaves.copy()
+        others[:, index] = False
+        otherwise = others.argmax(1)
+
+        def along(values: np.ndarray) -> np.ndarray:
+            # What changes if a row that gets here leaves, summed from the surest row on.
+            stay = values[rows, otherwise]
+            change = np.where(here, values[rows, index] - stay, 0.0)[order]
+            return (stay.sum() + np.concatenate([[0.0], change.cumsum()])[counts]) / scored.num_rows
+
+        return along(np.broadcast_to(scored.costs, scored.gains.shape)), along(scored.gains)
 
 
 # Certified risk
 
 
-def risk_p_value(losses: np.ndarray, limit: float) -> float:
-    """P-value of "the risk exceeds `limit`" from independent losses in [0, 1].
+def risk_p_value(losses: np.ndarray, limit: float, binary: bool = True) -> float:
+    """P-value of "the risk exceeds `limit`" from independent losses of rows.
 
-    Exact binomial where all losses are 0 or 1, else Hoeffding-Bentkus (Learn then Test, Angelopoulos et al., 2021,
-    proposition 1; Bates et al., 2021, theorem 2).
+    Exact binomial, P(Bin(n, limit) <= sum of losses), for losses that can be only 0 or 1; else Hoeffding-Bentkus for
+    losses in [0, 1] (Learn then Test, Angelopoulos et al., 2021, proposition 1).
+
+    Args:
+        losses: (num_rows,).
+        limit: the risk to be disproved.
+        binary: what losses can be, not what these happen to be: a test that the data choose is no test.
     """
-    num_rows, mean = len(losses), float(np.mean(losses))
-    if np.isin(losses, (0, 1)).all():
-        return float(scipy.stats.binom.cdf(round(mean * num_rows), num_rows, limit))
-    capped = min(mean, limit)
-    divergence = scipy.special.rel_entr(capped, limit) + scipy.special.rel_entr(1 - capped, 1 - limit)
-    bentkus = math.e * scipy.stats.binom.cdf(math.ceil(mean * num_rows), num_rows, limit)
+    num_rows, total = len(losses), float(np.sum(losses))
+    if binary:
+        return float(scipy.stats.binom.cdf(round(total), num_rows, limit))
+    mean = min(total / num_rows, limit)
+    divergence = scipy.special.rel_entr(mean, limit) + scipy.special.rel_entr(1 - mean, 1 - limit)
+    bentkus = math.e * scipy.stats.binom.cdf(math.ceil(total), num_rows, limit)
     return float(min(1, math.exp(-num_rows * divergence), bentkus))
 
 
@@ -321,13 +431,14 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
             raise ExitConfigurationError("--risk accuracy_gap needs labels; without them use --risk consistency.")
     name = getattr(risk, "__name__", risk)
     never = np.full(scored.num_exits, NEVER)
-    num_search = int(np.clip(scored.num_rows // 5, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS))
+    num_search = _num_search_rows(scored.num_rows)
     num_certify = max(0, scored.num_rows - num_search)
     if (1 - max_risk) ** num_certify > 1 - confidence:
         needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_risk))
+        total = next(n for n in range(needed, needed + _MAX_SEARCH_ROWS + 1) if n - _num_search_rows(n) >= needed)
         message = (
             f"No early exit: {num_certify} certifying rows cannot show a risk of at most {max_risk:g} with confidence "
-            f"{confidence:g}, whatever the policy; that takes at least {needed}, so {needed + num_search} calibration "
+            f"{confidence:g}, whatever the policy; that takes at least {needed}, so {total} calibration "
             "rows or more. Give more of them (--calibration_file, --calibration_samples), or a larger --max_risk, or "
             "a lower --risk_confidence."
         )
@@ -341,7 +452,7 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
         leaving = round(level * num_search / _PATH_LEVELS)
         thresholds = np.array([_threshold_between(search.scores[:, k], leaving) for k in range(scored.num_exits)])
         losses = _risk_losses(risk, certify, certify.exits(thresholds))
-        p_value = risk_p_value(losses, max_risk)
+        p_value = risk_p_value(losses, max_risk, binary=not callable(risk))
         if p_value > 1 - confidence:
             break
         certified = (thresholds, float(losses.sum()), p_value)
@@ -365,7 +476,7 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
     if chosen_by is not None:
         about["no_guarantee"] = f"The calibration rows also chose {chosen_by}."
     policy = search.policy(thresholds, calibrated_for=about, guarantee=None if chosen_by else guarantee)
-    cost, _ = scored.cost_and_gain(thresholds)
+    cost, _ = certify.cost_and_gain(thresholds)
     message = (
         f"At {cost:.3f} of the full cost, risk ({name}) at most {max_risk:g} with confidence {confidence:g}: "
         f"{errors:g} errors in {num_certify} certifying rows, p = {p_value:.3g}."
@@ -375,10 +486,17 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
     return certify.report(policy, thresholds, message)
 
 
+def _num_search_rows(num_rows: int) -> int:
+    return int(np.clip(num_rows // 5, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS))
+
+
 def _risk_losses(risk: str | Callable, scored: _Scored, exits: np.ndarray) -> np.ndarray:
     """The loss in [0, 1] of each row, (num_rows,)."""
     if callable(risk):
-        return np.asarray(risk(scored.logits.numpy(), exits, scored.labels), dtype=np.float64)
+        losses = np.asarray(risk(scored.logits.numpy(), exits, scored.labels), dtype=np.float64)
+        if losses.shape != exits.shape or not ((losses >= 0) & (losses <= 1)).all():
+            raise ExitConfigurationError("A risk function must give each row a loss in [0, 1], and no NaN.")
+        return losses
     rows = np.arange(scored.num_rows)
     if risk == "accuracy_gap":
         return np.maximum(scored.gains[:, -1] - scored.gains[rows, exits], 0)
@@ -397,9 +515,9 @@ def policy_row(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
 ) -> dict:
     """What a policy gives on rows: `relative_cost`, `metrics`, `exit_fractions`, and the policy's own keys."""
-    logits = torch.as_tensor(np.asarray(exit_logits)).float()
+    logits = _tensor(exit_logits)
     exits = policy.exits_of(logits).numpy()
-    answers = np.asarray(exit_logits)[np.arange(len(exits)), exits]
+    answers = logits.numpy()[np.arange(len(exits)), exits]
     fractions = np.bincount(exits, minlength=len(costs)) / len(exits)
     return {
         "relative_cost": float(fractions @ np.asarray(costs)),
@@ -416,6 +534,7 @@ def budgeted_curve(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
     *,
     criterion: str = "confidence",
+    params: dict | None = None,
     problem_type: str = "single_label_classification",
     num_budgets: int = 15,
 ) -> list[dict]:
@@ -426,11 +545,15 @@ def budgeted_curve(
         report: the same of other rows.
         costs: relative cost of leaving at each exit.
         compute_metrics: called with the logits (num_rows, num_labels) that the policy answers with.
-        num_budgets: budgets between the first exit's cost and the last's.
+        criterion: a registered exit criterion, with its `params`.
+        problem_type: as in transformers.
+        num_budgets: budgets from the cheapest possible (the first exit's cost, unless NaN scores keep rows from
+            leaving) to the last exit's cost.
     """
-    scored = _scored(*calibration, costs, criterion, {}, problem_type)
+    scored = _scored(*calibration, costs, criterion, params, problem_type)
+    cheapest, _ = scored.cost_and_gain(np.full(scored.num_exits, -NEVER))
     rows = []
-    for target in np.linspace(costs[0], costs[-1], num_budgets).tolist():
+    for target in np.linspace(cheapest, costs[-1], num_budgets).tolist():
         policy = _calibrate_cost(scored, target).policy
         rows.append({"target_cost": target, **policy_row(policy, *report, costs, compute_metrics)})
     return rows

@@ -1,0 +1,328 @@
+"""Exit criteria and policies against plain loops over rows and exits."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from een_hf.models import ExitConfigurationError, ExitPolicy
+from een_hf.models.policies import NEVER, get_criterion
+
+
+CRITERIA = ("confidence", "entropy", "margin", "patience", "vote")
+NUM_EXITS = 5
+
+
+def _logits(num_rows=40, num_labels=4, seed=0):
+    """(num_rows, NUM_EXITS, num_labels) whose later exits agree more often."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(num_rows, 1, num_labels, generator=generator)
+    noise = torch.randn(num_rows, NUM_EXITS, num_labels, generator=generator)
+    return 2 * common + noise * torch.linspace(3, 0.5, NUM_EXITS)[:, None]
+
+
+def _softmax(row):
+    top = max(row)
+    powers = [math.exp(value - top) for value in row]
+    return [power / sum(powers) for power in powers]
+
+
+def _expected_scores(criterion, exits, temperatures, tolerance=0.5):
+    """One row's scores by the definitions, in double precision, an exit at a time."""
+    scores, predictions = [], []
+    for logits, temperature in zip(exits, temperatures, strict=True):
+        regression = len(logits) == 1
+        predictions.append(logits[0] if regression else logits.index(max(logits)))
+        probabilities = sorted(_softmax([value / temperature for value in logits]), reverse=True)
+        if criterion == "confidence":
+            scores.append(probabilities[0])
+        elif criterion == "entropy":
+            entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
+            scores.append(-entropy / math.log(len(probabilities)))
+        elif criterion == "margin":
+            scores.append(probabilities[0] - probabilities[1])
+        elif criterion == "vote":
+            scores.append(max(predictions.count(label) for label in predictions))
+        else:
+            streak = 0
+            for index in range(len(predictions) - 1, 0, -1):
+                now, before = predictions[index], predictions[index - 1]
+                if not (abs(now - before) < tolerance if regression else now == before):
+                    break
+                streak += 1
+            scores.append(streak)
+    return scores
+
+
+@pytest.mark.parametrize("temperatures", [None, [0.5, 1.0, 2.0, 3.0, 0.25]])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_scores_follow_their_definition(criterion, temperatures):
+    """Every threshold, saved or calibrated, means something else if a score is off."""
+    logits = _logits()
+    expected = [_expected_scores(criterion, row, temperatures or [1.0] * NUM_EXITS) for row in logits.tolist()]
+    scores = ExitPolicy(criterion, [NEVER] * NUM_EXITS, temperatures).scores(logits)
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperatures", [None, [0.5, 1.0, 2.0, 3.0, 0.25]])
+def test_patience_in_regression_counts_small_moves(temperatures):
+    """A temperature must not shrink the moves that the tolerance is held against: rows would leave unsettled."""
+    logits = _logits(num_labels=1)
+    expected = [_expected_scores("patience", row, [1.0] * NUM_EXITS, tolerance=1.2) for row in logits.tolist()]
+    policy = ExitPolicy("patience", [NEVER] * NUM_EXITS, temperatures, {"tolerance": 1.2})
+    scores = policy.scores(logits)
+    assert scores.tolist() == expected
+    assert scores.unique().numel() > 2
+
+
+@pytest.mark.parametrize("temperatures", [None, [0.5, 1.0, 2.0, 3.0, 0.25]])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_running_loop_equals_all_exits_at_once(criterion, temperatures):
+    """The model decides exit by exit on a shrinking batch, calibration on whole arrays: they must leave alike."""
+    logits = _logits(seed=1)
+    scores = ExitPolicy(criterion, [NEVER] * NUM_EXITS, temperatures).scores(logits)
+    counts = {"patience": [1, 1, 2, 2, 0], "vote": [2, 2, 3, 3, 0]}
+    policy = ExitPolicy(criterion, counts.get(criterion, scores.quantile(0.7, 0).tolist()), temperatures)
+    rows, state, exits = torch.arange(len(logits)), (), torch.full((len(logits),), NUM_EXITS - 1)
+    for index in range(NUM_EXITS - 1):
+        leaves, state = policy.decide(index, logits[rows, index], state)
+        exits[rows[leaves]] = index
+        # Compaction need not keep the order.
+        keep = (~leaves).nonzero().squeeze(1).flip(0)
+        rows, state = rows[keep], tuple(tensor[keep] for tensor in state)
+    assert policy.exits_of(logits).equal(exits)
+    assert exits.unique().numel() > 2
+
+
+def test_exits_of_is_the_first_exit_sure_enough():
+    """Leaving at a later exit than the first that is sure wastes compute; at an earlier one, accuracy."""
+    logits = _logits()
+    policy = ExitPolicy("confidence", [0.95, 0.9, 0.8, 0.85, 2.0])
+    scores = policy.scores(logits).tolist()
+    expected = []
+    for row in scores:
+        index = 0
+        while index < NUM_EXITS - 1 and not row[index] >= policy.thresholds[index]:
+            index += 1
+        expected.append(index)
+    exits = policy.exits_of(logits)
+    assert exits.dtype == torch.int64
+    assert exits.tolist() == expected
+    assert len(set(expected)) > 2
+
+
+def test_exactly_as_sure_as_the_threshold_leaves():
+    """A threshold of n equal exits must not ask for n + 1."""
+    logits = torch.zeros(1, NUM_EXITS, 3)
+    assert ExitPolicy("patience", [2, 2, 2, 2, 2]).exits_of(logits).tolist() == [2]
+    assert ExitPolicy("vote", [2, 2, 2, 2, 2]).exits_of(logits).tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_half_precision_logits_are_scored_in_float32(criterion, dtype):
+    """A softmax in half precision moves rows across thresholds that were calibrated in float32."""
+    logits = _logits().to(dtype)
+    temperatures = [0.5, 1.3, 2.0, 3.0, 0.25]
+    half = ExitPolicy(criterion, [0.5] * NUM_EXITS, temperatures)
+    scores = half.scores(logits)
+    assert scores.dtype == torch.float32
+    assert scores.equal(half.scores(logits.float()))
+    assert half.decide(1, logits[:, 1], ())[0].equal(half.decide(1, logits[:, 1].float(), ())[0])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_nan_never_leaves_early(criterion):
+    """A broken row that leaves looks like a sure one; the rows beside it must not be held up by it."""
+    logits = _logits(num_rows=6)
+    logits[2] = float("nan")
+    logits[4, :, 1] = float("nan")
+    exits = ExitPolicy(criterion, [-NEVER] * NUM_EXITS).exits_of(logits).tolist()
+    last = NUM_EXITS - 1
+    assert exits == [0, 0, last, 0, last, 0]
+
+
+@pytest.mark.parametrize("criterion", ["patience", "vote"])
+def test_a_broken_exit_neither_agrees_nor_votes(criterion):
+    """One broken exit must not count as support for what a later exit predicts."""
+    logits = torch.zeros(1, 4, 3)
+    logits[:, 1:, 0] = 1
+    logits[0, 0] = float("nan")
+    scores = ExitPolicy(criterion, [NEVER] * 4).scores(logits)[0]
+    assert scores[0].isnan()
+    assert scores[1:].tolist() == ([0, 1, 2] if criterion == "patience" else [1, 2, 3])
+    # A break in the middle ends a streak; votes from before it stay.
+    scores = ExitPolicy(criterion, [NEVER] * 4).scores(logits[:, [1, 0, 2, 3]])[0]
+    assert scores[1].isnan()
+    assert [scores[0].item(), *scores[2:].tolist()] == ([0, 0, 1] if criterion == "patience" else [1, 2, 3])
+
+
+def test_never_and_always():
+    """A policy that should never leave must not leave on the surest row there is, nor one that always leaves stay."""
+    sure = torch.tensor([[[1e4, 0.0], [1e4, 0.0], [0.0, 1.0]]])
+    unsure = torch.zeros(1, 3, 2)
+    for criterion in CRITERIA:
+        assert ExitPolicy(criterion, [NEVER, math.inf, 0.0]).exits_of(sure).tolist() == [2]
+        assert ExitPolicy(criterion, [-NEVER, 0.0, 0.0]).exits_of(unsure).tolist() == [0]
+
+
+def test_json_round_trip_is_strict():
+    """`config.json` and `exit_results.json` with Infinity in them cannot be read by anything but Python."""
+    policy = ExitPolicy(
+        "patience",
+        [math.inf, -math.inf, np.float32(0.5), 3],
+        temperatures=[np.float32(1.5), 1, 1.0, 2.0],
+        params={"tolerance": 0.2},
+        calibrated_for={"target_cost": 0.5},
+        guarantee={"limit": 0.02},
+    )
+    text = json.dumps(policy.to_dict(), allow_nan=False)
+    again = ExitPolicy.from_dict(json.loads(text))
+    assert json.dumps(again.to_dict(), allow_nan=False) == text
+    again.validate(4, None, 3)
+    logits = _logits(num_labels=3)[:, :4]
+    assert again.exits_of(logits).equal(policy.exits_of(logits))
+    assert (again.params, again.calibrated_for, again.guarantee) == (
+        policy.params,
+        policy.calibrated_for,
+        policy.guarantee,
+    )
+
+
+def test_optional_keys_may_be_missing_or_null():
+    """Configs written by hand, or by a version without a key, must load."""
+    short = ExitPolicy.from_dict({"criterion": "vote", "thresholds": [1, 2]})
+    full = ExitPolicy.from_dict(
+        {**short.to_dict(), "temperatures": None, "params": None, "calibrated_for": None, "guarantee": None}
+    )
+    assert short == full == ExitPolicy("vote", [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"criterion": "vote", "thresholds": [1], "threshold": 1}, "'threshold'"),
+        ({"criterion": "vote"}, "thresholds"),
+        ({"thresholds": [1]}, "criterion"),
+    ],
+)
+def test_wrong_keys_are_named(values, word):
+    """A misspelt key that is dropped silently leaves a policy that nobody asked for."""
+    with pytest.raises(ExitConfigurationError, match=word):
+        ExitPolicy.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (ExitPolicy("confidence", [0.5, 0.5]), ["exit_policy", "2 thresholds", "3 exits"]),
+        (ExitPolicy("confidence", [0.5] * 4), ["exit_policy", "4 thresholds", "3 exits"]),
+        (ExitPolicy("confidence", [0.5] * 3, [1.0]), ["exit_policy", "1 temperatures", "3 exits"]),
+        (ExitPolicy("confidence", [0.5] * 3, [1.0, 0.0, 1.0]), ["exit_policy", "temperatures above 0"]),
+        (ExitPolicy("confidence", [0.5] * 3, [1.0, -2.0, 1.0]), ["exit_policy", "temperatures above 0"]),
+        (ExitPolicy("confidence", [0.5, math.nan, 0.0]), ["exit_policy", "thresholds"]),
+        (ExitPolicy("confidence", [0.5, None, 0.0]), ["exit_policy", "thresholds"]),
+        (ExitPolicy("confidence", [0.5, "0.5", 0.0]), ["exit_policy", "thresholds"]),
+        (ExitPolicy("certainty", [0.5] * 3), ["--exit_criterion", *CRITERIA]),
+        (ExitPolicy("patience", [0.5] * 3, params={"tolerence": 1}), ["tolerence", "tolerance"]),
+    ],
+)
+def test_a_policy_that_does_not_fit_names_what_would(policy, words):
+    """Too few thresholds, or one that is no number, would silently switch exits off."""
+    with pytest.raises(ExitConfigurationError) as error:
+        policy.validate(3, None, 4)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), [("regression", 1), (None, 1)])
+@pytest.mark.parametrize("criterion", ["confidence", "entropy", "margin", "vote"])
+def test_criteria_of_classes_refuse_regression(criterion, problem_type, num_labels):
+    """The softmax of one label is always 1: every row would leave at exit 1."""
+    with pytest.raises(ExitConfigurationError, match=f"--exit_criterion {criterion}.*patience"):
+        ExitPolicy(criterion, [0.5] * 3).validate(3, problem_type, num_labels)
+    ExitPolicy("patience", [0.5] * 3).validate(3, problem_type, num_labels)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_multi_label_problems_are_refused(criterion):
+    """A softmax over labels that do not exclude each other says nothing about being right."""
+    with pytest.raises(ExitConfigurationError, match=f"--exit_criterion {criterion}.*multi_label"):
+        ExitPolicy(criterion, [0.5] * 3).validate(3, "multi_label_classification", 4)
+
+
+def test_regression_of_several_labels_is_refused():
+    """Patience would compare the index of the largest of several numbers."""
+    with pytest.raises(ExitConfigurationError, match="--exit_criterion patience.*1 label, not 3"):
+        ExitPolicy("patience", [0.5] * 3).validate(3, "regression", 3)
+
+
+def test_unknown_criterion_is_answered_with_the_known():
+    """A typo in a flag must say what to write instead."""
+    with pytest.raises(ExitConfigurationError) as error:
+        get_criterion("confidense")
+    assert all(name in str(error.value) for name in CRITERIA)
+
+
+@pytest.fixture
+def results(tmp_path):
+    def write(**more):
+        entry = {"relative_cost": 0.1, "metrics": {}, "exit_fractions": [], "temperatures": [1.0, 2.0]}
+        content = {
+            "schema_version": 1,
+            "budgeted": [
+                {"target_cost": 0.6, "criterion": "margin", "thresholds": [0.6, 0], **entry},
+                {"target_cost": 0.2, "criterion": "margin", "thresholds": [0.2, 0], **entry},
+                {"target_cost": 0.4, "criterion": "margin", "thresholds": [0.4, 0], **entry},
+            ],
+            "policy": {
+                "criterion": "entropy",
+                "thresholds": [0.5, 0],
+                "calibrated_for": {"max_risk": 0.1},
+                "guarantee": {"limit": 0.1},
+                **entry,
+            },
+            **more,
+        }
+        path = tmp_path / "exit_results.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(("target", "threshold"), [(0.2, 0.2), (0.39, 0.2), (0.4, 0.4), (0.5, 0.4), (2.0, 0.6)])
+def test_from_results_takes_the_largest_budget_below(results, target, threshold):
+    """A policy over the budget that was asked for costs more than promised; one far below wastes accuracy."""
+    policy = ExitPolicy.from_results(results(), target_cost=target)
+    assert policy == ExitPolicy(
+        "margin", [threshold, 0], [1.0, 2.0], calibrated_for={"target_cost": threshold}, guarantee=None
+    )
+
+
+def test_from_results_takes_the_calibrated_policy(results):
+    """Without a budget, the guarantee that the run calibrated for must come along."""
+    policy = ExitPolicy.from_results(str(results()))
+    assert policy == ExitPolicy(
+        "entropy", [0.5, 0], [1.0, 2.0], calibrated_for={"max_risk": 0.1}, guarantee={"limit": 0.1}
+    )
+
+
+def test_from_results_reads_the_criterion_of_the_file(results):
+    """Entries without a criterion of their own share the file's."""
+    path = results(criterion="vote", budgeted=[{"target_cost": 0.5, "thresholds": [2, 0]}])
+    assert ExitPolicy.from_results(path, target_cost=0.5).criterion == "vote"
+
+
+def test_from_results_says_what_is_missing(results):
+    """A file without the policy that was asked for must not give another one."""
+    with pytest.raises(ExitConfigurationError, match="no budget up to 0.1; it holds: 0.2, 0.4, 0.6"):
+        ExitPolicy.from_results(results(), target_cost=0.1)
+    with pytest.raises(ExitConfigurationError, match="no calibrated policy.*target_cost"):
+        ExitPolicy.from_results(results(policy=None))
+    with pytest.raises(ExitConfigurationError, match="holds: none"):
+        ExitPolicy.from_results(results(budgeted=[]), target_cost=0.5)
+    with pytest.raises(ExitConfigurationError, match="criterion"):
+        ExitPolicy.from_results(results(budgeted=[{"target_cost": 0.5, "thresholds": [2, 0]}]), target_cost=0.5)
