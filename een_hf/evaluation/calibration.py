@@ -105,12 +105,18 @@ class _Scored:
             targets = targets.argmax(-1)
         # What a row is worth at each exit: 1 if right, or minus the squared error.
         gap = predictions.astype(np.float64) - targets.reshape(-1, 1)
-        self.gains = (gap == 0).astype(np.float64)
-        if self.regression:
+        self.right = (gap == 0).astype(np.float64)
+        if not self.regression:
+            # Of policies that are right equally often, the one that gives the targets more probability.
+            scaled = logits.numpy() / np.array(temperatures).reshape(1, -1, 1)
+            sureness = np.take_along_axis(scipy.special.softmax(scaled, -1), targets.reshape(-1, 1, 1), -1)[..., 0]
+            self.gains = self.right + np.nan_to_num(sureness) / (2 * self.num_rows)
+        else:
             # A broken answer is as bad as the worst whole one: a NaN would make all policies equal.
             self.gains = -np.square(gap)
             whole = np.isfinite(self.gains)
             self.gains[~whole] = self.gains[whole].min(initial=0.0)
+            self.right = self.gains
 
     def select(self, rows: np.ndarray, temperatures=None) -> "_Scored":
         labels = None if self.labels is None else self.labels[rows]
@@ -139,9 +145,13 @@ class _Scored:
         return ExitPolicy.from_dict(policy.to_dict())
 
     def report(self, policy: ExitPolicy | None, thresholds: np.ndarray, message: str) -> CalibrationReport:
-        cost, gain = self.cost_and_gain(thresholds)
+        cost, _ = self.cost_and_gain(thresholds)
         fractions = np.bincount(self.exits(thresholds), minlength=self.num_exits) / self.num_rows
-        return CalibrationReport(policy, cost, gain, fractions.tolist(), message)
+        return CalibrationReport(policy, cost, self.score(thresholds), fractions.tolist(), message)
+
+    def score(self, thresholds: np.ndarray) -> float:
+        """Share of rows answered right, or minus the mean squared error."""
+        return float(self.right[np.arange(self.num_rows), self.exits(thresholds)].mean())
 
 
 def _tensor(values) -> torch.Tensor:
@@ -296,7 +306,7 @@ def _calibrate_cost(scored: _Scored, target_cost: float) -> CalibrationReport:
         return scored.report(scored.policy(thresholds, **about), thresholds, message)
 
     best = _improve(scored, _geometric_start(scored, target_cost), target_cost)
-    cost, gain = scored.cost_and_gain(best)
+    cost, _ = scored.cost_and_gain(best)
     if cost > target_cost:
         raise ExitConfigurationError(
             f"--target_cost {target_cost:g} cannot be met: rows with NaN scores never leave early (cost {cost:.4g})."
@@ -304,7 +314,8 @@ def _calibrate_cost(scored: _Scored, target_cost: float) -> CalibrationReport:
     name = (
         "score" if scored.regression else "accuracy" if scored.labels is not None else "agreement with the last exit"
     )
-    message = f"At {cost:.3f} of the full cost: {name} {gain:.4f} on {scored.num_rows} calibration rows."
+    score = scored.score(best)
+    message = f"At {cost:.3f} of the full cost: {name} {score:.4f} on {scored.num_rows} calibration rows."
     return scored.report(scored.policy(best, **about), best, message)
 
 
@@ -499,7 +510,7 @@ def _risk_losses(risk: str | Callable, scored: _Scored, exits: np.ndarray) -> np
         return losses
     rows = np.arange(scored.num_rows)
     if risk == "accuracy_gap":
-        return np.maximum(scored.gains[:, -1] - scored.gains[rows, exits], 0)
+        return np.maximum(scored.right[:, -1] - scored.right[rows, exits], 0)
     predictions = predicted(scored.logits, scored.problem_type)
     return (predictions[rows, exits] != predictions[:, -1]).astype(np.float64)
 

@@ -403,7 +403,7 @@ class Experiment:
             write_exit_results(self.folder, results)
             plot_exit_curves(results, self.folder / "exit_curves.png")
             print(format_exit_table(results))
-            print(f"Policy: {report.message}" if report else _budget_hint(results, self.folder))
+            print(f"Calibration: {report.message}" if report else _budget_hint(results, self.folder))
             if self.args.calibration.measure_speed and self.model.config.exit_policy is not None:
                 self._print_speed(results)
             print(f"Results, logits, plot (exit_curves.png) and model: {self.folder}")
