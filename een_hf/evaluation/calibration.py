@@ -564,7 +564,7 @@ def budgeted_curve(
     scored = _scored(*calibration, costs, criterion, params, problem_type)
     cheapest, _ = scored.cost_and_gain(np.full(scored.num_exits, -NEVER))
     rows = []
-    for target in np.linspace(cheapest, costs[-1], num_budgets).tolist():
+    for target in np.unique(np.linspace(cheapest, costs[-1], num_budgets)).tolist():
         policy = _calibrate_cost(scored, target).policy
         rows.append({"target_cost": target, **policy_row(policy, *report, costs, compute_metrics)})
     return rows
