@@ -136,7 +136,8 @@ class ExitEngine:
     def _step(self, stage: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         model, rows = self.model, self._take(stage)
         mask = model.layer_mask(rows.hidden, rows.attention_mask)
-        hidden, logits = model.run_stage(stage, rows.hidden, rows.attention_mask, mask, rows.logits)
+        pooled_by = None if mask is None else rows.attention_mask
+        hidden, logits = model.run_stage(stage, rows.hidden, pooled_by, mask, rows.logits)
         if stage == model.num_exits - 1:
             yield rows.ids, logits, stage
             return

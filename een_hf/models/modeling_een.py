@@ -271,9 +271,10 @@ class EarlyExitMixin:
         ]
         if policy is not None and recording:
             logger.warning_once(f"{' and '.join(recording)} needs every layer: no compute is saved by early exit.")
-        leaving = None if policy is None or recording else _LeavingRows(policy, attention_mask)
-
         mask = self.layer_mask(hidden, attention_mask)
+        if mask is None:
+            attention_mask = None  # the layers need none, so there is no padding
+        leaving = None if policy is None or recording else _LeavingRows(policy, attention_mask)
         logits, collected = None, []
         for index in range(self.num_exits):
             hidden, logits = self.run_stage(index, hidden, attention_mask, mask, logits, **kwargs)
@@ -291,7 +292,7 @@ class EarlyExitMixin:
             mask = self.layer_mask(hidden, attention_mask)
 
         if leaving is not None:
-            logits, exit_index = leaving.logits, leaving.exit_index
+            logits, exit_index = leaving.answers()
             exit_logits = None
         else:
             exit_logits, exit_index = torch.stack(collected, 1), None
@@ -311,60 +312,70 @@ class EarlyExitMixin:
 class _LeavingRows:
     """Which rows are still in the batch, and what the others answered.
 
-    `logits` and `exit_index` hold every row's latest answer: each exit writes those of the rows that are still there,
-    and later exits overwrite them. `attention_mask` and `width` describe the survivors, trailing columns that none of
-    them uses cut off. Per decision one small tensor is read from the device, and nothing is copied if nobody leaves.
+    Each exit writes the answers of the rows that are still there, and later exits overwrite them. `attention_mask` and
+    `width` describe the survivors, trailing columns that none of them uses cut off. Per decision one small tensor is
+    read from the device, and nothing is copied if nobody leaves.
     """
 
     def __init__(self, policy: ExitPolicy, attention_mask: torch.Tensor | None):
-        self.policy = policy
-        self.state = ()  # what the criterion remembers of the rows that are still there
-        self.rows = None  # None: nobody has left, every row is still at its place
-        self.logits = self.exit_index = None
-        self.width = None
-        self.attention_mask = attention_mask
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
                 f"Early exit needs a 2-D attention_mask, not {attention_mask.dim()}-D; pass early_exit=False."
             )
+        self.policy = policy
+        self.state = ()  # what the criterion remembers of the rows that are still there
+        self.rows = None  # None: nobody has left, every row is still at its place
+        self.logits = self.exit_index = None
+        self.attention_mask, self.width, self.columns = attention_mask, None, None
 
     def decide(self, index: int, logits: torch.Tensor) -> torch.Tensor | None:
         """Take the answers (rows, num_labels) of exit `index`; return which rows stay, `None` meaning all of them."""
         if self.rows is None:
-            self.logits = logits
-            self.exit_index = torch.full(logits.shape[:1], index, dtype=torch.int64, device=logits.device)
+            self.logits, self.exit_index = logits, index
         else:
             self.logits.index_copy_(0, self.rows, logits)
             self.exit_index.index_fill_(0, self.rows, index)
         if index == len(self.policy.thresholds) - 1:
             return None
         leaves, self.state = self.policy.decide(index, logits, self.state)
-        stay = ~leaves
-        num_staying, width, full = self._measure(stay)
-        if num_staying == len(stay):
+        num_staying, width, full = self._measure(~leaves)
+        if num_staying == len(leaves):
             return None
-        keep = torch.argsort(stay, descending=True, stable=True)[:num_staying]
+        keep = torch.argsort(leaves, stable=True)[:num_staying]
         if num_staying:
-            if self.rows is None:
-                self.logits = (
-                    self.logits.clone()
-                )  # later answers are written into it; the head's output stays as it is
-            self.rows = keep if self.rows is None else self.rows[keep]
-            self.state = tuple(tensor[keep] for tensor in self.state)
-            self.width = width
-            if self.attention_mask is not None:
-                self.attention_mask = None if full else self.attention_mask[:, :width].index_select(0, keep)
+            self._compact(keep, width, full)
         return keep
 
     def _measure(self, stay: torch.Tensor) -> tuple[int, int | None, bool]:
         """(rows that stay, columns that they use, whether they use all of these columns), in one read."""
-        if self.attention_mask is None:
+        if self.attention_mask is None or len(stay) == 1:
             return int(stay.sum()), None, True
-        used = self.attention_mask != 0
-        last = (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1)
-        # A row of padding only attends to all of it.
-        last = last.masked_fill(last == 0, used.shape[1])
+        if self.columns is None:
+            used = self.attention_mask != 0
+            last = (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1)
+            # A row of padding only attends to all of it.
+            self.columns = torch.stack([last.masked_fill(last == 0, used.shape[1]), used.sum(1)])
+        last, used = self.columns
         # Rows that leave must not make the survivors look longer or shorter than they are.
-        shortest = used.sum(1).masked_fill(~stay, used.shape[1]).amin()
+        shortest = used.masked_fill(~stay, self.attention_mask.shape[1]).amin()
         count, width, shortest = torch.stack([stay.sum(), (last * stay).amax(), shortest]).tolist()
         return count, width, shortest >= width
+
+    def _compact(self, keep: torch.Tensor, width: int | None, full: bool) -> None:
+        if self.rows is None:
+            # Later answers are written into a copy: what the head returned must stay as it is.
+            logits, self.exit_index = self.answers()
+            self.logits = logits.clone()
+        self.rows = keep if self.rows is None else self.rows[keep]
+        self.state = tuple(tensor[keep] for tensor in self.state)
+        self.width = width
+        if self.attention_mask is not None:
+            self.attention_mask = None if full else self.attention_mask[:, :width].index_select(0, keep)
+            self.columns = self.columns[:, keep]
+
+    def answers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's logits (batch, num_labels), and the exit that it took or is at (batch,)."""
+        if self.rows is None:
+            shape, device = self.logits.shape[:1], self.logits.device
+            return self.logits, torch.full(shape, self.exit_index, dtype=torch.int64, device=device)
+        return self.logits, self.exit_index

@@ -1,0 +1,165 @@
+#!/usr/bin/env python
+"""Time of dynamic inference, as ratios within one run against named alternatives.
+
+- batch 1: leaving at exit k against the stock model cut to that many layers;
+- batches: ideal time / dynamic time, ideal = sum over layers of (share of rows still there x that layer's time at the
+  full batch), against the stock model and against computing every exit;
+- whole data set: the engine with exits off and on against the stock pipeline, real texts, tokenizing included.
+
+The heads are untrained and the thresholds are quantiles, so that equal shares leave at every exit: time does not
+depend on what the heads have learned.
+
+    python benchmarks/inference.py --model minilm --threads 2
+    python benchmarks/inference.py --model vit-small --threads 2
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from common import summarize, write_results
+from transformers import AutoTokenizer
+
+from een_hf import EarlyExitBertForSequenceClassification, EarlyExitViTConfig, EarlyExitViTForImageClassification
+from een_hf.data import load_bbc_news, sample_model_path
+from een_hf.evaluation import measure_seconds, stock_model, text_functions
+from een_hf.models.policies import NEVER
+
+
+VIT_SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 100}
+
+
+def load(name: str):
+    """Model and tokenizer (`None` for images)."""
+    torch.manual_seed(0)
+    if name == "vit-small":
+        return EarlyExitViTForImageClassification(EarlyExitViTConfig(**VIT_SMALL)).eval(), None
+    path = sample_model_path(name)
+    model = EarlyExitBertForSequenceClassification.from_pretrained(path, exit_pooling="mean", num_labels=5).eval()
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def make_inputs(model, batch_size: int, length: int | None) -> dict[str, torch.Tensor]:
+    """Random pixels, or random words of full length."""
+    generator = torch.Generator().manual_seed(0)
+    if length is None:
+        size = model.config.image_size
+        inputs = {"pixel_values": torch.randn(batch_size, 3, size, size, generator=generator)}
+    else:
+        words = torch.randint(1000, 20000, (batch_size, length), generator=generator)
+        inputs = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def leave_at(model, exit_index: int) -> None:
+    thresholds = [NEVER] * model.num_exits
+    thresholds[exit_index] = -NEVER
+    model.set_exit_policy({"criterion": "confidence", "thresholds": thresholds})
+
+
+def leave_equally(model, inputs: dict) -> np.ndarray:
+    """Set thresholds at which equal shares of these rows leave at every exit; return who is still there per layer."""
+    scores = model(**inputs, early_exit=False).exit_logits.float().softmax(-1).amax(-1)
+    here = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    thresholds = []
+    for index in range(model.num_exits):
+        leaving = max(1, int(here.sum()) // (model.num_exits - index))
+        thresholds.append(scores[here, index].sort(descending=True).values[leaving - 1].item())
+        here &= scores[:, index] < thresholds[-1]
+    model.set_exit_policy({"criterion": "confidence", "thresholds": thresholds})
+    exits = model(**inputs).exit_index.cpu().numpy()
+    depth = np.array(model.config.exit_layers)[exits]
+    return np.array([(depth > layer).mean() for layer in range(len(model.backbone_layers))])
+
+
+def ratio(seconds: dict, numerator: str, denominator: str) -> float:
+    return float(np.median(seconds[numerator]) / np.median(seconds[denominator]))
+
+
+def batch_one(model, length: int | None, repeats: int) -> list[dict]:
+    inputs, rows = make_inputs(model, 1, length), []
+    for index, layer in enumerate(model.config.exit_layers[:-1]):
+        leave_at(model, index)
+        cut = stock_model(model, layer)
+        seconds = measure_seconds({"dynamic": lambda: model(**inputs), "cut": lambda: cut(**inputs)}, repeats)  # noqa: B023
+        row = {"what": "batch 1", "length": length, "exit": index + 1, "layer": layer}
+        row["dynamic / cut stock model"] = ratio(seconds, "dynamic", "cut")
+        rows.append({**row, **{name: summarize(values) for name, values in seconds.items()}})
+    return rows
+
+
+def batches(model, batch_size: int, length: int | None, repeats: int) -> list[dict]:
+    inputs = make_inputs(model, batch_size, length)
+    shares = leave_equally(model, inputs)
+    stock = stock_model(model)
+    hidden, attention_mask = model.embed(**inputs)
+    mask = model.layer_mask(hidden, attention_mask)
+    functions = {
+        "dynamic": lambda: model(**inputs),
+        "all exits": lambda: model(**inputs, early_exit=False),
+        "stock": lambda: stock(**inputs),
+        "embed": lambda: model.embed(**inputs),
+    }
+    for index, layer in enumerate(model.backbone_layers):
+        functions[f"layer {index + 1}"] = lambda layer=layer: layer(hidden, mask)
+    seconds = measure_seconds(functions, repeats)
+    layers = [np.median(seconds[f"layer {index + 1}"]) for index in range(len(shares))]
+    ideal = float(np.dot(shares, layers) + np.median(seconds["embed"]))
+    row = {"what": "batch", "batch_size": batch_size, "length": length, "mean share still there": float(shares.mean())}
+    row["ideal / dynamic"] = ideal / float(np.median(seconds["dynamic"]))
+    row["dynamic / stock"] = ratio(seconds, "dynamic", "stock")
+    row["all exits / stock"] = ratio(seconds, "all exits", "stock")
+    return [{**row, **{name: summarize(seconds[name]) for name in ("dynamic", "all exits", "stock")}}]
+
+
+def data_set(model, tokenizer, batch_size: int, num_rows: int, max_length: int, repeats: int) -> list[dict]:
+    """BBC News titles and articles: half of the rows cut to their first line, so that lengths spread."""
+    texts = load_bbc_news()["train"]["text"][:num_rows]
+    texts = [text.split("\n", 1)[0] if index % 2 else text for index, text in enumerate(texts)]
+    sample = tokenizer(texts[:256], truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    shares = leave_equally(model, sample.to(model.device))
+    seconds = measure_seconds(
+        text_functions(model, tokenizer, [texts], max_length=max_length, batch_size=batch_size), repeats
+    )
+    row = {"what": "data set", "batch_size": batch_size, "rows": len(texts), "max_length": max_length}
+    row["mean share still there"] = float(shares.mean())
+    row["stock pipeline / exits off"] = ratio(seconds, "stock pipeline", "exits off")
+    row["stock pipeline / exits on"] = ratio(seconds, "stock pipeline", "exits on")
+    return [{**row, **{name: summarize(values) for name, values in seconds.items()}}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["minilm", "vit-small"], default="minilm")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128], help="of texts, batch 1")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--rows", type=int, default=512, help="of the data set")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each layer of both models")
+    parser.add_argument("--name", help="of the results file; default: the model's")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    model, tokenizer = load(args.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype))
+    if args.compile:
+        for layer in model.backbone_layers:
+            layer.compile(dynamic=True)
+    lengths = args.lengths if tokenizer else [None]
+    rows = []
+    with torch.inference_mode():
+        for length in lengths:
+            rows += batch_one(model, length, args.repeats)
+        for batch_size in args.batch_sizes:
+            rows += batches(model, batch_size, lengths[-1], max(5, args.repeats // 3))
+        if tokenizer:
+            rows += data_set(model, tokenizer, 32, args.rows, 128, max(3, args.repeats // 8))
+    for row in rows:
+        print({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items() if not isinstance(v, dict)})
+    write_results(__file__, args.name or f"inference_{args.model}", rows)
+
+
+if __name__ == "__main__":
+    main()
