@@ -1,0 +1,175 @@
+"""Every registered scheme, on every architecture and problem, keeps what a user of `Trainer` counts on."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from een_hf.models import MODEL_CLASSES, ExitConfigurationError
+from een_hf.training import EarlyExitTrainer, EarlyExitTrainingArguments, get_scheme
+from een_hf.training.trainer import scheme_names
+
+
+NUM_LAYERS, NUM_ROWS = 3, 32
+NUM_LABELS = {"single_label_classification": 3, "regression": 1, "multi_label_classification": 3}
+
+
+class SurestExitTrainer(EarlyExitTrainer):
+    """A scheme from outside the package: each sample counts most at the exit that is surest of it."""
+
+    def check_model(self, model):
+        super().check_model(model)
+        if model.config.num_labels == 1:
+            raise ExitConfigurationError("--method surest knows how sure an exit is for classification only.")
+
+    def sample_weights(self, losses, exit_logits):
+        confidences = exit_logits.softmax(-1).amax(-1)
+        return confidences.size(1) * confidences / confidences.sum(1, keepdim=True)
+
+
+SCHEMES = [*scheme_names(), f"{__name__}:SurestExitTrainer"]
+# With the weight network at rest, micro-batches are weighted as the whole batch is.
+ACCUMULATION_SETTINGS = {"l2w": {"meta_learning_rate": 1e-30}}
+
+
+def make_model(model_type, problem_type, dropout=0.1):
+    torch.manual_seed(0)
+    model_class = MODEL_CLASSES[model_type]
+    shape = {"vocab_size": 60, "max_position_embeddings": 12}
+    if model_type == "vit":
+        shape = {"image_size": 8, "patch_size": 4}
+    config = model_class.config_class(
+        hidden_size=16,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=2,
+        intermediate_size=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=NUM_LABELS[problem_type],
+        problem_type=problem_type,
+        **shape,
+    )
+    return model_class(config)
+
+
+def make_rows(model_type, problem_type):
+    generator = torch.Generator().manual_seed(7)
+    if model_type == "bert":
+        features = {"input_ids": torch.randint(1, 60, (NUM_ROWS, 10), generator=generator)}
+        features["attention_mask"] = torch.ones(NUM_ROWS, 10, dtype=torch.int64)
+    else:
+        features = {"pixel_values": torch.randn(NUM_ROWS, 3, 8, 8, generator=generator)}
+    labels = {
+        "single_label_classification": torch.randint(0, 3, (NUM_ROWS,), generator=generator),
+        "regression": torch.randn(NUM_ROWS, generator=generator),
+        "multi_label_classification": torch.randint(0, 2, (NUM_ROWS, 3), generator=generator).float(),
+    }
+    columns = {**features, "labels": labels[problem_type]}
+    return [{name: column[row] for name, column in columns.items()} for row in range(NUM_ROWS)]
+
+
+def make_trainer(scheme, model_type, problem_type, folder, dropout=0.1, scheme_settings=None, **settings):
+    """A trainer of the scheme, or skip the test if the scheme refuses the problem before training."""
+    trainer_class = get_scheme(scheme)
+    args = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "method": scheme,
+        **settings,
+    }
+    scheme_args = trainer_class.arguments_class and trainer_class.arguments_class(**(scheme_settings or {}))
+    try:
+        return trainer_class(
+            model=make_model(model_type, problem_type, dropout),
+            args=EarlyExitTrainingArguments(str(folder), **args),
+            scheme_args=scheme_args,
+            train_dataset=make_rows(model_type, problem_type),
+            eval_dataset=make_rows(model_type, problem_type),
+        )
+    except ExitConfigurationError as error:
+        assert problem_type != "single_label_classification", f"{scheme} refuses classification: {error}"
+        assert "--method" in str(error)
+        pytest.skip(str(error))
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+pytestmark = [
+    pytest.mark.parametrize("problem_type", NUM_LABELS),
+    pytest.mark.parametrize("model_type", MODEL_CLASSES),
+    pytest.mark.parametrize("scheme", SCHEMES),
+]
+
+
+def test_resumed_is_uninterrupted(scheme, model_type, problem_type, tmp_path):
+    """With dropout, momentum and a schedule, a run that stops at step 3 and resumes ends at the same bits."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    whole = make_trainer(scheme, model_type, problem_type, tmp_path / "whole")
+    whole.train()
+    stopped = make_trainer(scheme, model_type, problem_type, tmp_path / "cut", **settings)
+    stopped.add_callback(Stop(3))
+    stopped.train()
+    resumed = make_trainer(scheme, model_type, problem_type, tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    for name, wanted in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], wanted), name
+
+
+def test_accumulation_changes_nothing(scheme, model_type, problem_type, tmp_path):
+    """Without dropout, one step on 16 rows and one on 4 micro-batches of 4 rows move the parameters alike."""
+    moved = []
+    for size, accumulation in ((16, 1), (4, 4)):
+        trainer = make_trainer(
+            scheme,
+            model_type,
+            problem_type,
+            tmp_path / str(size),
+            dropout=0.0,
+            scheme_settings=ACCUMULATION_SETTINGS.get(scheme),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            optim="sgd",
+            max_grad_norm=0,
+        )
+        before = copy.deepcopy(trainer.model.state_dict())
+        trainer.train()
+        moved.append({name: tensor - before[name] for name, tensor in trainer.model.state_dict().items()})
+    assert any(step.abs().max() > 1e-4 for step in moved[0].values())
+    for name, step in moved[0].items():
+        torch.testing.assert_close(moved[1][name], step, rtol=1e-4, atol=2e-7, msg=name)
+
+
+def test_reloaded_predicts_the_same(scheme, model_type, problem_type, tmp_path):
+    """The saved folder gives, in a new object, the predictions of every exit to the bit, and training had an effect."""
+    trainer = make_trainer(scheme, model_type, problem_type, tmp_path)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    trainer.save_model()
+    assert trainer.evaluate()["eval_loss"] < first
+    found = trainer.predict_exits(trainer.eval_dataset).predictions
+    model = MODEL_CLASSES[model_type].from_pretrained(tmp_path).eval()
+    columns = {name: torch.stack([row[name] for row in trainer.eval_dataset]) for name in trainer.eval_dataset[0]}
+    with torch.no_grad():
+        wanted = torch.cat([model(**batch).exit_logits for batch in _batches(columns)])
+    assert found.shape == (NUM_ROWS, NUM_LAYERS, NUM_LABELS[problem_type])
+    np.testing.assert_array_equal(found, wanted.numpy())
+
+
+def _batches(columns, size=8):
+    for start in range(0, NUM_ROWS, size):
+        yield {name: column[start : start + size] for name, column in columns.items()}
