@@ -121,8 +121,8 @@ class EarlyExitMixin:
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As `PreTrainedModel.save_pretrained`, under the parameters' own names.
 
-        `Trainer` resumes from a checkpoint by these; `save_original_format=True` writes the names that ViT had in older
-        releases of transformers, which `Trainer` does not find again. `from_pretrained` reads both.
+        `Trainer` resumes from a checkpoint by these; `save_original_format=True` writes the names that ViT had in
+        older releases of transformers, which `Trainer` does not find again. `from_pretrained` reads both.
         """
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 

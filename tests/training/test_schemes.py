@@ -155,7 +155,7 @@ def test_accumulation_changes_nothing(scheme, model_type, problem_type, tmp_path
 
 
 def test_reloaded_predicts_the_same(scheme, model_type, problem_type, tmp_path):
-    """The saved folder gives, in a new object, the predictions of every exit to the bit, and training had an effect."""
+    """The saved folder gives, in a new object, the predictions of every exit to the bit; training had an effect."""
     trainer = make_trainer(scheme, model_type, problem_type, tmp_path)
     first = trainer.evaluate()["eval_loss"]
     trainer.train()
