@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import ModelOutput, logging
 
 from .configuration_een import ExitConfigurationError
@@ -118,13 +119,16 @@ class EarlyExitMixin:
                 )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """As `PreTrainedModel.save_pretrained`, under the parameters' own names.
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch, and also under the names that `save_pretrained` writes (for ViT those of older releases).
 
-        `Trainer` resumes from a checkpoint by these; `save_original_format=True` writes the names that ViT had in
-        older releases of transformers, which `Trainer` does not find again. `from_pretrained` reads both.
+        `Trainer` loads checkpoints by this method and not by `from_pretrained`, which knows both.
         """
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        own = self.state_dict()
+        names = {id(tensor): name for name, tensor in own.items()}
+        written = {name: names.get(id(tensor), name) for name, tensor in revert_weight_conversion(self, own).items()}
+        renamed = {written.get(name, name): tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(renamed, strict, assign)
 
     @classmethod
     def _exit_config(cls, source, kwargs: dict) -> PreTrainedConfig:
