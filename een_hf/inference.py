@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
@@ -169,11 +169,11 @@ def predict(
 
     Args:
         model: an early-exit model.
-        dataset: rows of model inputs; anything iterable, a `datasets.Dataset` or a generator.
+        dataset: rows of model inputs, with or without labels; anything iterable, a `datasets.Dataset` or a generator.
         batch_size: rows per step.
         collator: makes model inputs out of a list of rows. Default: text is padded on the right, images are stacked.
-        window: rows that are read and sorted by length at a time. Default: the whole data set, or 64 batches of a
-            stream.
+        window: texts that are read and sorted by length at a time. Default: the whole data set, or 64 batches of a
+            stream. Images are read by batches.
         progress: show a progress bar. Default: from 1,000 rows on, or for a stream.
         total: number of rows, where `dataset` does not know it.
     """
@@ -198,22 +198,29 @@ def predict(
 
 
 def _batches(dataset, batch_size, window, collator, device) -> Iterator[tuple[torch.Tensor, dict]]:
-    """(ids, inputs) by batches, each window of rows from long to short."""
+    """(ids, inputs) by batches, each window of texts from long to short."""
     rows, start = iter(dataset), 0
+    first_row = next(rows, None)
+    rows = chain([first_row], rows) if first_row is not None else rows
+    window = window if "input_ids" in (first_row or {}) else batch_size
     while chunk := list(islice(rows, window)):
-        chunk = [{name: value for name, value in row.items() if not name.startswith("label")} for row in chunk]
         order = sorted(range(len(chunk)), key=lambda i: -len(chunk[i].get("input_ids", ())))
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             inputs = collator([chunk[i] for i in chosen])
-            inputs = {name: value.to(device) for name, value in inputs.items() if torch.is_tensor(value)}
+            inputs = {
+                name: value.to(device)
+                for name, value in inputs.items()
+                if torch.is_tensor(value) and not name.startswith("label")
+            }
             yield torch.tensor(chosen) + start, inputs
         start += len(chunk)
 
 
 def pad_rows(rows: list[dict], config) -> dict[str, torch.Tensor]:
-    """Stack rows; texts of different length are padded on the right and masked."""
-    columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
+    """Stack rows, their labels left out; texts of different length are padded on the right and masked."""
+    names = [name for name in rows[0] if not name.startswith("label")]
+    columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in names}
     if "input_ids" in columns and "attention_mask" not in columns:
         columns["attention_mask"] = [torch.ones_like(tokens) for tokens in columns["input_ids"]]
     padding = {"input_ids": getattr(config, "pad_token_id", 0) or 0}

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
+import datasets
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,13 +66,13 @@ def mean_length(attention_masks: Iterable[Sequence[int]]) -> int:
 
 
 def cost_inputs(rows) -> dict[str, int | tuple[int, int]]:
-    """What `relative_costs` needs to know of rows: the mean unpadded length of texts, or the size of images."""
+    """What `relative_costs` needs to know of a data set: texts' mean unpadded length, or the size of its images."""
     first = rows[0]
     if "pixel_values" in first:
         return {"image_size": tuple(torch.as_tensor(first["pixel_values"]).shape[-2:])}
-    if "attention_mask" in first:
-        return {"sequence_length": mean_length(rows["attention_mask"])}
-    return {"sequence_length": mean_length([[1] * len(tokens) for tokens in rows["input_ids"]])}
+    name = "attention_mask" if "attention_mask" in first else "input_ids"
+    values = rows[name] if isinstance(rows, datasets.Dataset) else (row[name] for row in rows)
+    return {"sequence_length": mean_length(values if name == "attention_mask" else ([1] * len(ids) for ids in values))}
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:

@@ -1,0 +1,87 @@
+"""Train, evaluate and predict with two schemes; run by `test_distributed.py` in one process and under a launcher."""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from een_hf.evaluation import make_compute_metrics
+from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
+from een_hf.training import EarlyExitTrainingArguments, get_scheme
+
+
+GLOBAL_BATCH, NUM_STEPS = 8, 5
+
+
+def make_rows(size: int, seed: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 12, (size,), generator=generator).tolist()
+    rows = [torch.randint(1, 60, (length,), generator=generator) for length in lengths]
+    return [{"input_ids": ids.tolist(), "labels": int(ids[0]) % 3} for ids in rows]
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def main(folder: Path) -> None:
+    for scheme in ("joint", "boosted"):
+        set_seed(0)
+        config = EarlyExitBertConfig(
+            vocab_size=60,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=3,
+        )
+        args = EarlyExitTrainingArguments(str(folder / scheme), use_cpu=True)
+        size = GLOBAL_BATCH // args.world_size
+        args = EarlyExitTrainingArguments(
+            str(folder / scheme),
+            per_device_train_batch_size=size,
+            # 13 rows in batches of 2 x 3: the last one is filled up with duplicates.
+            per_device_eval_batch_size=3,
+            max_steps=NUM_STEPS,
+            learning_rate=1e-2,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = get_scheme(scheme)(
+            model=EarlyExitBertForSequenceClassification(config),
+            args=args,
+            train_dataset=make_rows(64, seed=1),
+            eval_dataset=make_rows(13, seed=2),
+            data_collator=collate,
+            compute_metrics=make_compute_metrics(["accuracy"], "single_label_classification"),
+        )
+        trainer.train()
+        evaluated = trainer.evaluate()
+        exits = trainer.predict_exits(trainer.eval_dataset)
+        report = trainer.calibrate(make_rows(30, seed=3), target_cost=0.7)
+        trainer.model.set_exit_policy(report.policy)
+        answers = trainer.predict(trainer.eval_dataset)
+        found = {
+            "world_size": args.world_size,
+            "parameters": trainer.model.state_dict(),
+            "evaluated": {name: value for name, value in evaluated.items() if "accuracy" in name},
+            "exit_logits": torch.from_numpy(exits.predictions),
+            "exit_labels": torch.from_numpy(exits.label_ids),
+            "answers": torch.from_numpy(answers.predictions),
+            "answer_metrics": answers.metrics,
+            "thresholds": report.policy.thresholds,
+        }
+        torch.save(found, folder / f"{scheme}-{args.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
