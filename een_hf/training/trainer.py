@@ -3,15 +3,18 @@
 import importlib
 import json
 import os
+import shutil
 from dataclasses import asdict
 
 import datasets
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import nn
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, sort_checkpoints
 
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
@@ -62,6 +65,22 @@ def get_scheme(name: str) -> type["EarlyExitTrainer"]:
     if "method" not in vars(trainer_class):
         register_scheme(name)(trainer_class)
     return trainer_class
+
+
+def is_whole_checkpoint(folder: str) -> bool:
+    """Whether all of a checkpoint was written: `Trainer` writes its state last."""
+    path = os.path.join(folder, TRAINER_STATE_NAME)
+    try:
+        with open(path) as file:
+            return "global_step" in json.load(file)
+    except (OSError, ValueError):
+        return False
+
+
+def last_whole_checkpoint(output_dir: str) -> str | None:
+    """The checkpoint of the most steps that was written to its end, or `None`."""
+    checkpoints = sort_checkpoints(output_dir) if os.path.isdir(output_dir) else []
+    return next(filter(is_whole_checkpoint, reversed(checkpoints)), None)
 
 
 def scheme_arguments() -> list[type]:
@@ -263,20 +282,29 @@ class EarlyExitTrainer(Trainer):
     # Checkpoints
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As in `Trainer`.
+        """As in `Trainer`; `True` resumes from the last whole checkpoint.
 
         Raises:
-            ExitConfigurationError: the checkpoint to resume from belongs to another scheme.
+            ExitConfigurationError: the checkpoint to resume from is half-written, or belongs to another scheme.
         """
-        if resume_from_checkpoint:
-            folder = resume_from_checkpoint
-            folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
-            self._check_scheme(folder)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ExitConfigurationError(f"--resume_from_checkpoint: no whole one in {self.args.output_dir}.")
+        elif checkpoint:
+            if not is_whole_checkpoint(checkpoint):
+                raise ExitConfigurationError(
+                    f"--resume_from_checkpoint {checkpoint} is not there or half-written (no {TRAINER_STATE_NAME}): "
+                    "leave the flag out to go on from the last whole one."
+                )
+        if checkpoint:
+            self._check_scheme(checkpoint)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
-    def _check_scheme(self, checkpoint: str | None) -> None:
-        path = os.path.join(checkpoint or "", SCHEME_FILE)
-        if checkpoint is None or not os.path.exists(path):
+    def _check_scheme(self, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, SCHEME_FILE)
+        if not os.path.exists(path):
             return
         with open(path) as file:
             found = json.load(file)["method"]
@@ -285,6 +313,28 @@ class EarlyExitTrainer(Trainer):
                 f"--resume_from_checkpoint {checkpoint} was trained with --method {found}, not {self.method}: go on "
                 f"with --method {found}, or start anew from its weights with --model_name_or_path {checkpoint}."
             )
+
+    def _save_checkpoint(self, model, trial):
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save and os.path.isdir(folder):
+            shutil.rmtree(folder)  # of an interrupted run, or one that is being repeated: never mix the two
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if is_whole_checkpoint(folder):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            last = last_whole_checkpoint(self._get_output_dir(trial))
+            raise ExitConfigurationError(
+                f"{folder} could not be written ({error}): make room below --output_dir, then give the same command "
+                f"again. It goes on from {last or 'the start'}."
+            ) from error
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # What makes a checkpoint whole is written next, by one process: all the others must be through.
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
