@@ -15,11 +15,14 @@ from .metrics import (
     make_compute_metrics,
     predict_labels,
 )
-from .plots import plot_exit_curves
+from .plots import plot_comparison, plot_exit_curves
 from .results import (
     anytime_table,
+    curve_area,
     format_exit_table,
     load_exit_logits,
+    metric_at_cost,
+    read_exit_results,
     save_exit_logits,
     write_exit_results,
 )
@@ -39,6 +42,7 @@ __all__ = [
     "budgeted_curve",
     "calibrate",
     "cost_inputs",
+    "curve_area",
     "expected_calibration_error",
     "format_exit_table",
     "load_exit_logits",
@@ -46,9 +50,12 @@ __all__ = [
     "make_compute_metrics",
     "mean_length",
     "measure_seconds",
+    "metric_at_cost",
+    "plot_comparison",
     "plot_exit_curves",
     "policy_row",
     "predict_labels",
+    "read_exit_results",
     "relative_costs",
     "relative_latencies",
     "save_exit_logits",

@@ -445,8 +445,7 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
     num_search = _num_search_rows(scored.num_rows)
     num_certify = max(0, scored.num_rows - num_search)
     if (1 - max_risk) ** num_certify > 1 - confidence:
-        needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_risk))
-        total = next(n for n in range(needed, needed + _MAX_SEARCH_ROWS + 1) if n - _num_search_rows(n) >= needed)
+        needed, total = rows_needed(max_risk, confidence)
         message = (
             f"No early exit: {num_certify} certifying rows cannot show a risk of at most {max_risk:g} with confidence "
             f"{confidence:g}, whatever the policy; that takes at least {needed}, so {total} calibration "
@@ -495,6 +494,13 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
         else f"At {cost:.3f} of the full cost; no guarantee, because the calibration rows also chose {chosen_by}."
     )
     return certify.report(policy, thresholds, message)
+
+
+def rows_needed(max_risk: float, confidence: float) -> tuple[int, int]:
+    """The fewest certifying rows, and the fewest calibration rows, that can certify any policy (without an error)."""
+    needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_risk))
+    total = next(n for n in range(needed, needed + _MAX_SEARCH_ROWS + 1) if n - _num_search_rows(n) >= needed)
+    return needed, total
 
 
 def _num_search_rows(num_rows: int) -> int:

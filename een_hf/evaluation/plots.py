@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,45 @@ def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure
     axes.margins(y=0.12)
     axes.set_xlim(left=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, markerscale=0.8, fontsize="small")
+    figure.savefig(path, format="png")
+    return figure
+
+
+def plot_comparison(runs: dict[str, dict[str, Any]], path: str | os.PathLike) -> Figure:
+    """Draw the budgets of several runs, by name, and their baselines into one PNG file.
+
+    A point is joined to the next by a step: nothing is claimed between two measured costs.
+
+    Args:
+        runs: results dicts (as `write_exit_results` takes them) of one data set and metric.
+        path: of the PNG file.
+    """
+    first = next(iter(runs.values()))
+    metric = first["metric"]
+    figure = Figure(figsize=(7.5, 5.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    data = dict.fromkeys(name for name in (first["dataset"], first["task_name"]) if name)
+    axes.set_title(" / ".join(data))
+    axes.set_xlabel("relative cost (plain model = 1)")
+    axes.set_ylabel(metric.replace("_", " "))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    baselines = {}
+    for index, (name, results) in enumerate(runs.items()):
+        costs, scores = _points(sorted(results["budgeted"], key=lambda entry: entry["relative_cost"]), metric)
+        style = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":")[index // 10 % 3], "markersize": 4}
+        axes.plot(costs, scores, "o", drawstyle="steps-post", label=f"{name} ({results['method']})", **style)
+        for baseline in results.get("baselines") or ():
+            (cost,), (score,) = _points([baseline], metric)
+            baselines[baseline["name"], cost, score] = None
+    markers = dict(zip(dict.fromkeys(name for name, *_ in baselines), cycle(_BASELINE_MARKERS), strict=False))
+    for name, marker in markers.items():
+        own = [(cost, score) for label, cost, score in baselines if label == name]
+        axes.plot(*zip(*own, strict=True), marker, color=_GREY, markersize=8, zorder=5, label=textwrap.fill(name, 40))
+    axes.margins(y=0.12)
+    axes.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     figure.savefig(path, format="png")
     return figure
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from ..models.configuration_een import ExitConfigurationError
 from ..models.exit_losses import loss_matrix
-from .metrics import expected_calibration_error
+from .metrics import LOWER_IS_BETTER, expected_calibration_error
 
 
 RESULTS_NAME = "exit_results.json"
@@ -111,6 +112,72 @@ def write_exit_results(output_dir: str | os.PathLike, results: dict[str, Any]) -
     with _replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def read_exit_results(run: str | os.PathLike) -> dict[str, Any]:
+    """The results of a run, from its folder or from the file itself.
+
+    Raises:
+        ExitConfigurationError: there is no such file, or it is no complete results file; it is named.
+    """
+    path = Path(run)
+    path = path / RESULTS_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise ExitConfigurationError(f"{path} is not there: give the output folder of a run with --do_eval.")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        _check_schema(results)
+    except (ValueError, TypeError) as error:
+        raise ExitConfigurationError(f"{path} is no complete {RESULTS_NAME}: {error}") from error
+    return results
+
+
+def metric_at_cost(budgeted: Sequence[dict[str, Any]], cost: float, metric: str) -> float | None:
+    """The best metric that a curve affords at `cost`.
+
+    A step function: the best of the points whose measured `relative_cost` is at most `cost`, so that it never falls
+    with cost and nothing is interpolated. Best is largest, for an error (`mse`) smallest.
+
+    Args:
+        budgeted: points with `relative_cost` and `metrics`, in any order; a metric that is null is left out.
+        cost: share of the plain model's cost.
+        metric: key of the points' `metrics`.
+
+    Returns:
+        `None` where no point is so cheap.
+    """
+    affordable = [score for spent, score in _curve(budgeted, metric) if spent <= cost]
+    return (min if metric in LOWER_IS_BETTER else max)(affordable, default=None)
+
+
+def curve_area(budgeted: Sequence[dict[str, Any]], metric: str, start: float | None = None) -> float | None:
+    """The mean of `metric_at_cost` over the costs from `start` to 1, the plain model's.
+
+    The area under the step function divided by the width of the range, in the metric's own unit; a constant metric
+    gives itself.
+
+    Args:
+        budgeted: as `metric_at_cost` takes it.
+        metric: key of the points' `metrics`.
+        start: lower end of the range; by default the cheapest point's cost. Curves are compared over one range: give
+            the largest of their cheapest costs.
+
+    Returns:
+        `None` where the range is empty or no point is so cheap as its start.
+    """
+    curve = sorted(_curve(budgeted, metric))
+    start = curve[0][0] if start is None and curve else start
+    if not curve or not curve[0][0] <= start < 1:
+        return None
+    edges = [start, *(cost for cost, _ in curve if start < cost < 1), 1.0]
+    steps = [metric_at_cost(budgeted, edge, metric) for edge in edges[:-1]]
+    return float(np.average(steps, weights=np.diff(edges)))
+
+
+def _curve(budgeted: Sequence[dict[str, Any]], metric: str) -> list[tuple[float, float]]:
+    """(relative cost, score) of the points that have a score."""
+    points = [(entry["relative_cost"], entry["metrics"].get(metric)) for entry in budgeted]
+    return [(cost, score) for cost, score in points if score is not None and not math.isnan(score)]
 
 
 def save_exit_logits(

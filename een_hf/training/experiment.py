@@ -13,7 +13,6 @@ import torch
 import yaml
 from sklearn.model_selection import train_test_split
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..data.samples import sample_model_path
@@ -39,12 +38,14 @@ from ..evaluation.calibration import CalibrationReport
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from ..models.policies import fitting_criteria, get_criterion
 from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
-from .trainer import EarlyExitTrainer, get_scheme, scheme_arguments
+from .trainer import EarlyExitTrainer, get_scheme, last_whole_checkpoint, scheme_arguments
 
 
 logger = logging.get_logger(__name__)
 
 RUN_FILE = "run_arguments.json"
+# `part` of exit_logits.npz: rows that calibrate, out of the evaluation split or beside it; all others are "report".
+CALIBRATION_PARTS = ("calibration", "held_out")
 
 
 @dataclass
@@ -65,6 +66,7 @@ class RunArguments:
             "log",
             "report_to",
             "run_name",
+            "project",
             "push_to_hub",
             "hub_",
             "disable_tqdm",
@@ -142,7 +144,7 @@ def check_output_dir(args: RunArguments) -> str | None:
     if not args.training.do_train:
         return None
     checkpoint = args.training.resume_from_checkpoint
-    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    last = last_whole_checkpoint(folder)
     if record.exists():
         before = json.loads(record.read_text())
         now = args.settings()
@@ -168,7 +170,9 @@ def check_output_dir(args: RunArguments) -> str | None:
 def _record_run(args: RunArguments, finished: bool) -> None:
     folder = Path(args.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(json.dumps({"finished": finished, "settings": args.settings()}, indent=2))
+    written = folder / f"{RUN_FILE}.part"
+    written.write_text(json.dumps({"finished": finished, "settings": args.settings()}, indent=2))
+    written.replace(folder / RUN_FILE)
 
 
 # Model
@@ -402,6 +406,7 @@ class Experiment:
         if self.training.should_save:
             write_exit_results(self.folder, results)
             plot_exit_curves(results, self.folder / "exit_curves.png")
+            trainer.report_results(results)
             print(format_exit_table(results))
             print(f"Calibration: {report.message}" if report else _budget_hint(results, self.folder))
             if self.args.calibration.measure_speed and self.model.config.exit_policy is not None:
@@ -446,7 +451,13 @@ class Experiment:
                 policy = policy_row(report.policy, *reported, costs, compute_metrics)
         if self.training.should_save:
             part = np.where(chooses, "calibration", "report")
-            save_exit_logits(self.folder, logits, labels, data.row_ids("validation"), part)
+            rows = [logits, labels, data.row_ids("validation"), part]
+            if self.calibration_rows is not None and calibration[1] is not None:
+                # Beyond the evaluation split, numbered from 0, so that `een-hf calibrate` finds them.
+                count = len(calibration[1])
+                extra = [*calibration, np.arange(count), np.full(count, "held_out")]
+                rows = [np.concatenate(pair) for pair in zip(rows, extra, strict=True)]
+            save_exit_logits(self.folder, *rows)
         table = {
             "relative_costs": costs,
             "exit_layers": config.exit_layers,
@@ -565,8 +576,10 @@ def _budget_hint(results: dict, folder: Path) -> str:
     lines = ["No policy was asked for. These budgets were measured on the rows that calibrated nothing:"]
     for row in results["budgeted"]:
         lines.append(f"  cost {row['relative_cost']:.3f}  {results['metric']} {row['metrics'][results['metric']]:.4f}")
-    lines.append("Save one in the model's config: give --target_cost to a run, or in Python:")
-    lines.append(f'  model.set_exit_policy(ExitPolicy.from_results("{folder}/exit_results.json", target_cost=0.5))')
+    if (folder / "config.json").is_file():
+        lines.append(f"Save one of these, or one between: een-hf calibrate {folder} --target_cost 0.5 --save")
+    else:
+        lines.append("The model lies elsewhere: to save a policy, give --target_cost to this run.")
     return "\n".join(lines)
 
 

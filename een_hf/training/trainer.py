@@ -16,6 +16,7 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, sort_checkpoints
 
+from ..callbacks import use_early_exit_callbacks
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from .arguments import EarlyExitTrainingArguments
@@ -129,6 +130,8 @@ class EarlyExitTrainer(Trainer):
         if args.freeze_backbone:
             model.freeze_backbone()
         super().__init__(model=model, args=args, compute_metrics=self._metrics_of_exits, **kwargs)
+        self._unlogged_losses = []
+        use_early_exit_callbacks(self)
 
     # What a scheme may change
 
@@ -160,10 +163,25 @@ class EarlyExitTrainer(Trainer):
         losses = self.losses_of(outputs.exit_logits, inputs["labels"])
         weights = self.exit_loss_weights.to(losses)
         if model.training:
+            self._unlogged_losses.append(losses.detach().mean(0))
             sample_weights = self.sample_weights(losses.detach(), outputs.exit_logits.detach())
             weights = weights if sample_weights is None else weights * sample_weights
         loss = reduce_losses(losses, weights)
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        """As in `Trainer`; beside the training loss stands each exit's own, the mean over this process' batches."""
+        if "loss" in logs and self._unlogged_losses:
+            means = torch.stack(self._unlogged_losses).mean(0).tolist()
+            self._unlogged_losses = []
+            logs = {**logs, **{f"exit{k}_loss": mean for k, mean in enumerate(means, 1)}}
+        super().log(logs, start_time)
+
+    def report_results(self, results: dict) -> None:
+        """Show trackers the final table of exits, budgets and policy, as in exit_results.json."""
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_exit_results"):
+                callback.on_exit_results(self.args, self.state, self.control, results=results, model=self.model)
 
     # Evaluation
 

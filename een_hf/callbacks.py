@@ -1,0 +1,188 @@
+"""What a person watches: a table of exits at each evaluation, curves in the run's folder, wandb and TensorBoard.
+
+`EarlyExitTrainer` adds the first two and puts ours in the place of the stock callbacks of wandb and TensorBoard.
+Beside the Trainer's events these callbacks know `on_exit_results(args, state, control, results)`: the final table of
+exits, budgets and policy, as in exit_results.json.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.utils import logging
+
+from .evaluation.plots import plot_exit_curves
+
+
+logger = logging.get_logger(__name__)
+
+HISTORY_NAME = "training_curves"
+_EXIT_METRIC = re.compile(r"(?:(?P<split>.+)_)?exit(?P<exit>\d+)_(?P<name>.+)")
+
+
+def metrics_by_exit(logs: dict[str, float], prefix: str) -> dict[int, dict[str, float]]:
+    """`{prefix}_exit{k}_{name}` (or `exit{k}_{name}` where the prefix is empty) as {k: {name: value}}."""
+    found = {}
+    for key, value in logs.items():
+        match = _EXIT_METRIC.fullmatch(key)
+        if match and (match["split"] or "") == prefix:
+            found.setdefault(int(match["exit"]), {})[match["name"]] = value
+    return found
+
+
+class ExitTableCallback(TrainerCallback):
+    """Print a line per exit at each evaluation during training."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        exits = metrics_by_exit(metrics or {}, "eval")
+        if not state.is_world_process_zero or not exits:
+            return
+        names = list(next(iter(exits.values())))
+        print("\t".join([f"step {state.global_step}", *names]))
+        for k, values in exits.items():
+            print("\t".join([f"exit {k}", *(f"{values[name]:.4f}" for name in names)]), flush=True)
+
+
+class ExitHistoryCallback(TrainerCallback):
+    """Write every exit's curves over training into the run's folder: training_curves.json and training_curves.png."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        curves = exit_curves(state.log_history)
+        if not state.is_world_process_zero or not curves:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{HISTORY_NAME}.json").write_text(json.dumps(curves, indent=1) + "\n")
+        plot_history(curves, folder / f"{HISTORY_NAME}.png")
+
+
+def exit_curves(log_history: list[dict]) -> dict[str, dict[str, list]]:
+    """{`train_loss`, `eval_loss`, `eval_<metric>`, ...: {`step`: [..], `exit 1`: [..], ..}} of a trainer's log."""
+    curves = {}
+    for logs in log_history:
+        for split in ("", "eval"):
+            exits = metrics_by_exit(logs, split)
+            for name in dict.fromkeys(name for values in exits.values() for name in values):
+                curve = curves.setdefault(f"{split or 'train'}_{name}", {"step": []})
+                curve["step"].append(logs["step"])
+                for k, values in exits.items():
+                    curve.setdefault(f"exit {k}", []).append(values.get(name))
+    return curves
+
+
+def plot_history(curves: dict[str, dict[str, list]], path: str | os.PathLike) -> None:
+    """One picture per curve of `exit_curves`, a line per exit, darker for later ones."""
+    figure = Figure(figsize=(4.5 * len(curves), 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        exits = [column for column in curve if column != "step"]
+        for index, column in enumerate(exits):
+            shade = 0.25 + 0.75 * (index + 1) / len(exits)
+            axes.plot(curve["step"], curve[column], ".-", color=(0.18, 0.36, 0.61, shade), label=column)
+        axes.set(title=name.replace("_", " "), xlabel="step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small")
+    figure.savefig(path, format="png")
+
+
+def _result_rows(results: dict) -> dict[str, list[dict]]:
+    """The final tables as flat rows: `exits`, `budgets` and, where there is a policy, `policy`."""
+    policy = results["policy"]
+    leaving = policy["exit_fractions"] if policy else [None] * len(results["anytime"])
+    thresholds = policy["thresholds"] if policy else leaving
+    exits = [
+        {name: row[name] for name in ("exit", "layer", "relative_cost", "loss", "ece")}
+        | row["metrics"]
+        | {"share_leaving": share, "threshold": threshold}
+        for row, share, threshold in zip(results["anytime"], leaving, thresholds, strict=True)
+    ]
+    budgets = [
+        {"target_cost": row["target_cost"], "relative_cost": row["relative_cost"], **row["metrics"]}
+        | {f"share_exit{k}": share for k, share in enumerate(row["exit_fractions"], 1)}
+        for row in results["budgeted"]
+    ]
+    return {"exits": exits, **({"budgets": budgets} if budgets else {})}
+
+
+def _policy_scalars(results: dict) -> dict[str, float]:
+    policy = results["policy"]
+    if not policy:
+        return {}
+    return {"policy/relative_cost": policy["relative_cost"]} | {
+        f"policy/{name}": value for name, value in policy["metrics"].items()
+    }
+
+
+class EarlyExitWandbCallback(WandbCallback):
+    """The stock callback, with exits: final tables, the budgeted curve, shares, thresholds and pictures.
+
+    Curves have the same names in every scheme (`train/exit1_loss`, `eval/exit1_accuracy`, ...), so that one panel
+    overlays them. Runs go to the project `WANDB_PROJECT`, or else `args.project` (the scripts put data set and
+    partition there), under the name `args.run_name`, or else scheme and seed. `WANDB_MODE=offline` needs no account.
+    """
+
+    def setup(self, args, state, model=None, **kwargs):
+        if state.is_world_process_zero and self._wandb.run is None and state.trial_name is None:
+            name = args.run_name or f"{getattr(args, 'method', 'run')}-seed{args.seed}"
+            self._wandb.init(project=os.getenv("WANDB_PROJECT") or args.project, name=name)
+        super().setup(args, state, model, **kwargs)
+
+    def on_exit_results(self, args, state, control, results=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if not self._initialized:
+            self.setup(args, state, **kwargs)
+        wandb, content = self._wandb, dict(_policy_scalars(results))
+        for name, rows in _result_rows(results).items():
+            columns = list(rows[0])
+            table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+            content[f"results/{name}"] = table
+            if name == "budgets":
+                title = f"{results['metric']} against relative cost"
+                content["results/budgeted_curve"] = wandb.plot.line(
+                    table, "relative_cost", results["metric"], title=title
+                )
+        for picture in ("exit_curves", "l2w_weights"):
+            path = Path(args.output_dir) / f"{picture}.png"
+            if path.exists():
+                content[f"results/{picture}"] = wandb.Image(str(path))
+        wandb.log({**content, "train/global_step": state.global_step})
+
+
+class EarlyExitTensorBoardCallback(TensorBoardCallback):
+    """The stock callback, with exits: the final tables as text, the policy's figures and the picture."""
+
+    def on_exit_results(self, args, state, control, results=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if self.tb_writer is None:
+            self.logging_dir = self.logging_dir or os.path.join(args.output_dir, "tensorboard")
+            self._init_summary_writer(args)
+        step = state.global_step
+        for name, value in _policy_scalars(results).items():
+            self.tb_writer.add_scalar(name, value, step)
+        for name, rows in _result_rows(results).items():
+            head = [f"|{'|'.join(rows[0])}|", "|" + "---|" * len(rows[0])]
+            body = ["|" + "|".join("" if v is None else f"{v:.4g}" for v in row.values()) + "|" for row in rows]
+            self.tb_writer.add_text(f"results/{name}", "\n".join(head + body), step)
+        figure = plot_exit_curves(results, Path(args.output_dir) / "exit_curves.png")
+        self.tb_writer.add_figure("results/exit_curves", figure, step)
+        self.tb_writer.flush()
+
+
+def use_early_exit_callbacks(trainer) -> None:
+    """Add the table and the curves, and put ours in the place of a tracker's stock callback: never two of a kind."""
+    for own in (ExitTableCallback, ExitHistoryCallback):
+        trainer.add_callback(own)
+    present = [type(callback) for callback in trainer.callback_handler.callbacks]
+    for stock, own in ((WandbCallback, EarlyExitWandbCallback), (TensorBoardCallback, EarlyExitTensorBoardCallback)):
+        if stock in present:
+            trainer.remove_callback(stock)
+            if own not in present:
+                trainer.add_callback(own)

@@ -1,0 +1,43 @@
+"""The commands of `een-hf`, one per file.
+
+A command's file has a docstring, which `--help` shows, `add_arguments(parser)` and `run(args)`.
+"""
+
+import argparse
+import importlib
+import sys
+
+from ..models import ExitConfigurationError
+
+
+COMMANDS = {
+    "partition": "cut a labelled data set into IID or non-IID parts",
+    "retrofit": "make a fine-tuned classifier cheaper, without labels",
+    "calibrate": "choose an exit policy from a run's saved logits",
+    "compare": "set runs side by side: one table and one plot",
+    "export": "write an ONNX graph that skips the layers after the exit",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `een-hf` and `python -m een_hf`: bad input is answered with one line instead of a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "een-hf",
+        usage="een-hf COMMAND ...",
+        description=f"commands:\n{listing}\n\neen-hf COMMAND --help says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    name = parser.parse_args(argv[:1]).command
+    command = importlib.import_module(f"{__name__}.{name}")
+    parser = argparse.ArgumentParser(
+        f"een-hf {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_arguments(parser)
+    try:
+        command.run(parser.parse_args(argv[1:]))
+    except ExitConfigurationError as error:
+        sys.exit(f"error: {error}")

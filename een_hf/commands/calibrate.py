@@ -1,0 +1,145 @@
+"""Choose an exit policy from the logits that a run saved; the model is not run.
+
+een-hf calibrate runs/mine --target_cost 0.4          shows what a budget gives
+een-hf calibrate runs/mine --target_cost 0.4 --save   writes it into the saved model
+
+The same flags give the same policy as in the training run: the rows that calibrated there calibrate here, and the
+others measure it. A certified risk (--max_risk) holds for one choice of flags made beforehand, not for the best of
+several tries on the same rows.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoConfig
+
+from ..evaluation import (
+    METRICS,
+    calibrate,
+    format_exit_table,
+    load_exit_logits,
+    make_compute_metrics,
+    plot_exit_curves,
+    policy_row,
+    read_exit_results,
+    write_exit_results,
+)
+from ..models import ExitConfigurationError
+from ..models.configuration_een import is_early_exit_config
+from ..training.arguments import CalibrationArguments, Risk
+from ..training.experiment import CALIBRATION_PARTS, RUN_FILE
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="output folder of a training run with --do_eval")
+    parser.add_argument("--target_cost", type=float, help="the most accurate policy at this average relative cost")
+    parser.add_argument("--max_risk", type=float, help="the cheapest policy whose risk is certified to stay below")
+    parser.add_argument(
+        "--risk",
+        choices=[risk.value for risk in Risk],
+        help="what --max_risk limits: last exit right and policy wrong (default), or policy unlike the last exit",
+    )
+    parser.add_argument("--risk_confidence", type=float, default=0.9, help="of --max_risk; default: 0.9")
+    parser.add_argument("--exit_criterion", help="confidence, entropy, margin, patience, vote; default: the run's")
+    parser.add_argument("--seed", type=int, help="parts searching from certifying rows; default: the run's")
+    parser.add_argument("--save", action="store_true", help="write the policy into RUN: config, results and plot")
+
+
+def run(args) -> None:
+    folder = Path(args.run)
+    results = read_exit_results(folder)
+    config = _load_config(folder)
+    settings = _run_settings(folder)
+    wanted = CalibrationArguments(
+        exit_criterion=args.exit_criterion or settings.get("exit_criterion", CalibrationArguments.exit_criterion),
+        target_cost=args.target_cost,
+        max_risk=args.max_risk,
+        risk=args.risk,
+        risk_confidence=args.risk_confidence,
+    )
+    calibration, reported, held_out = _load_rows(folder)
+    costs = [entry["relative_cost"] for entry in results["anytime"]]
+    problem_type = config.problem_type or "single_label_classification"
+    report = calibrate(
+        *calibration,
+        costs,
+        criterion=wanted.exit_criterion,
+        target_cost=wanted.target_cost,
+        max_risk=wanted.max_risk,
+        risk=wanted.risk and wanted.risk.value,
+        risk_confidence=wanted.risk_confidence,
+        problem_type=problem_type,
+        seed=settings.get("seed", 42) if args.seed is None else args.seed,
+        chosen_by="the checkpoint" if settings.get("load_best_model_at_end") and not held_out else None,
+    )
+    print(f"Calibration: {report.message}")
+    if report.policy is None:
+        print(f"Nothing to save: {folder} stays as it is.")
+        return
+    report.policy.validate(len(config.exit_layers), problem_type, config.num_labels)
+    metrics = [name for name in METRICS if name in results["anytime"][0]["metrics"]]
+    row = policy_row(report.policy, *reported, costs, make_compute_metrics(metrics, problem_type))
+    results["policy"] = row
+    print(format_exit_table(results))
+    print(f"The policy's line is measured on the {len(reported[1])} evaluation rows that calibrated nothing.")
+    print(f"thresholds: {', '.join(f'{threshold:.4g}' for threshold in report.policy.thresholds[:-1])}")
+    if report.policy.guarantee:
+        print(guarantee_in_words(report.policy.guarantee))
+    if not args.save:
+        print(f"Not saved: --save writes this policy into {folder}.")
+        return
+    config.exit_policy = report.policy.to_dict()
+    config.save_pretrained(folder)
+    write_exit_results(folder, results)
+    plot_exit_curves(results, folder / "exit_curves.png")
+    print(
+        f"Saved in {folder}: config.json, exit_results.json and exit_curves.png. The model leaves by it when loaded."
+    )
+
+
+def guarantee_in_words(guarantee: dict) -> str:
+    """A policy's guarantee as a sentence."""
+    event = {
+        "accuracy_gap": "the policy is wrong where the last exit is right",
+        "consistency": "the policy answers differently from the last exit",
+    }.get(guarantee["risk"], f"the risk {guarantee['risk']} is met")
+    return (
+        f"Guarantee: on at most {guarantee['limit']:.3g} of new rows like these {event}, with confidence "
+        f"{guarantee['confidence']:g} ({guarantee['errors']:g} of {guarantee['num_rows']} certifying rows)."
+    )
+
+
+def _load_config(folder: Path):
+    if not (folder / "config.json").is_file():
+        raise ExitConfigurationError(
+            f"{folder} holds no config.json: it evaluated a model of another folder. Give --target_cost to that run, "
+            "or --output_dir the model's own folder."
+        )
+    config = AutoConfig.from_pretrained(folder)
+    if not is_early_exit_config(config):
+        raise ExitConfigurationError(f"{folder}/config.json is of a {config.model_type} model, which has no exits.")
+    return config
+
+
+def _run_settings(folder: Path) -> dict:
+    """The flags that the run was given; empty where it trained nothing."""
+    path = folder / RUN_FILE
+    return json.loads(path.read_text())["settings"] if path.is_file() else {}
+
+
+def _load_rows(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], bool]:
+    """Logits and labels that calibrate, those that are reported, and whether the former are no evaluation rows."""
+    try:
+        saved = load_exit_logits(folder)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ExitConfigurationError(f"{folder}/exit_logits.npz cannot be read: {error}") from error
+    calibrates = np.isin(saved["part"], CALIBRATION_PARTS)
+    if not calibrates.any():
+        raise ExitConfigurationError(
+            f"{folder}/exit_logits.npz holds no calibration rows: those of its run had no labels and were not saved. "
+            "Give --target_cost or --max_risk to a run."
+        )
+    parts = [(saved["logits"][rows], saved["labels"][rows]) for rows in (calibrates, ~calibrates)]
+    return *parts, "held_out" in saved["part"]

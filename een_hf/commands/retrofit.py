@@ -1,0 +1,507 @@
+"""Make a fine-tuned BERT or ViT classifier cheaper, without labels.
+
+een-hf retrofit my-finetuned-bert --train_file texts.csv --max_risk 0.02 --output_dir cheaper
+een-hf retrofit my-finetuned-vit --train_dir images/ --max_risk 0.02 --output_dir cheaper
+
+Exits before the last layer learn what the model itself answers; a policy is certified on rows that they did not learn
+from: with the given confidence, the answers differ from the model's on at most --max_risk of new rows like these. The
+model's own weights stay as they are, to the bit.
+
+The model reads every row once. What the exits read of it is kept in OUTPUT_DIR/features, in chunks: a run that was
+interrupted goes on from there, and so does one with another risk, confidence, criterion or number of epochs. The
+folder may be deleted afterwards.
+"""
+
+import hashlib
+import json
+import math
+import os
+import zipfile
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, PreTrainedConfig, set_seed
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from ..data.glue import TEXT, TextDataArguments, _limit, _load_files, _prepare_rows, _text_columns, encode_text_data
+from ..data.task import DataError, TaskData
+from ..evaluation import (
+    calibrate,
+    cost_inputs,
+    measure_seconds,
+    relative_costs,
+    save_exit_logits,
+    stock_model,
+    text_functions,
+)
+from ..evaluation.calibration import rows_needed
+from ..evaluation.results import _replacing
+from ..inference import pad_rows, predict
+from ..models import MODEL_CLASSES, ExitConfigurationError
+from ..models.policies import get_criterion
+from ..training.arguments import CalibrationArguments
+
+
+RECORD_NAME = "retrofit.json"
+SINGLE_LABEL = "single_label_classification"
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a fine-tuned classifier")
+    data = parser.add_argument_group("data (no labels are read)")
+    data.add_argument("--train_file", help="text: csv, json, jsonl or parquet file")
+    data.add_argument("--train_dir", help="images: folder of image files, sub-folders included")
+    data.add_argument(
+        "--text_column_names", nargs="+", help="one text column, or two for pairs; default: the only one or two"
+    )
+    data.add_argument("--tokenizer_name", help="folder or Hub name; default: the model's own")
+    data.add_argument("--max_seq_length", type=int, default=128, help="texts are cut to this length; default: 128")
+    data.add_argument("--max_train_samples", type=int, help="take only the first N rows")
+    risk = parser.add_argument_group("risk")
+    risk.add_argument("--max_risk", type=float, default=0.02, help="share of answers that may differ; default: 0.02")
+    risk.add_argument("--risk", choices=["consistency"], default="consistency", help="the risk that needs no labels")
+    risk.add_argument("--risk_confidence", type=float, default=0.9, help="of --max_risk; default: 0.9")
+    risk.add_argument(
+        "--exit_criterion", default="confidence", help="confidence (default), entropy, margin, patience or vote"
+    )
+    risk.add_argument(
+        "--calibration_share",
+        type=float,
+        help="share of the rows that certify instead of training exits; default: a third, or what the risk needs",
+    )
+    exits = parser.add_argument_group("exits")
+    exits.add_argument("--exit_layers", type=int, nargs="+", help="1-based layers with an exit; default: every layer")
+    exits.add_argument(
+        "--exit_pooling", choices=["cls", "mean"], help="what an exit reads; default: mean (text), cls (images)"
+    )
+    exits.add_argument("--num_train_epochs", type=int, default=20, help="of the exits, which is cheap; default: 20")
+    exits.add_argument("--head_learning_rate", type=float, default=1e-3, help="AdamW, to zero; default: 0.001")
+    exits.add_argument("--train_batch_size", type=int, default=32, help="rows per step of the exits; default: 32")
+    where = parser.add_argument_group("running")
+    where.add_argument("--output_dir", required=True, help="folder of the cheaper model")
+    where.add_argument("--batch_size", type=int, default=32, help="rows per pass of the model; default: 32")
+    where.add_argument("--chunk_size", type=int, default=512, help="rows per file of features; default: 512")
+    where.add_argument("--feature_dtype", choices=["float32", "float16"], default="float32", help="on disk")
+    where.add_argument("--speed_samples", type=int, default=256, help="rows that are timed, 0 for none; default: 256")
+    where.add_argument("--seed", type=int, default=42, help="of the exits and of the rows that certify; default: 42")
+
+
+def run(args) -> None:
+    check_arguments(args)
+    set_seed(args.seed)
+    model = load_model(args)
+    rows = (TextRows if args.train_file else ImageRows)(args, model.config)
+    calibration_rows = split_rows(len(rows), args)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    features, teacher_logits = compute_features(model, rows, args)
+    training_rows = np.setdiff1d(np.arange(len(rows)), calibration_rows)
+    train_heads(model, features[training_rows], teacher_logits[training_rows], args)
+    exit_logits = logits_of_features(model, features[calibration_rows], teacher_logits[calibration_rows])
+    costs = relative_costs(model, **rows.cost_inputs(calibration_rows))
+    report = calibrate(
+        exit_logits,
+        None,
+        costs,
+        criterion=args.exit_criterion,
+        max_risk=args.max_risk,
+        risk=args.risk,
+        risk_confidence=args.risk_confidence,
+        seed=args.seed,
+    )
+    if report.policy is not None and report.relative_cost >= 1:
+        message = f"No early exit: the policy that could be certified costs {report.relative_cost:.3f} of your model."
+        report = replace(report, policy=None, message=message)
+    model.set_exit_policy(report.policy)
+    model.save_pretrained(folder)
+    rows.processor.save_pretrained(folder)
+    save_exit_logits(folder, exit_logits, exit_logits[:, -1].argmax(-1), calibration_rows, "calibration")
+    record = {
+        "arguments": vars(args),
+        "num_training_rows": len(training_rows),
+        "num_calibration_rows": len(calibration_rows),
+        "exit_layers": model.config.exit_layers,
+        "relative_costs": costs,
+        "relative_cost": report.relative_cost,
+        "exit_fractions": report.exit_fractions,
+        "policy": report.policy and report.policy.to_dict(),
+        "message": report.message,
+        "seconds": {},
+    }
+    if report.policy is not None and args.speed_samples:
+        functions = rows.speed_functions(model, calibration_rows[: args.speed_samples], args.batch_size)
+        seconds = {name: float(np.median(times)) for name, times in measure_seconds(functions, repeats=3).items()}
+        record["seconds"] = seconds
+    with _replacing(folder / RECORD_NAME) as temporary:
+        temporary.write_text(json.dumps(record, indent=2))
+    print(report.message)
+    print(f"Model, {'tokenizer' if args.train_file else 'image processor'} and {RECORD_NAME}: {folder}")
+    print(summary(record))
+
+
+def summary(record: dict) -> str:
+    """The outcome in one line."""
+    if record["policy"] is None:
+        return f"Not cheaper, answers as your model: {record['message']}"
+    guarantee = record["policy"]["guarantee"]
+    line = f"Agrees with your model on at least {100 * (1 - guarantee['limit']):.4g} % "
+    line += f"({100 * guarantee['confidence']:.4g} % sure); {1 / record['relative_cost']:.2f} x less compute"
+    seconds = record["seconds"]
+    if seconds:
+        line += f", {next(iter(seconds.values())) / seconds['exits on']:.2f} x less time here"
+    return line
+
+
+# Checks
+
+
+def check_arguments(args) -> None:
+    """Raise ExitConfigurationError for flags that contradict each other or the folders."""
+    if (args.train_file is None) == (args.train_dir is None):
+        raise DataError("Give the rows: either --train_file (text) or --train_dir (images).")
+    CalibrationArguments(max_risk=args.max_risk, risk_confidence=args.risk_confidence)
+    get_criterion(args.exit_criterion).check(SINGLE_LABEL)
+    for name in ("batch_size", "chunk_size", "num_train_epochs", "train_batch_size", "max_train_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ExitConfigurationError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    if args.speed_samples < 0:
+        raise ExitConfigurationError(f"--speed_samples must be 0 or more, not {args.speed_samples}.")
+    if args.head_learning_rate <= 0:
+        raise ExitConfigurationError(f"--head_learning_rate must be above 0, not {args.head_learning_rate}.")
+    if args.calibration_share is not None and not 0 < args.calibration_share < 1:
+        raise ExitConfigurationError(f"--calibration_share must lie between 0 and 1, not {args.calibration_share}.")
+    folder = Path(args.output_dir)
+    if folder.exists() and os.path.isdir(args.model) and folder.samefile(args.model):
+        raise ExitConfigurationError(f"--output_dir {folder} is the model's own folder: give another.")
+    if (folder / "config.json").exists() and not (folder / RECORD_NAME).exists():
+        raise ExitConfigurationError(f"--output_dir {folder} holds a model of something else: give another.")
+
+
+def load_model(args) -> PreTrainedModel:
+    """The early-exit model on the fine-tuned one, in eval mode, without a policy.
+
+    Raises:
+        ExitConfigurationError: there is no such model, or it is none that can be retrofitted.
+    """
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(args.model)
+    except (OSError, ValueError) as error:
+        raise ExitConfigurationError(f"MODEL {args.model} cannot be loaded: {error}") from error
+    known = {name: kind for kind in MODEL_CLASSES.values() for name in _type_names(kind.config_class)}
+    model_class = known.get(found.get("model_type"))
+    if model_class is None:
+        raise ExitConfigurationError(
+            f"MODEL {args.model} is of type {found.get('model_type')!r}; exits exist for {', '.join(MODEL_CLASSES)}. "
+            "Another architecture is one adapter file: see 'Add an architecture' in README.md."
+        )
+    text = model_class.config_class.stock_model_type == "bert"
+    if text != (args.train_file is not None):
+        flag, kind = ("--train_file", "text") if text else ("--train_dir", "images")
+        raise ExitConfigurationError(f"MODEL {args.model} reads {kind}: give {flag}.")
+    pooling = args.exit_pooling or ("mean" if text else "cls")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the exits' heads are missing is as it should be
+    try:
+        model = model_class.from_pretrained(
+            args.model, exit_layers=args.exit_layers, exit_pooling=pooling, exit_policy=None
+        ).eval()
+    except OSError as error:
+        raise ExitConfigurationError(f"MODEL {args.model} cannot be loaded: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    config = model.config
+    if model.is_new_head(model.num_exits - 1):
+        raise ExitConfigurationError(f"MODEL {args.model} has no classifier: give a fine-tuned one.")
+    if config.num_labels < 2 or config.problem_type not in (None, SINGLE_LABEL):
+        raise ExitConfigurationError(
+            f"MODEL {args.model} is for {config.problem_type or 'regression'}; answers that agree are counted for "
+            f"{SINGLE_LABEL}."
+        )
+    if config.exit_aggregation == "boosted":
+        raise ExitConfigurationError(f"MODEL {args.model} is boosted: its exits cannot be trained one by one.")
+    if model.num_exits == 1:
+        raise ExitConfigurationError("--exit_layers names only the last layer: name earlier ones.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _type_names(config_class) -> tuple[str, str]:
+    return config_class.model_type, config_class.stock_model_type
+
+
+def split_rows(num_rows: int, args) -> np.ndarray:
+    """Seeded numbers of the rows that certify, sorted.
+
+    Raises:
+        DataError: too few rows to train exits and to certify the risk.
+    """
+    _, needed = rows_needed(args.max_risk, args.risk_confidence)
+    share = args.calibration_share or 1 / 3
+    wanted = round(share * num_rows) if args.calibration_share else max(round(share * num_rows), needed)
+    if wanted < needed or num_rows - wanted < args.train_batch_size:
+        raise DataError(
+            f"{num_rows} rows are too few: --max_risk {args.max_risk:g} with --risk_confidence "
+            f"{args.risk_confidence:g} takes at least {needed} rows that certify (here {wanted}), besides at least "
+            f"{args.train_batch_size} that train exits. Give more rows, a larger --max_risk, or a lower "
+            "--risk_confidence."
+        )
+    return np.sort(np.random.default_rng(args.seed).permutation(num_rows)[:wanted])
+
+
+# Rows
+
+
+class Rows(ABC):
+    """Unlabelled rows as a model takes them.
+
+    Attributes:
+        processor: tokenizer or image processor, saved with the model.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict:
+        """The model's inputs for one row, without a batch dimension."""
+
+    @abstractmethod
+    def fingerprint(self) -> list[bytes]:
+        """What, if it changes, makes features useless."""
+
+    @abstractmethod
+    def cost_inputs(self, indices: np.ndarray) -> dict:
+        """What `relative_costs` needs to know of these rows."""
+
+    @abstractmethod
+    def speed_functions(self, model, indices: np.ndarray, batch_size: int) -> dict:
+        """Functions for `measure_seconds` that classify these rows: the stock model first, and `exits on`."""
+
+    def by_length(self, indices: range) -> list[int]:
+        """These rows in an order that pads little."""
+        return list(indices)
+
+
+class TextRows(Rows):
+    def __init__(self, args, config):
+        settings = TextDataArguments(
+            train_file=args.train_file,
+            text_column_names=args.text_column_names,
+            tokenizer_name=args.tokenizer_name,
+            max_seq_length=min(args.max_seq_length, config.max_position_embeddings),
+            max_train_samples=args.max_train_samples,
+        )
+        source = f"--train_file {args.train_file}"
+        splits = _load_files({"train": [args.train_file]}, source, None)
+        columns = _text_columns(settings, None, splits, "label", source)
+        rows = _limit(splits["train"].select_columns(columns), args.max_train_samples)
+        rows = _prepare_rows(rows, columns, source)
+        try:
+            self.processor = TEXT.load_processor(args.model, settings, config)
+        except OSError as error:
+            raise DataError(f"MODEL {args.model} has no tokenizer ({error}): give --tokenizer_name.") from error
+        data = TaskData({"train": rows}, SINGLE_LABEL, None, columns, "", "", None, [])
+        self.encoded = encode_text_data(data, self.processor, settings)["train"]
+        self.texts = [rows[column] for column in columns]
+        self.max_length = settings.max_seq_length
+        self.lengths = [len(tokens) for tokens in self.encoded["input_ids"]]
+
+    def __len__(self):
+        return len(self.encoded)
+
+    def __getitem__(self, index):
+        return self.encoded[index]
+
+    def fingerprint(self):
+        return [np.asarray(tokens, dtype=np.int32).tobytes() for tokens in self.encoded["input_ids"]]
+
+    def cost_inputs(self, indices):
+        return cost_inputs(self.encoded.select(indices))
+
+    def speed_functions(self, model, indices, batch_size):
+        texts = [[column[int(row)] for row in indices] for column in self.texts]
+        return text_functions(model, self.processor, texts, max_length=self.max_length, batch_size=batch_size)
+
+    def by_length(self, indices):
+        return sorted(indices, key=lambda row: -self.lengths[row])
+
+
+class ImageRows(Rows):
+    def __init__(self, args, config):
+        if not os.path.isdir(args.train_dir):
+            raise DataError(f"--train_dir {args.train_dir} is no folder.")
+        known = Image.registered_extensions()
+        found = sorted(path for path in Path(args.train_dir).rglob("*") if path.suffix.lower() in known)
+        if not found:
+            raise DataError(f"--train_dir {args.train_dir} holds no image files.")
+        self.paths = found[: args.max_train_samples]
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(args.model)
+        except (OSError, ValueError) as error:
+            raise DataError(f"MODEL {args.model} has no image processor: {error}") from error
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            with Image.open(self.paths[index]) as image:
+                pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"{self.paths[index]} is no whole image: {error}. Take it out of --train_dir.") from error
+        return {"pixel_values": pixels[0]}
+
+    def fingerprint(self):
+        stats = [(path, path.stat()) for path in self.paths]
+        files = [f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode() for path, stat in stats]
+        return [self.processor.to_json_string().encode(), *files]
+
+    def cost_inputs(self, indices):
+        return cost_inputs([self[int(indices[0])]])
+
+    def speed_functions(self, model, indices, batch_size):
+        rows = [self[int(row)] for row in indices]
+        stock = stock_model(model)
+
+        @torch.inference_mode()
+        def run_stock():
+            for start in range(0, len(rows), batch_size):
+                stock(**_batch(model, rows[start : start + batch_size]))
+
+        return {"stock model": run_stock, "exits on": lambda: predict(model, rows, batch_size, progress=False)}
+
+
+# Features
+
+
+def compute_features(model, rows: Rows, args) -> tuple[np.ndarray, np.ndarray]:
+    """What the exits read of every row, and what the model answers: in one pass, kept in chunks on disk.
+
+    Returns:
+        features (num_rows, num_exits - 1, hidden_size) in `--feature_dtype`, and the last exit's logits (num_rows,
+        num_labels), float32.
+    """
+    config = model.config
+    folder = Path(args.output_dir) / "features" / _fingerprint(model, rows, args)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (len(rows), model.num_exits - 1, config.hidden_size)
+    features = np.empty(shape, dtype=args.feature_dtype)
+    logits = np.empty((len(rows), config.num_labels), dtype=np.float32)
+    with tqdm(total=len(rows), unit="row", desc="Reading rows") as bar:
+        for number, start in enumerate(range(0, len(rows), args.chunk_size)):
+            chunk = range(start, min(start + args.chunk_size, len(rows)))
+            path = folder / f"chunk-{number:05d}.npz"
+            found = _read_chunk(path, (len(chunk), *shape[1:]), args.feature_dtype)
+            if found is None:
+                found = _compute_chunk(model, rows, chunk, args)
+                with _replacing(path) as temporary, temporary.open("wb") as file:
+                    np.savez(file, features=found[0], logits=found[1])
+                    file.flush()
+                    os.fsync(file.fileno())
+            features[start : chunk.stop], logits[start : chunk.stop] = found
+            bar.update(len(chunk))
+    return features, logits
+
+
+def _fingerprint(model, rows: Rows, args) -> str:
+    """A name for these features: it changes with the model, the rows and what is computed of them."""
+    config, digest = model.config, hashlib.sha256()
+    settings = [config.exit_layers, config.exit_pooling, config.last_exit_pooling, str(model.dtype)]
+    settings += [args.chunk_size, args.feature_dtype, len(rows)]
+    digest.update(json.dumps(settings).encode())
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("exit_heads."):
+            digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for part in rows.fingerprint():
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
+def _read_chunk(path: Path, shape: tuple, dtype: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Features and logits of a chunk; `None` where it is not there or not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            features, logits = file["features"], file["logits"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return (features, logits) if features.shape == shape and features.dtype == dtype else None
+
+
+@torch.inference_mode()
+def _compute_chunk(model, rows: Rows, chunk: range, args) -> tuple[np.ndarray, np.ndarray]:
+    """Features (rows, num_exits - 1, hidden_size) and logits (rows, num_labels) of some rows."""
+    read: list[torch.Tensor] = []
+    heads = [model.exit_head_modules(index)[0] for index in range(model.num_exits - 1)]
+    hooks = [head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])) for head in heads]
+    order, features, logits = rows.by_length(chunk), [], []
+    try:
+        for start in range(0, len(order), args.batch_size):
+            read.clear()
+            batch = _batch(model, [rows[row] for row in order[start : start + args.batch_size]])
+            logits.append(model(**batch, early_exit=False).exit_logits[:, -1].float().cpu())
+            features.append(torch.stack(read, 1).float().cpu())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    back = np.argsort(order)
+    return torch.cat(features).numpy()[back].astype(args.feature_dtype), torch.cat(logits).numpy()[back]
+
+
+def _batch(model, rows: list[dict]) -> dict[str, torch.Tensor]:
+    return {name: value.to(model.device) for name, value in pad_rows(rows, model.config).items()}
+
+
+# Exits
+
+
+def train_heads(model, features: np.ndarray, teacher_logits: np.ndarray, args) -> None:
+    """Teach exits 1..K-1 the model's own probabilities: cross-entropy with them as soft labels, AdamW, cosine to zero.
+
+    Args:
+        model: an early-exit model; nothing but its exit heads changes.
+        features: (num_rows, num_exits - 1, hidden_size).
+        teacher_logits: (num_rows, num_labels).
+        args: epochs, batch size, learning rate and seed.
+    """
+    set_seed(args.seed)
+    heads, dtype = model.exit_heads, model.dtype
+    heads.float().train()
+    targets = torch.from_numpy(teacher_logits).softmax(-1)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=args.head_learning_rate)
+    steps = math.ceil(len(features) / args.train_batch_size) * args.num_train_epochs
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with tqdm(total=steps, unit="step", desc="Training exits") as bar:
+        for _ in range(args.num_train_epochs):
+            for rows in torch.randperm(len(features)).split(args.train_batch_size):
+                inputs = torch.from_numpy(features[rows.numpy()]).to(model.device).float()
+                logits = _head_logits(model, inputs)
+                batch_targets = targets[rows].to(logits).unsqueeze(1)
+                loss = -(batch_targets * logits.log_softmax(-1)).sum(-1).mean(0).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+    heads.to(dtype).eval()
+
+
+def _head_logits(model, features: torch.Tensor) -> torch.Tensor:
+    """Logits (rows, num_exits - 1, num_labels) of the early exits, of features (rows, num_exits - 1, hidden_size)."""
+    heads = (model.exit_head_modules(index)[0] for index in range(model.num_exits - 1))
+    return torch.stack([head(read) for head, read in zip(heads, features.unbind(1), strict=True)], 1)
+
+
+@torch.inference_mode()
+def logits_of_features(model, features: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
+    """Every exit's logits (num_rows, num_exits, num_labels), float32, from features and the last exit's logits."""
+    parts = [
+        _head_logits(model, torch.from_numpy(part).to(model.device, model.dtype)).float().cpu()
+        for part in np.array_split(features, max(1, len(features) // 1024))
+    ]
+    return np.concatenate([torch.cat(parts).numpy(), teacher_logits[:, None]], 1)
