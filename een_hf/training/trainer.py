@@ -123,6 +123,7 @@ class EarlyExitTrainer(Trainer):
         args = args or EarlyExitTrainingArguments()
         if args.batch_eval_metrics:
             raise ExitConfigurationError("--batch_eval_metrics is not supported: metrics need all rows of an exit.")
+        args.method = self.method
         self.scheme_args = scheme_args or (self.arguments_class and self.arguments_class())
         self.task_metrics = compute_metrics
         self.exit_loss_weights = exit_loss_weights(args.exit_loss_weights, model.num_exits)

@@ -1,0 +1,284 @@
+"""What trackers and the run's folder show is what was measured; wandb and TensorBoard run for real, offline."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import WandbCallback
+
+from een_hf.callbacks import EarlyExitWandbCallback, ExitHistoryCallback, ExitTableCallback, exit_curves
+from een_hf.evaluation import make_compute_metrics
+from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
+from een_hf.training import EarlyExitTrainingArguments, get_scheme
+
+
+RESULTS = {
+    "method": "joint",
+    "model_type": "bert",
+    "dataset": "words",
+    "task_name": None,
+    "metric": "accuracy",
+    "exit_layers": [1, 2],
+    "num_eval_samples": 16,
+    "num_calibration_samples": 8,
+    "anytime": [
+        {"exit": 1, "layer": 1, "relative_cost": 0.5, "loss": 0.7, "metrics": {"accuracy": 0.5}, "ece": 0.1},
+        {"exit": 2, "layer": 2, "relative_cost": 1.0, "loss": 0.3, "metrics": {"accuracy": 0.9}, "ece": 0.2},
+    ],
+    "anytime_report": [],
+    "budgeted": [
+        {
+            "target_cost": cost,
+            "relative_cost": cost - 0.01,
+            "metrics": {"accuracy": cost},
+            "thresholds": [0.8, 0.0],
+            "exit_fractions": [1 - cost, cost],
+        }
+        for cost in (0.6, 0.8)
+    ],
+    "policy": {
+        "criterion": "confidence",
+        "thresholds": [0.75, 0.0],
+        "calibrated_for": {"target_cost": 0.7},
+        "guarantee": None,
+        "relative_cost": 0.68,
+        "metrics": {"accuracy": 0.88},
+        "exit_fractions": [0.6, 0.4],
+    },
+}
+
+
+class Recorder(TrainerCallback):
+    """The metrics of each evaluation, as any callback receives them."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.found.append((state.global_step, dict(metrics)))
+
+
+def make_trainer(folder, scheme="joint", callbacks=(), **settings):
+    torch.manual_seed(0)
+    config = EarlyExitBertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
+    ids = torch.randint(1, 50, (32, 8), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": row, "labels": int(row[0]) % 2} for row in ids]
+    args = EarlyExitTrainingArguments(
+        str(folder),
+        max_steps=4,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **settings,
+    )
+    return get_scheme(scheme)(
+        model=EarlyExitBertForSequenceClassification(config),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows[:16],
+        compute_metrics=make_compute_metrics(["accuracy"], "single_label_classification"),
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path_factory.mktemp("run"), callbacks=[recorder], report_to="none")
+    trainer.train()
+    return trainer, recorder.found
+
+
+def test_curves_are_what_was_evaluated(trained):
+    """Steps or exits in the wrong order would show an early exit as the best one."""
+    trainer, evaluations = trained
+    curves = json.loads(Path(trainer.args.output_dir, "training_curves.json").read_text())
+    assert set(curves) == {"train_loss", "eval_loss", "eval_accuracy"}
+    assert curves["eval_loss"]["step"] == [step for step, _ in evaluations] == [2, 4]
+    for name in ("loss", "accuracy"):
+        for k in (1, 2):
+            wanted = [metrics[f"eval_exit{k}_{name}"] for _, metrics in evaluations]
+            assert curves[f"eval_{name}"][f"exit {k}"] == wanted
+    assert curves["train_loss"]["step"] == [1, 2, 3, 4]
+    assert imread(f"{trainer.args.output_dir}/training_curves.png").shape[2] == 4
+
+
+def test_training_losses_by_exit_add_up(trained):
+    """With weights of 1 the joint loss is the sum of the exits' losses, step by step."""
+    trainer, _ = trained
+    steps = [logs for logs in trainer.state.log_history if "loss" in logs]
+    assert len(steps) == 4
+    for logs in steps:
+        assert logs["exit1_loss"] + logs["exit2_loss"] == pytest.approx(logs["loss"], abs=2e-4)
+
+
+def test_an_empty_log_has_no_curves():
+    assert exit_curves([{"loss": 1.0, "step": 1}]) == {}
+
+
+def test_the_terminal_shows_a_line_per_exit(tmp_path, capsys):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, callbacks=[recorder], report_to="none")
+    trainer.evaluate()
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines() if line.startswith(("step", "exit"))]
+    assert lines[0] == ["step 0", "loss", "accuracy"]
+    metrics = recorder.found[0][1]
+    for k, line in enumerate(lines[1:], 1):
+        assert line == [
+            f"exit {k}",
+            f"{metrics[f'eval_exit{k}_loss']:.4f}",
+            f"{metrics[f'eval_exit{k}_accuracy']:.4f}",
+        ]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_never_two_callbacks_of_a_kind(tmp_path, given):
+    """Two wandb callbacks would log every figure twice."""
+    trainer = make_trainer(tmp_path, callbacks=[EarlyExitWandbCallback()] if given else [], report_to="wandb")
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert kinds.count(EarlyExitWandbCallback) == 1
+    assert WandbCallback not in kinds
+    assert kinds.count(ExitTableCallback) == kinds.count(ExitHistoryCallback) == 1
+
+
+WANDB_RUN = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_callbacks import RESULTS, make_trainer
+folder, scheme = sys.argv[1:3]
+trainer = make_trainer(Path(folder) / "out", scheme, report_to="wandb", project="words")
+trainer.train()
+trainer.report_results(RESULTS)
+Path(folder, "log.json").write_text(json.dumps(trainer.state.log_history))
+"""
+
+
+def wandb_records(path):
+    """The records of a .wandb file: a 7-byte head, then LevelDB log records that may be cut at blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def read_offline_run(folder):
+    """(history rows, project, name, tables by key) of the only offline run below `folder`, from wandb's own files."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    rows, run = [], None
+    for record in wandb_records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            items = record.history.item
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+        elif kind == "run":
+            run = record.run
+    tables = {}
+    for table in path.parent.glob("files/media/table/results/*.table.json"):
+        tables[table.name.split("_")[0]] = json.loads(table.read_text())
+    return rows, run.project, run.display_name, tables
+
+
+@pytest.mark.parametrize("scheme", ["joint", "l2w"])
+def test_an_offline_wandb_run_reads_back(tmp_path, scheme):
+    """Curves for each exit and tables with the right values, under the same names in every scheme."""
+    environment = {
+        **os.environ,
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_SILENT": "true",
+    }
+    environment.pop("WANDB_PROJECT", None)
+    here = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", WANDB_RUN, str(tmp_path), scheme, here], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows, project, name, tables = read_offline_run(tmp_path)
+    assert (project, name) == ("words", f"{scheme}-seed42")
+    log = json.loads((tmp_path / "log.json").read_text())
+    for k in (1, 2):
+        for logged, shown in ((f"eval_exit{k}_loss", f"eval/exit{k}_loss"), (f"exit{k}_loss", f"train/exit{k}_loss")):
+            wanted = [(logs["step"], logs[logged]) for logs in log if logged in logs]
+            assert [(row["train/global_step"], row[shown]) for row in rows if shown in row] == wanted
+            assert wanted
+    columns = tables["exits"]["columns"]
+    for entry, row in zip(RESULTS["anytime"], tables["exits"]["data"], strict=True):
+        found = dict(zip(columns, row, strict=True))
+        assert found["accuracy"] == entry["metrics"]["accuracy"] and found["relative_cost"] == entry["relative_cost"]
+        assert found["share_leaving"] == RESULTS["policy"]["exit_fractions"][entry["exit"] - 1]
+        assert found["threshold"] == RESULTS["policy"]["thresholds"][entry["exit"] - 1]
+    budgets = tables["budgets"]
+    found = [dict(zip(budgets["columns"], row, strict=True))["accuracy"] for row in budgets["data"]]
+    assert found == [point["metrics"]["accuracy"] for point in RESULTS["budgeted"]]
+    last = [row for row in rows if "policy/accuracy" in row]
+    assert [(row["policy/accuracy"], row["policy/relative_cost"]) for row in last] == [(0.88, 0.68)]
+
+
+def test_the_callback_works_alone_with_a_plain_trainer(tmp_path, monkeypatch):
+    """In `callbacks=[...]` of a stock Trainer it logs as the stock callback does."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trainer = make_trainer(tmp_path / "out", report_to="none")
+    plain = Trainer(
+        model=trainer.model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        callbacks=[EarlyExitWandbCallback()],
+    )
+    plain.train()
+    wandb.finish()
+    rows, project, _, _ = read_offline_run(tmp_path)
+    assert project == trainer.args.project
+    losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    assert losses == [logs["eval_loss"] for logs in plain.state.log_history if "eval_loss" in logs]
+
+
+def test_tensorboard_has_curves_tables_and_the_picture(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make_trainer(tmp_path / "out", report_to="tensorboard")
+    trainer.train()
+    trainer.report_results(RESULTS)
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    tags = events.Tags()
+    for k in (1, 2):
+        found = [event.value for event in events.Scalars(f"eval/exit{k}_loss")]
+        wanted = [logs[f"eval_exit{k}_loss"] for logs in trainer.state.log_history if f"eval_exit{k}_loss" in logs]
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert [event.value for event in events.Scalars("policy/accuracy")] == pytest.approx([0.88])
+    assert "results/exit_curves" in tags["images"]
+    assert {"results/exits/text_summary", "results/budgets/text_summary"} <= set(tags["tensors"])
