@@ -29,7 +29,8 @@ from transformers import AutoImageProcessor, PreTrainedConfig, set_seed
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from ..data.glue import TEXT, TextDataArguments, _limit, _load_files, _prepare_rows, _text_columns, encode_text_data
+from ..data.glue import TEXT, TextDataArguments, encode_text_data, prepare_rows, text_columns
+from ..data.sources import limit_rows, load_files
 from ..data.task import DataError, TaskData
 from ..evaluation import (
     calibrate,
@@ -298,10 +299,10 @@ class TextRows(Rows):
             max_train_samples=args.max_train_samples,
         )
         source = f"--train_file {args.train_file}"
-        splits = _load_files({"train": [args.train_file]}, source, None)
-        columns = _text_columns(settings, None, splits, "label", source)
-        rows = _limit(splits["train"].select_columns(columns), args.max_train_samples)
-        rows = _prepare_rows(rows, columns, source)
+        splits = load_files({"train": [args.train_file]}, source, None)
+        columns = text_columns(settings, None, splits, "label", source)
+        rows = limit_rows(splits["train"].select_columns(columns), args.max_train_samples)
+        rows = prepare_rows(rows, columns, source)
         try:
             self.processor = TEXT.load_processor(args.model, settings, config)
         except OSError as error:

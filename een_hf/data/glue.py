@@ -1,7 +1,6 @@
 """Text data: the nine GLUE tasks, Hub data sets, local folders and files, and the installed BBC News sample."""
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,25 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.exceptions import DatasetsError
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
+from .labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, model_label_ids, resolve_labels
 from .samples import load_bbc_news
+from .sources import FILE_FORMATS, ROW_ID, check_columns, limit_rows, load_files, load_hub, parquet_files
 from .task import DataError, Modality, TaskData, check_splits, cut_validation_split
 
 
 logger = logging.getLogger(__name__)
 
-SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-
 _HUB_GLUE = "nyu-mll/glue"
 _BBC_NEWS = "bbc_news"
-_FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 # MNLI's matched halves are the splits that every task has.
 _SPLIT_NAMES = {"validation_matched": "validation", "test_matched": "test"}
-_ROW_ID = "idx"
-_LOAD_ERRORS = (OSError, ValueError, DatasetsError)
 
 
 @dataclass(frozen=True)
@@ -123,8 +118,8 @@ class TextDataArguments:
         if self.dataset_name is None and self.task_name is None and not files:
             raise DataError("No data: give --task_name, --dataset_name, or --train_file and --validation_file.")
         for split, path in files.items():
-            if Path(path).suffix not in _FILE_FORMATS:
-                raise DataError(f"--{split}_file {path} must end in one of: {', '.join(sorted(_FILE_FORMATS))}.")
+            if Path(path).suffix not in FILE_FORMATS:
+                raise DataError(f"--{split}_file {path} must end in one of: {', '.join(sorted(FILE_FORMATS))}.")
             if not os.path.isfile(path):
                 raise DataError(f"--{split}_file {path} is not there.")
         if self.text_column_names is not None:
@@ -182,17 +177,17 @@ def load_text_data(
     label_column = args.label_column_name or "label"
     for split, rows in splits.items():
         if not split.startswith("test"):
-            _check_columns(rows, [label_column], "label_column_name", f"{source}, split {split!r}")
-    input_columns = _text_columns(args, task, splits, label_column, source)
-    splits, problem_type, label_names = _resolve_labels(splits, label_column, task, source)
-    splits = {
-        split: _prepare_rows(rows, input_columns, f"{source}, split {split!r}") for split, rows in splits.items()
-    }
+            check_columns(rows, [label_column], "label_column_name", f"{source}, split {split!r}")
+    input_columns = text_columns(args, task, splits, label_column, source)
+    splits, problem_type, label_names = resolve_labels(splits, label_column, task and task.label_names, source)
+    splits = {split: prepare_rows(rows, input_columns, f"{source}, split {split!r}") for split, rows in splits.items()}
     if cut:
         splits = cut_validation_split(splits, args.train_val_split, label_column, seed)
     wanted = {split: rows for split, rows in splits.items() if split.removesuffix("_mismatched") in needed}
     return TaskData(
-        splits={split: _limit(rows, getattr(args, _LIMITS[split.split("_")[0]])) for split, rows in wanted.items()},
+        splits={
+            split: limit_rows(rows, getattr(args, _LIMITS[split.split("_")[0]])) for split, rows in wanted.items()
+        },
         problem_type=problem_type,
         label_names=label_names,
         input_columns=input_columns,
@@ -232,7 +227,7 @@ def encode_text_data(
         logger.warning(
             "--max_seq_length %d is more than the model takes; rows are cut to %d.", args.max_seq_length, length
         )
-    ids = None if data.label_names is None else _model_label_ids(data, label2id)
+    ids = None if data.label_names is None else model_label_ids(data, label2id)
     num_labels = max(data.num_labels, len(label2id or ()))
     encoded = {}
     for split, rows in data.splits.items():
@@ -291,57 +286,23 @@ def _load_splits(args: TextDataArguments, cache_dir: str | None, token: str | No
     if files:
         source = " ".join(f"--{split}_file {path}" for split, path in files.items())
         splits = {
-            split: _load_files({split: [path]}, f"--{split}_file {path}", cache_dir) for split, path in files.items()
+            split: load_files({split: [path]}, f"--{split}_file {path}", cache_dir) for split, path in files.items()
         }
         splits = {split: rows[split] for split, rows in splits.items()}
     elif args.dataset_name is None:
         source = f"--task_name {args.task_name} ({_HUB_GLUE})"
-        splits = _load_hub(_HUB_GLUE, args.dataset_config_name or args.task_name, source, cache_dir, token)
+        splits = load_hub(_HUB_GLUE, args.dataset_config_name or args.task_name, source, cache_dir, token)
     elif os.path.isdir(args.dataset_name):
         source = f"--dataset_name {args.dataset_name}"
-        found = _parquet_files(Path(args.dataset_name), args.dataset_config_name or args.task_name, source)
-        splits = _load_files(found, source, cache_dir)
+        found = parquet_files(Path(args.dataset_name), args.dataset_config_name or args.task_name, source)
+        splits = load_files(found, source, cache_dir)
     elif args.dataset_name == _BBC_NEWS:
         # One fixed split: a checkpoint evaluated under another --seed must not meet its training rows.
         source, splits = f"--dataset_name {_BBC_NEWS}", load_bbc_news()
     else:
         source = f"--dataset_name {args.dataset_name}"
-        splits = _load_hub(args.dataset_name, args.dataset_config_name or args.task_name, source, cache_dir, token)
+        splits = load_hub(args.dataset_name, args.dataset_config_name or args.task_name, source, cache_dir, token)
     return source, {_SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
-
-
-def _load_hub(name: str, config: str | None, source: str, cache_dir: str | None, token: str | None) -> dict:
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise DataError(f"{source}: there is no such folder.")
-    try:
-        return dict(datasets.load_dataset(name, config, cache_dir=cache_dir, token=token))
-    except _LOAD_ERRORS as error:
-        raise DataError(
-            f"{source} cannot be loaded from the Hub ({error}). Without network give --dataset_name a local folder of "
-            "parquet files, or --train_file and --validation_file."
-        ) from error
-
-
-def _parquet_files(folder: Path, config: str | None, source: str) -> dict[str, list[str]]:
-    """Parquet files by split (`train-00000-of-00001.parquet`, `train.parquet`), in the folder or as the Hub nests."""
-    places = [*([folder / config, folder / "data" / config] if config else []), folder, folder / "data"]
-    for place in places:
-        found: dict[str, list[str]] = {}
-        for path in sorted(place.glob("*.parquet")):
-            found.setdefault(path.stem.split("-")[0], []).append(str(path))
-        if found:
-            return found
-    raise DataError(
-        f"{source} holds no parquet file, neither itself nor in: {', '.join(p.name for p in places[:-1])}."
-    )
-
-
-def _load_files(files: dict[str, list[str]], source: str, cache_dir: str | None) -> dict:
-    kind = _FILE_FORMATS[Path(next(iter(files.values()))[0]).suffix]
-    try:
-        return dict(datasets.load_dataset(kind, data_files=files, cache_dir=cache_dir))
-    except _LOAD_ERRORS as error:
-        raise DataError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
 
 
 def _missing_split_hints(args: TextDataArguments) -> dict[str, str]:
@@ -371,16 +332,7 @@ def _dataset_name(args: TextDataArguments) -> str:
 # Columns
 
 
-def _check_columns(rows: datasets.Dataset, columns: Sequence[str], flag: str, where: str) -> None:
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
-        raise DataError(
-            f"{where} has no column {missing[0]!r}; its columns are: {', '.join(rows.column_names)}. "
-            f"Name one by --{flag}."
-        )
-
-
-def _text_columns(
+def text_columns(
     args: TextDataArguments, task: GlueTask | None, splits: dict, label_column: str, source: str
 ) -> list[str]:
     columns = args.text_column_names or (list(task.text_columns) if task else None)
@@ -389,7 +341,7 @@ def _text_columns(
         columns = [
             name
             for name, feature in rows.features.items()
-            if getattr(feature, "dtype", None) in ("string", "large_string") and name not in (label_column, _ROW_ID)
+            if getattr(feature, "dtype", None) in ("string", "large_string") and name not in (label_column, ROW_ID)
         ]
         if not 1 <= len(columns) <= 2:
             raise DataError(
@@ -397,11 +349,11 @@ def _text_columns(
                 f"are: {', '.join(rows.column_names)}."
             )
     for split, rows in splits.items():
-        _check_columns(rows, columns, "text_column_names", f"{source}, split {split!r}")
+        check_columns(rows, columns, "text_column_names", f"{source}, split {split!r}")
     return columns
 
 
-def _prepare_rows(rows: datasets.Dataset, columns: list[str], where: str) -> datasets.Dataset:
+def prepare_rows(rows: datasets.Dataset, columns: list[str], where: str) -> datasets.Dataset:
     """Text columns as strings without gaps, and a row id that outlives cutting and selecting."""
     for column in columns:
         if rows.features[column] != datasets.Value("string"):
@@ -409,148 +361,7 @@ def _prepare_rows(rows: datasets.Dataset, columns: list[str], where: str) -> dat
         texts = rows[column][:]
         if None in texts:
             raise DataError(f"{where} has no text in column {column!r} of row {texts.index(None)} (counted from 0).")
-    return rows if _ROW_ID in rows.column_names else rows.add_column(_ROW_ID, list(range(len(rows))))
-
-
-def _limit(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-# Labels
-
-
-def _resolve_labels(
-    splits: dict, column: str, task: GlueTask | None, source: str
-) -> tuple[dict, str, list[str] | None]:
-    """Splits whose labels are class ids, numbers or lists of class ids, their problem type and their label names."""
-    values = {split: _label_values(rows, column) for split, rows in splits.items() if column in rows.column_names}
-    hidden = [split for split, labels in values.items() if split.startswith("test") and _is_hidden(labels)]
-    splits = {split: rows.remove_columns(column) if split in hidden else rows for split, rows in splits.items()}
-    values = {split: labels for split, labels in values.items() if split not in hidden}
-    if not values:
-        if task is None:
-            raise DataError(
-                f"{source} has no labels, so that nothing says what is predicted: give a --train_file or "
-                "--validation_file with labels too, or --task_name."
-            )
-        return splits, SINGLE_LABEL if task.label_names else REGRESSION, list(task.label_names) or None
-    for split, labels in values.items():
-        missing = next((row for row, label in enumerate(labels) if _is_missing(label)), None)
-        if missing is not None:
-            raise DataError(
-                f"{source}, split {split!r} has no label in column {column!r} of row {missing} (counted from 0)."
-            )
-
-    kinds = {split: _problem_type(splits[split].features[column], task, column, source) for split in values}
-    problem_type = next(iter(kinds.values()))
-    for split, kind in kinds.items():
-        if kind != problem_type:
-            first = next(iter(kinds))
-            raise DataError(
-                f"{source}: column {column!r} means {problem_type} in split {first!r}, but {kind} in split {split!r}."
-            )
-    if problem_type == REGRESSION:
-        label_names, feature = None, datasets.Value("float32")
-        numbers = {split: [float(label) for label in labels] for split, labels in values.items()}
-    else:
-        feature = splits[next(iter(values))].features[column]
-        declared = getattr(getattr(feature, "feature", feature), "names", None)
-        label_names, index = _number_labels(values, declared, task, f"{source}, column {column!r}")
-        feature = datasets.ClassLabel(names=label_names)
-        if problem_type == MULTI_LABEL:
-            feature = datasets.List(feature)
-            numbers = {split: [[index[one] for one in label] for label in labels] for split, labels in values.items()}
-        else:
-            numbers = {split: [index[label] for label in labels] for split, labels in values.items()}
-    for split, labels in numbers.items():
-        splits[split] = splits[split].remove_columns(column).add_column(column, labels, feature=feature)
-    return splits, problem_type, label_names
-
-
-def _label_values(rows: datasets.Dataset, column: str) -> list:
-    """Labels by name where the column has names, else as they are; `None` where ClassLabel says that there is none."""
-    feature, values = rows.features[column], rows[column][:]
-    inner = getattr(feature, "feature", feature)
-    if not isinstance(inner, datasets.ClassLabel):
-        return values
-
-    def name(label):
-        if isinstance(label, list):
-            return [name(one) for one in label]
-        return None if label is None or label < 0 else inner.names[label]
-
-    return [name(label) for label in values]
-
-
-def _is_missing(label: Any) -> bool:
-    if isinstance(label, list):
-        return any(_is_missing(one) for one in label)
-    return label is None or (isinstance(label, float) and math.isnan(label))
-
-
-def _is_hidden(labels: list) -> bool:
-    """Whether a test split says of no row what its label is."""
-    return all(_is_missing(label) or label == -1 for label in labels)
-
-
-def _problem_type(feature: Any, task: GlueTask | None, column: str, source: str) -> str:
-    if isinstance(feature, datasets.ClassLabel):
-        return SINGLE_LABEL
-    if isinstance(feature, datasets.List):
-        kind = _problem_type(feature.feature, task, column, source)
-        if kind == SINGLE_LABEL:
-            return MULTI_LABEL
-    dtype = getattr(feature, "dtype", "")
-    if dtype.startswith("float") or (dtype.startswith(("int", "uint")) and task and not task.label_names):
-        return REGRESSION
-    if dtype.startswith(("int", "uint")) or dtype in ("string", "large_string", "bool"):
-        return SINGLE_LABEL
-    raise DataError(f"{source}: column {column!r} of type {feature} holds no labels; name one by --label_column_name.")
-
-
-def _number_labels(
-    values: dict[str, list], declared: list[str] | None, task: GlueTask | None, where: str
-) -> tuple[list[str], dict[Any, int]]:
-    """Label names in the order of their ids, and the id of each label that occurs.
-
-    The order is the data's own (ClassLabel), else the task's, else sorted. A whole number stands for the task's label
-    of that id; without a task it is its own name.
-    """
-    labels = {one for rows in values.values() for row in rows for one in (row if isinstance(row, list) else [row])}
-    if len({isinstance(label, str) for label in labels}) > 1:
-        raise DataError(f"{where} has labels that are words and labels that are numbers.")
-    names = declared or (list(task.label_names) if task else None)
-    if names is None:
-        order = sorted(labels)
-        return [str(label) for label in order], {label: number for number, label in enumerate(order)}
-    index = {name: number for number, name in enumerate(names)} | {number: number for number in range(len(names))}
-    unknown = [label for label in labels if label not in index]
-    if unknown:
-        raise DataError(f"{where} has the label {min(unknown)!r}; the labels are: {', '.join(names)}.")
-    return names, index
-
-
-def _model_label_ids(data: TaskData, label2id: dict[str, int] | None) -> list[int]:
-    """The model's id of each of the data's labels.
-
-    Labels are matched by name, in either case. Where one side only has numbers (`LABEL_0`, or data with whole numbers
-    as labels), the number is the id.
-    """
-    names = data.label_names
-    if label2id is None:
-        return list(range(len(names)))
-    known = {name.lower(): number for name, number in label2id.items()}
-    if all(name == f"label_{number}" for name, number in known.items()):
-        known = {name.lower(): number for number, name in enumerate(names) if number < len(known)}
-    elif all(name.isdigit() for name in names) and not any(name in known for name in names):
-        known = {str(number): number for number in label2id.values()}
-    unknown = [name for name in names if name.lower() not in known]
-    if unknown:
-        raise DataError(
-            f"Column {data.label_column!r} has the label {unknown[0]!r}, which the model does not know; it knows: "
-            f"{', '.join(label2id)}. Give --ignore_mismatched_sizes to make the head anew, or relabel the data."
-        )
-    return [known[name.lower()] for name in names]
+    return rows if ROW_ID in rows.column_names else rows.add_column(ROW_ID, list(range(len(rows))))
 
 
 # What the script needs

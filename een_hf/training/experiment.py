@@ -340,9 +340,9 @@ class Experiment:
 
     def _names_of_data(self) -> list[str]:
         """Data set, task and part, as far as there are: runs of the same rows share a tracker's project."""
-        part = (getattr(self.args.data, name, None) for name in ("partition_dir", "partition_id"))
-        names = [Path(self.data.dataset).name, self.data.task_name, *(Path(str(name)).name for name in part if name is not None)]
-        return list(dict.fromkeys(filter(None, names)))
+        part = [getattr(self.args.data, name, None) for name in ("partition_dir", "partition_id")]
+        names = [self.data.dataset, self.data.task_name, *part]
+        return list(dict.fromkeys(Path(str(name)).name for name in names if name is not None))
 
     def _take_calibration_rows(self) -> None:
         """Rows of `--calibration_file`, or `--calibration_samples` rows held out of the training split, or none."""

@@ -1,0 +1,158 @@
+"""Labels of a data set: what kind of problem they pose, their names, and the model's ids for them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+
+from .task import DataError, TaskData
+
+
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+
+def resolve_labels(
+    splits: dict, column: str, task_labels: Sequence[str] | None, source: str
+) -> tuple[dict, str, list[str] | None]:
+    """Splits whose labels are class ids, numbers or lists of class ids, their problem type and their label names.
+
+    Args:
+        splits: data sets by name.
+        column: of the labels.
+        task_labels: label names that a task fixes, none for regression; `None` without a task.
+        source: what the data are called in messages.
+
+    Raises:
+        DataError: labels that are missing, mixed or unknown.
+    """
+    values = {split: _label_values(rows, column) for split, rows in splits.items() if column in rows.column_names}
+    hidden = [split for split, labels in values.items() if split.startswith("test") and _is_hidden(labels)]
+    splits = {split: rows.remove_columns(column) if split in hidden else rows for split, rows in splits.items()}
+    values = {split: labels for split, labels in values.items() if split not in hidden}
+    if not values:
+        if task_labels is None:
+            raise DataError(
+                f"{source} has no labels, so that nothing says what is predicted: give a --train_file or "
+                "--validation_file with labels too, or --task_name."
+            )
+        return splits, SINGLE_LABEL if task_labels else REGRESSION, list(task_labels) or None
+    for split, labels in values.items():
+        missing = next((row for row, label in enumerate(labels) if _is_missing(label)), None)
+        if missing is not None:
+            raise DataError(
+                f"{source}, split {split!r} has no label in column {column!r} of row {missing} (counted from 0)."
+            )
+
+    kinds = {split: _problem_type(splits[split].features[column], task_labels, column, source) for split in values}
+    problem_type = next(iter(kinds.values()))
+    for split, kind in kinds.items():
+        if kind != problem_type:
+            first = next(iter(kinds))
+            raise DataError(
+                f"{source}: column {column!r} means {problem_type} in split {first!r}, but {kind} in split {split!r}."
+            )
+    if problem_type == REGRESSION:
+        label_names, feature = None, datasets.Value("float32")
+        numbers = {split: [float(label) for label in labels] for split, labels in values.items()}
+    else:
+        feature = splits[next(iter(values))].features[column]
+        declared = getattr(getattr(feature, "feature", feature), "names", None)
+        label_names, index = _number_labels(values, declared, task_labels, f"{source}, column {column!r}")
+        feature = datasets.ClassLabel(names=label_names)
+        if problem_type == MULTI_LABEL:
+            feature = datasets.List(feature)
+            numbers = {split: [[index[one] for one in label] for label in labels] for split, labels in values.items()}
+        else:
+            numbers = {split: [index[label] for label in labels] for split, labels in values.items()}
+    for split, labels in numbers.items():
+        splits[split] = splits[split].remove_columns(column).add_column(column, labels, feature=feature)
+    return splits, problem_type, label_names
+
+
+def _label_values(rows: datasets.Dataset, column: str) -> list:
+    """Labels by name where the column has names, else as they are; `None` where ClassLabel says that there is none."""
+    feature, values = rows.features[column], rows[column][:]
+    inner = getattr(feature, "feature", feature)
+    if not isinstance(inner, datasets.ClassLabel):
+        return values
+
+    def name(label):
+        if isinstance(label, list):
+            return [name(one) for one in label]
+        return None if label is None or label < 0 else inner.names[label]
+
+    return [name(label) for label in values]
+
+
+def _is_missing(label: Any) -> bool:
+    if isinstance(label, list):
+        return any(_is_missing(one) for one in label)
+    return label is None or (isinstance(label, float) and math.isnan(label))
+
+
+def _is_hidden(labels: list) -> bool:
+    """Whether a test split says of no row what its label is."""
+    return all(_is_missing(label) or label == -1 for label in labels)
+
+
+def _problem_type(feature: Any, task_labels: Sequence[str] | None, column: str, source: str) -> str:
+    if isinstance(feature, datasets.ClassLabel):
+        return SINGLE_LABEL
+    if isinstance(feature, datasets.List):
+        kind = _problem_type(feature.feature, task_labels, column, source)
+        if kind == SINGLE_LABEL:
+            return MULTI_LABEL
+    dtype = getattr(feature, "dtype", "")
+    if dtype.startswith("float") or (
+        dtype.startswith(("int", "uint")) and task_labels is not None and not task_labels
+    ):
+        return REGRESSION
+    if dtype.startswith(("int", "uint")) or dtype in ("string", "large_string", "bool"):
+        return SINGLE_LABEL
+    raise DataError(f"{source}: column {column!r} of type {feature} holds no labels; name one by --label_column_name.")
+
+
+def _number_labels(
+    values: dict[str, list], declared: list[str] | None, task_labels: Sequence[str] | None, where: str
+) -> tuple[list[str], dict[Any, int]]:
+    """Label names in the order of their ids, and the id of each label that occurs.
+
+    The order is the data's own (ClassLabel), else the task's, else sorted. A whole number stands for the task's label
+    of that id; without a task it is its own name.
+    """
+    labels = {one for rows in values.values() for row in rows for one in (row if isinstance(row, list) else [row])}
+    if len({isinstance(label, str) for label in labels}) > 1:
+        raise DataError(f"{where} has labels that are words and labels that are numbers.")
+    names = declared or (list(task_labels) if task_labels else None)
+    if names is None:
+        order = sorted(labels)
+        return [str(label) for label in order], {label: number for number, label in enumerate(order)}
+    index = {name: number for number, name in enumerate(names)} | {number: number for number in range(len(names))}
+    unknown = [label for label in labels if label not in index]
+    if unknown:
+        raise DataError(f"{where} has the label {min(unknown)!r}; the labels are: {', '.join(names)}.")
+    return names, index
+
+
+def model_label_ids(data: TaskData, label2id: dict[str, int] | None) -> list[int]:
+    """The model's id of each of the data's labels.
+
+    Labels are matched by name, in either case. Where one side only has numbers (`LABEL_0`, or data with whole numbers
+    as labels), the number is the id.
+    """
+    names = data.label_names
+    if label2id is None:
+        return list(range(len(names)))
+    known = {name.lower(): number for name, number in label2id.items()}
+    if all(name == f"label_{number}" for name, number in known.items()):
+        known = {name.lower(): number for number, name in enumerate(names) if number < len(known)}
+    elif all(name.isdigit() for name in names) and not any(name in known for name in names):
+        known = {str(number): number for number in label2id.values()}
+    unknown = [name for name in names if name.lower() not in known]
+    if unknown:
+        raise DataError(
+            f"Column {data.label_column!r} has the label {unknown[0]!r}, which the model does not know; it knows: "
+            f"{', '.join(label2id)}. Give --ignore_mismatched_sizes to make the head anew, or relabel the data."
+        )
+    return [known[name.lower()] for name in names]

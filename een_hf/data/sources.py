@@ -1,0 +1,62 @@
+"""Where data come from: the Hub, folders and files, each error naming the flag."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from .task import DataError
+
+
+FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+ROW_ID = "idx"
+_LOAD_ERRORS = (OSError, ValueError, DatasetsError)
+
+
+def load_hub(name: str, config: str | None, source: str, cache_dir: str | None, token: str | None) -> dict:
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise DataError(f"{source}: there is no such folder.")
+    try:
+        return dict(datasets.load_dataset(name, config, cache_dir=cache_dir, token=token))
+    except _LOAD_ERRORS as error:
+        raise DataError(
+            f"{source} cannot be loaded from the Hub ({error}). Without network give --dataset_name a local folder of "
+            "parquet files, or --train_file and --validation_file."
+        ) from error
+
+
+def parquet_files(folder: Path, config: str | None, source: str) -> dict[str, list[str]]:
+    """Parquet files by split (`train-00000-of-00001.parquet`, `train.parquet`), in the folder or as the Hub nests."""
+    places = [*([folder / config, folder / "data" / config] if config else []), folder, folder / "data"]
+    for place in places:
+        found: dict[str, list[str]] = {}
+        for path in sorted(place.glob("*.parquet")):
+            found.setdefault(path.stem.split("-")[0], []).append(str(path))
+        if found:
+            return found
+    raise DataError(
+        f"{source} holds no parquet file, neither itself nor in: {', '.join(p.name for p in places[:-1])}."
+    )
+
+
+def load_files(files: dict[str, list[str]], source: str, cache_dir: str | None) -> dict:
+    kind = FILE_FORMATS[Path(next(iter(files.values()))[0]).suffix]
+    try:
+        return dict(datasets.load_dataset(kind, data_files=files, cache_dir=cache_dir))
+    except _LOAD_ERRORS as error:
+        raise DataError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
+
+
+def check_columns(rows: datasets.Dataset, columns: Sequence[str], flag: str, where: str) -> None:
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise DataError(
+            f"{where} has no column {missing[0]!r}; its columns are: {', '.join(rows.column_names)}. "
+            f"Name one by --{flag}."
+        )
+
+
+def limit_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
