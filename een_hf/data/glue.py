@@ -149,6 +149,7 @@ def load_text_data(
     seed: int,
     cache_dir: str | None = None,
     token: str | None = None,
+    like: TaskData | None = None,
 ) -> TaskData:
     """Load the splits of a run, with labels as class ids, numbers, or lists of class ids.
 
@@ -160,6 +161,7 @@ def load_text_data(
         seed: of the split that `--train_val_split` cuts.
         cache_dir: where downloads are kept.
         token: for private Hub repositories.
+        like: data whose labels these have, where no task names them; then labels may be missing.
 
     Raises:
         DataError: a source, split, column or label that is missing or does not fit.
@@ -179,7 +181,8 @@ def load_text_data(
         if not split.startswith("test"):
             check_columns(rows, [label_column], "label_column_name", f"{source}, split {split!r}")
     input_columns = text_columns(args, task, splits, label_column, source)
-    splits, problem_type, label_names = resolve_labels(splits, label_column, task and task.label_names, source)
+    known = task.label_names if task else like and tuple(like.label_names or ())
+    splits, problem_type, label_names = resolve_labels(splits, label_column, known, source)
     splits = {split: prepare_rows(rows, input_columns, f"{source}, split {split!r}") for split, rows in splits.items()}
     if cut:
         splits = cut_validation_split(splits, args.train_val_split, label_column, seed)
@@ -387,7 +390,7 @@ def _encode_for_model(
     return encode_text_data(data, tokenizer, args, label2id=config.label2id)
 
 
-def _make_collator(tokenizer: PreTrainedTokenizerBase, args: TextDataArguments) -> Callable:
+def _make_collator(tokenizer: PreTrainedTokenizerBase, args: TextDataArguments, config: Any) -> Callable:
     return default_data_collator if args.pad_to_max_length else DataCollatorWithPadding(tokenizer)
 
 

@@ -55,10 +55,12 @@ class Modality:
     Args:
         model_type: `bert` or `vit`, the architecture of this kind of data.
         data_arguments: dataclass of the script's data flags.
-        load_data: `(data_args, *, splits_needed, seed, cache_dir, token) -> TaskData`.
+        load_data: `(data_args, *, splits_needed, seed, cache_dir, token, like) -> TaskData`.
         load_processor: `(name or path or None, data_args, config, **hub) -> tokenizer or image processor`.
         encode_data: `(data, processor, data_args, config) -> dict of split name to encoded rows`.
-        make_collator: `(processor, data_args) -> data collator`.
+        make_collator: `(processor, data_args, config) -> data collator`.
+        fit_model: `(model, data_args)`: change a loaded model as the data flags ask.
+        augment: `(rows, processor, data_args, config, seed) -> rows`, of the training split alone.
     """
 
     model_type: str
@@ -67,6 +69,8 @@ class Modality:
     load_processor: Callable[..., Any]
     encode_data: Callable[..., dict]
     make_collator: Callable[..., Any]
+    fit_model: Callable[..., None] = lambda *_: None
+    augment: Callable[..., Any] = lambda rows, *_: rows
 
 
 def cut_validation_split(splits: dict, share: float, label_column: str, seed: int) -> dict:

@@ -39,6 +39,18 @@ class EarlyExitViTForImageClassification(EarlyExitMixin, ViTPreTrainedModel):
     def last_head_modules(self) -> list[nn.Module]:
         return [self.vit.layernorm, self.classifier]
 
+    @torch.no_grad()
+    def set_image_size(self, image_size: int) -> None:
+        """Take images of another height and width, a multiple of the patch size: position embeddings are resized."""
+        embeddings, patches = self.vit.embeddings, self.vit.embeddings.patch_embeddings
+        count = (image_size // self.config.patch_size) ** 2
+        shaped = embeddings.position_embeddings.new_empty(1, count + 1, self.config.hidden_size)
+        resized = embeddings.interpolate_pos_encoding(shaped, image_size, image_size)
+        embeddings.position_embeddings = nn.Parameter(resized.clone())
+        embeddings.image_size = patches.image_size = (image_size, image_size)
+        patches.num_patches = count
+        self.config.image_size = image_size
+
     def last_head(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.vit.layernorm(pooled))
 

@@ -317,12 +317,18 @@ class Experiment:
         hub = {"cache_dir": args.model.cache_dir, "token": args.model.token}
         self.data = self.modality.load_data(args.data, splits_needed=needed, seed=training.seed, **hub)
         self.model = load_model(self.modality, args.model, self.data)
+        self.modality.fit_model(self.model, args.data)
         source = _model_source(args.model)
         self.processor = self.modality.load_processor(source, args.data, self.model.config, **hub)
         self.splits = self.modality.encode_data(self.data, self.processor, args.data, self.model.config)
         self._take_calibration_rows()
         if training.project == type(training).project:
             training.project = "-".join(re.findall(r"[\w.]+", " ".join(self._names_of_data())))
+        if training.do_train:
+            made_of = self.processor, args.data, self.model.config, training.seed
+            self.splits["train"] = self.modality.augment(self.splits["train"], *made_of)
+        if self.modality.model_type != "bert":
+            training.remove_unused_columns = False  # rows carry what seeds their mixing
         self.trainer: EarlyExitTrainer = get_scheme(training.method)(
             model=self.model,
             args=training,
@@ -331,7 +337,7 @@ class Experiment:
             train_dataset=self.splits.get("train") if training.do_train else None,
             eval_dataset=self.splits.get("validation"),
             processing_class=self.processor,
-            data_collator=self.modality.make_collator(self.processor, args.data),
+            data_collator=self.modality.make_collator(self.processor, args.data, self.model.config),
         )
         self._check_calibration()
         if training.do_train and self.model.config.exit_policy is not None:
@@ -366,14 +372,15 @@ class Experiment:
         if not os.path.exists(path):
             raise ExitConfigurationError(f"--calibration_file {path} is not there.")
         sources = ("dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file")
-        sources += ("train_dir", "validation_dir", "train_val_split", "max_predict_samples", "max_eval_samples")
+        sources += ("train_dir", "validation_dir", "test_dir", "train_val_split", "max_predict_samples")
         names = {field.name for field in fields(self.args.data)}
-        text = self.modality.model_type == "bert"
-        split = "test" if text else "validation"
-        given = dict.fromkeys(names.intersection(sources)) | {"test_file" if text else "validation_dir": path}
+        given = dict.fromkeys(names.intersection(sources)) | {
+            "test_file" if "test_file" in names else "test_dir": path
+        }
         data_args = replace(self.args.data, **given)
-        data = self.modality.load_data(data_args, splits_needed=[split], seed=self.training.seed)
-        return self.modality.encode_data(data, self.processor, data_args, self.model.config)[split]
+        seed = self.training.seed
+        data = self.modality.load_data(data_args, splits_needed=["test"], seed=seed, like=self.data)
+        return self.modality.encode_data(data, self.processor, data_args, self.model.config)["test"]
 
     def _check_calibration(self) -> None:
         """Refuse, before training, what calibration could not do after it."""

@@ -124,6 +124,7 @@ class EarlyExitTrainer(Trainer):
         if args.batch_eval_metrics:
             raise ExitConfigurationError("--batch_eval_metrics is not supported: metrics need all rows of an exit.")
         args.method = self.method
+        args.dataloader_pin_memory &= torch.accelerator.is_available()
         self.scheme_args = scheme_args or (self.arguments_class and self.arguments_class())
         self.task_metrics = compute_metrics
         self.exit_loss_weights = exit_loss_weights(args.exit_loss_weights, model.num_exits)
@@ -225,9 +226,9 @@ class EarlyExitTrainer(Trainer):
         logits = torch.cat([part[1] for part in parts]).numpy()[order]
         exit_index = torch.cat([part[2] for part in parts]).numpy()[order]
         labels, metrics = None, {}
-        first = test_dataset[0] if len(test_dataset) else {}
-        if "labels" in first:
-            labels = np.array([row["labels"] for row in test_dataset])
+        if len(test_dataset) and "labels" in getattr(test_dataset, "column_names", test_dataset[0]):
+            columns = hasattr(test_dataset, "column_names")
+            labels = np.array(test_dataset["labels"] if columns else [row["labels"] for row in test_dataset])
             if self.task_metrics is not None:
                 metrics = self.task_metrics(EvalPrediction(predictions=logits, label_ids=labels))
         if network.config.exit_policy is not None:

@@ -1,0 +1,294 @@
+"""Image data sets: CIFAR-10 and CIFAR-100, the installed digits, Hub data sets and local folders."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+from timm.data import create_transform
+from transformers import AutoImageProcessor, ViTImageProcessor
+
+from .images import EvaluationTransform, ImageCollator, ImageRows, TrainingTransform, whole_images
+from .labels import MULTI_LABEL, SINGLE_LABEL, model_label_ids, resolve_labels
+from .samples import load_digits
+from .sources import check_columns, limit_rows, load_files, load_hub, parquet_files
+from .task import DataError, Modality, TaskData, check_splits, cut_validation_split
+
+
+HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+_DIGITS = "digits"
+_LABEL_COLUMNS = ("label", "fine_label", "labels")
+_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+
+
+@dataclass
+class ImageDataArguments:
+    """Which images are trained on and evaluated, and how they become pixels."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the images are: `cifar100`, `cifar10`, Hub name, local folder of parquet files or of one "
+            "folder per class, or the installed sample `digits`."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
+    train_dir: str | None = field(default=None, metadata={"help": "Training images, one folder per class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Evaluation images, one folder per class."})
+    test_dir: str | None = field(default=None, metadata={"help": "Images to predict, in folders or not."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the images. Default: the only column of images."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": f"Column of the labels. Default: the first of {', '.join(_LABEL_COLUMNS)}."}
+    )
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Image processor, where it is not the model's own: Hub name or folder."}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Height and width in pixels; position embeddings are resized once and saved. Default: the model's."
+        },
+    )
+    train_val_split: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training rows that become the validation split where there is none."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first N training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first N evaluation rows."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Take only the first N rows to predict."})
+    skip_corrupt: bool = field(default=False, metadata={"help": "Leave out images that cannot be decoded."})
+    min_crop: float = field(
+        default=0.5, metadata={"help": "Least share of the image that a random crop keeps; 1 keeps all."}
+    )
+    hflip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "timm's augmentation string, for example `rand-m9-mstd0.5-inc1`."}
+    )
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of Mixup, 0 for none; makes soft labels."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix, 0 for none; makes soft labels."})
+    random_erase: float = field(default=0.0, metadata={"help": "Probability of erasing a random rectangle."})
+
+    def __post_init__(self):
+        folders = self.folders()
+        if self.dataset_name is not None and folders:
+            raise DataError(f"--dataset_name and --{next(iter(folders))}_dir are two sources of data: give one.")
+        if self.dataset_name is None and not folders:
+            raise DataError("No data: give --dataset_name, or --train_dir and --validation_dir.")
+        for split, path in folders.items():
+            if not os.path.isdir(path):
+                raise DataError(f"--{split}_dir {path} is not there.")
+        for name in ("image_size", *_LIMITS.values()):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise DataError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("hflip", "random_erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DataError(f"--{name} is a probability, between 0 and 1, not {getattr(self, name)}.")
+        if not 0 < self.min_crop <= 1:
+            raise DataError(f"--min_crop is a share of the image, above 0 and at most 1, not {self.min_crop}.")
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise DataError(f"--{name} must be 0 or more, not {getattr(self, name)}.")
+        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
+            raise DataError(
+                f"--train_val_split is a share of the training rows, between 0 and 1, not {self.train_val_split}."
+            )
+        if self.auto_augment is not None:
+            try:
+                create_transform(32, is_training=True, auto_augment=self.auto_augment)
+            except (AssertionError, KeyError, ValueError) as error:
+                raise DataError(
+                    f"--auto_augment {self.auto_augment!r} is none of timm's: rand-..., augmix-..., original, v0, 3a."
+                ) from error
+
+    def folders(self) -> dict[str, str]:
+        """The given folders by split."""
+        paths = {split: getattr(self, f"{split}_dir") for split in _LIMITS}
+        return {split: path for split, path in paths.items() if path is not None}
+
+
+def load_image_data(
+    args: ImageDataArguments,
+    *,
+    splits_needed: Iterable[str],
+    seed: int,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    like: TaskData | None = None,
+) -> TaskData:
+    """Load the splits of a run. Where there is no validation split, the test split is evaluated, as CIFAR has it.
+
+    Args:
+        args: where the images are and what their columns are.
+        splits_needed: of `train`, `validation`, `test`.
+        seed: of the split that `--train_val_split` cuts.
+        cache_dir: where downloads are kept.
+        token: for private Hub repositories.
+        like: data whose labels these have; then labels may be missing.
+
+    Raises:
+        DataError: a source, split, column or label that is missing or does not fit, or an image that is corrupt.
+    """
+    source, splits = _load_splits(args, cache_dir, token)
+    needed = list(splits_needed)
+    rows = next(iter(splits.values()))
+    image_column = _image_column(args, rows, source)
+    label_column = args.label_column_name or next((name for name in _LABEL_COLUMNS if name in rows.column_names), None)
+    cut = args.train_val_split is not None and "train" in splits and "validation" not in splits
+    if not cut and "validation" not in splits and label_column in splits.get("test", rows).column_names:
+        splits |= {"validation": splits["test"]} if "test" in splits else {}
+    check_splits(splits, [name for name in needed if not (cut and name == "validation")], _HINTS, source)
+    for name in (image_column, label_column or "label"):
+        flag = "image_column_name" if name == image_column else "label_column_name"
+        for split, rows in splits.items():
+            if split != "test" or name == image_column:
+                check_columns(rows, [name], flag, f"{source}, split {split!r}")
+    splits = {
+        split: rows.select_columns([name for name in (image_column, label_column) if name in rows.column_names])
+        for split, rows in splits.items()
+        if split in needed or (cut and split == "train")
+    }
+    splits, problem_type, label_names = resolve_labels(
+        splits, label_column, like and tuple(like.label_names or ()), source
+    )
+    if problem_type == MULTI_LABEL:
+        raise DataError(f"{source}: column {label_column!r} holds lists of labels; one class per image is trained.")
+    if problem_type != SINGLE_LABEL and (args.mixup or args.cutmix):
+        raise DataError(f"--mixup and --cutmix mix classes; column {label_column!r} holds numbers.")
+    if cut:
+        splits = cut_validation_split(splits, args.train_val_split, label_column, seed)
+    splits = {split: limit_rows(splits[split], getattr(args, _LIMITS[split])) for split in needed}
+    splits = {
+        split: whole_images(rows, image_column, args.skip_corrupt, f"{source}, split {split!r}")
+        for split, rows in splits.items()
+    }
+    return TaskData(
+        splits=splits,
+        problem_type=problem_type,
+        label_names=label_names,
+        input_columns=[image_column],
+        label_column=label_column,
+        dataset=_dataset_name(args),
+        task_name=None,
+        metrics=["accuracy"] if problem_type == SINGLE_LABEL else ["mse"],
+    )
+
+
+# Sources
+
+
+_HINTS = {
+    "train": "--do_train needs another --dataset_name, or --train_dir",
+    "validation": "--do_eval needs --validation_dir, or --train_val_split 0.1, which cuts one from the training rows",
+    "test": "--do_predict needs another --dataset_name, or --test_dir",
+}
+
+
+def _load_splits(args: ImageDataArguments, cache_dir: str | None, token: str | None) -> tuple[str, dict]:
+    """What the source is called in messages, and all its splits by name."""
+    folders = args.folders()
+    if folders:
+        source = " ".join(f"--{split}_dir {path}" for split, path in folders.items())
+        return source, {split: _load_folder(path, source, cache_dir)["train"] for split, path in folders.items()}
+    source = f"--dataset_name {args.dataset_name}"
+    if os.path.isdir(args.dataset_name):
+        if any(Path(args.dataset_name).glob("*.parquet")) or any(Path(args.dataset_name, "data").glob("*.parquet")):
+            found = parquet_files(Path(args.dataset_name), args.dataset_config_name, source)
+            return source, load_files(found, source, cache_dir)
+        return source, _load_folder(args.dataset_name, source, cache_dir)
+    if args.dataset_name == _DIGITS:
+        return source, dict(load_digits())
+    name = HUB_NAMES.get(args.dataset_name, args.dataset_name)
+    return source, load_hub(name, args.dataset_config_name, source, cache_dir, token)
+
+
+def _load_folder(path: str, source: str, cache_dir: str | None) -> dict:
+    """Images in one folder per class, below one folder per split where these are named so."""
+    try:
+        return dict(datasets.load_dataset("imagefolder", data_dir=path, cache_dir=cache_dir))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(f"{source} cannot be read as images in folders: {error.__cause__ or error}") from error
+
+
+def _image_column(args: ImageDataArguments, rows: datasets.Dataset, source: str) -> str:
+    if args.image_column_name is not None:
+        return args.image_column_name
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    if len(columns) != 1:
+        raise DataError(
+            f"{source} has {len(columns)} columns of images; name one by --image_column_name. Its columns are: "
+            f"{', '.join(rows.column_names)}."
+        )
+    return columns[0]
+
+
+def _dataset_name(args: ImageDataArguments) -> str:
+    """A name for files and tables."""
+    path = args.dataset_name or next(iter(args.folders().values()))
+    return Path(path).resolve().name if os.path.isdir(path) else path
+
+
+# What the script needs
+
+
+def _load_processor(name: str | None, args: ImageDataArguments, config: Any, **hub) -> ViTImageProcessor:
+    """The image processor of `--image_processor_name`, else the model's own, else a plain one, at the model's size."""
+    size, name = config.image_size, args.image_processor_name or name
+    if name is None:
+        return ViTImageProcessor(size={"height": size, "width": size})
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, **hub)
+    except OSError as error:
+        raise DataError(f"{name} has no image processor ({error}): give --image_processor_name.") from error
+    if getattr(processor, "do_center_crop", False):
+        before = processor.size["shortest_edge"] / processor.crop_size["height"]
+        processor.size, processor.crop_size = {"shortest_edge": round(size * before)}, {"height": size, "width": size}
+    else:
+        processor.size = {"height": size, "width": size}
+    return processor
+
+
+def _fit_model(model: Any, args: ImageDataArguments) -> None:
+    """Give the model the size of `--image_size`."""
+    size, patch = args.image_size, model.config.patch_size
+    if size is None or size == model.config.image_size:
+        return
+    if size % patch:
+        raise DataError(f"--image_size {size} must be a multiple of the model's patches of {patch} pixels.")
+    model.set_image_size(size)
+
+
+def _encode_rows(data: TaskData, processor: Any, args: ImageDataArguments, config: Any) -> dict[str, ImageRows]:
+    ids = model_label_ids(data, config.label2id) if data.label_names else None
+    transform, (image_column,) = EvaluationTransform(processor, config.num_channels), data.input_columns
+    encoded = {}
+    for split, rows in data.splits.items():
+        labels = rows[data.label_column][:] if data.label_column in rows.column_names else None
+        if labels is not None and ids is not None:
+            labels = [ids[label] for label in labels]
+        encoded[split] = ImageRows(rows, image_column, labels, transform)
+    return encoded
+
+
+def _augment(rows: ImageRows, processor: Any, args: ImageDataArguments, config: Any, seed: int) -> ImageRows:
+    return rows.augmented(TrainingTransform(processor, config.num_channels, config.image_size, args), seed)
+
+
+def _make_collator(processor: Any, args: ImageDataArguments, config: Any) -> Callable:
+    return ImageCollator(args.mixup, args.cutmix, config.num_labels)
+
+
+IMAGES = Modality(
+    model_type="vit",
+    data_arguments=ImageDataArguments,
+    load_data=load_image_data,
+    load_processor=_load_processor,
+    encode_data=_encode_rows,
+    make_collator=_make_collator,
+    fit_model=_fit_model,
+    augment=_augment,
+)
