@@ -1,0 +1,206 @@
+"""Image data sets: every source gives the same rows, columns and splits, and says what is wrong with it."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTForImageClassification, ViTImageProcessor
+
+from een_hf.data import DataError
+from een_hf.data.cifar import IMAGES, ImageDataArguments, load_image_data
+from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
+
+
+NAMES = ["cat", "dog", "eel"]
+PIXELS = np.random.default_rng(1).integers(0, 256, (18, 6, 6, 3), dtype=np.uint8)
+
+
+def load(**flags):
+    needed = flags.pop("needed", ["train", "validation"])
+    return load_image_data(ImageDataArguments(**flags), splits_needed=needed, seed=1)
+
+
+def write_parquet(folder, image="img", label="fine_label", splits=("train", "test")):
+    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=NAMES)})
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        rows = {image: [Image.fromarray(pixels) for pixels in PIXELS], label: [row % 3 for row in range(18)]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def write_folders(folder):
+    for row, pixels in enumerate(PIXELS):
+        place = folder / NAMES[row % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{row:02d}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize(("image", "label"), [("img", "fine_label"), ("image", "label"), ("img", "label")])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_hubs_layouts(tmp_path, image, label, nested):
+    """CIFAR-100 has img and fine_label, others image and label; the files lie in the folder or below data."""
+    write_parquet(tmp_path / "data" if nested else tmp_path, image, label)
+    data = load(dataset_name=str(tmp_path))
+    assert (data.input_columns, data.label_column) == ([image], label)
+    assert data.label_names == NAMES and data.num_labels == 3
+    assert data.splits["validation"][label] == [row % 3 for row in range(18)]
+    assert (np.asarray(data.splits["train"][7][image]) == PIXELS[7]).all()
+
+
+def test_one_folder_per_class(tmp_path):
+    folder = write_folders(tmp_path)
+    data = load(train_dir=folder, validation_dir=folder)
+    assert data.label_names == NAMES
+    found = {np.asarray(row["image"]).tobytes(): row["label"] for row in data.splits["train"]}
+    assert found == {pixels.tobytes(): row % 3 for row, pixels in enumerate(PIXELS)}
+
+
+def test_named_columns(tmp_path):
+    folder = write_parquet(tmp_path, "picture", "kind")
+    data = load(dataset_name=folder, image_column_name="picture", label_column_name="kind")
+    assert (data.input_columns, data.label_column) == (["picture"], "kind")
+
+
+def test_a_validation_split_is_cut_from_the_training_rows(tmp_path):
+    """With --train_val_split the test split stays unseen until prediction."""
+    folder = write_parquet(tmp_path)
+    data = load(dataset_name=folder, train_val_split=1 / 3, needed=["train", "validation", "test"])
+    sizes = {split: len(rows) for split, rows in data.splits.items()}
+    assert sizes == {"train": 12, "validation": 6, "test": 18}
+    parts = [{np.asarray(image).tobytes() for image in data.splits[part]["img"]} for part in ("train", "validation")]
+    assert not parts[0] & parts[1]
+
+
+def test_limits_take_the_first_rows(tmp_path):
+    data = load(dataset_name=write_parquet(tmp_path), max_train_samples=4, max_eval_samples=5)
+    assert (len(data.splits["train"]), len(data.splits["validation"])) == (4, 5)
+
+
+def test_digits_are_installed():
+    data = load(dataset_name="digits")
+    assert data.num_labels == 10 and len(data.splits["train"]) + len(data.splits["validation"]) == 1797
+
+
+def test_real_cifar100(shared_dir):
+    folder = shared_dir / "data" / "cifar100"
+    if not folder.is_dir():
+        pytest.skip("needs shared/data/cifar100")
+    data = load(dataset_name=str(folder), max_train_samples=20, max_eval_samples=20)
+    assert data.num_labels == 100 and data.label_names[0] == "apple" and data.dataset == "cifar100"
+    assert data.splits["train"][0]["img"].size == (32, 32)
+
+
+# What the model is given
+
+
+@pytest.fixture
+def model():
+    config = EarlyExitViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=12,
+        patch_size=4,
+        id2label=dict(enumerate(["eel", "cat", "dog"])),
+        label2id={"eel": 0, "cat": 1, "dog": 2},
+    )
+    torch.manual_seed(0)
+    return EarlyExitViTForImageClassification(config).eval()
+
+
+def test_labels_follow_the_checkpoints_names(tmp_path, model):
+    """A fine-tuned model with its labels in another order must not be trained on the wrong classes."""
+    args = ImageDataArguments(dataset_name=write_parquet(tmp_path))
+    data = load_image_data(args, splits_needed=["validation"], seed=1)
+    rows = IMAGES.encode_data(data, IMAGES.load_processor(None, args, model.config), args, model.config)["validation"]
+    assert [model.config.id2label[label] for label in rows.labels] == [NAMES[row % 3] for row in range(18)]
+    assert rows[0]["pixel_values"].shape == (3, 12, 12)
+
+
+def test_position_embeddings_are_resized_once_and_saved(tmp_path, model):
+    """The resized model equals the stock model that interpolates in each pass, also after saving and loading."""
+    stock = ViTForImageClassification(ViTForImageClassification.config_class(**model.config.to_dict()))
+    stock.load_state_dict({name: value for name, value in model.state_dict().items() if name in stock.state_dict()})
+    pixels = torch.randn(2, 3, 20, 20)
+    wanted = stock.eval()(pixels, interpolate_pos_encoding=True).logits
+    IMAGES.fit_model(model, ImageDataArguments(dataset_name="digits", image_size=20))
+    torch.testing.assert_close(model(pixels).logits, wanted, atol=1e-6, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded = EarlyExitViTForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.image_size == 20
+    torch.testing.assert_close(loaded(pixels).logits, wanted, atol=1e-6, rtol=0)
+
+
+def test_the_processor_gives_the_models_size(tmp_path, model):
+    cropping = ViTImageProcessor(
+        do_center_crop=True, size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}
+    )
+    for processor in (cropping, ViTImageProcessor()):
+        processor.save_pretrained(tmp_path)
+        loaded = IMAGES.load_processor(str(tmp_path), ImageDataArguments(dataset_name="digits"), model.config)
+        pixels = loaded(Image.fromarray(PIXELS[0]), return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, 12, 12)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "give --dataset_name"),
+        ({"dataset_name": "digits", "train_dir": "."}, "two sources"),
+        ({"train_dir": "nowhere"}, "--train_dir nowhere is not there"),
+        ({"dataset_name": "digits", "mixup": -1.0}, "--mixup"),
+        ({"dataset_name": "digits", "random_erase": 2.0}, "--random_erase"),
+        ({"dataset_name": "digits", "min_crop": 0.0}, "--min_crop"),
+        ({"dataset_name": "digits", "image_size": 0}, "--image_size"),
+        ({"dataset_name": "digits", "train_val_split": 1.0}, "--train_val_split"),
+        ({"dataset_name": "digits", "auto_augment": "wild"}, "--auto_augment 'wild'"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, message):
+    with pytest.raises(DataError, match=message):
+        ImageDataArguments(**flags)
+
+
+def test_a_missing_split_is_named(tmp_path):
+    with pytest.raises(DataError, match="no validation split.*--validation_dir.*--train_val_split"):
+        load(dataset_name=write_parquet(tmp_path, splits=["train"]))
+
+
+@pytest.mark.parametrize("flag", ["image_column_name", "label_column_name"])
+def test_a_missing_column_is_named(tmp_path, flag):
+    with pytest.raises(DataError, match=f"no column 'nope'.*--{flag}"):
+        load(dataset_name=write_parquet(tmp_path), **{flag: "nope"})
+
+
+def test_a_folder_that_is_not_there():
+    with pytest.raises(DataError, match="no such folder"):
+        load(dataset_name="./nowhere")
+
+
+def test_an_image_size_that_patches_do_not_divide(model):
+    with pytest.raises(DataError, match="--image_size 18 must be a multiple .* 4 pixels"):
+        IMAGES.fit_model(model, ImageDataArguments(dataset_name="digits", image_size=18))
+
+
+def test_a_label_that_the_model_does_not_know(tmp_path, model):
+    model.config.label2id = {"eel": 0, "cat": 1, "bee": 2}
+    args = ImageDataArguments(dataset_name=write_parquet(tmp_path))
+    data = load_image_data(args, splits_needed=["validation"], seed=1)
+    with pytest.raises(DataError, match="'dog', which the model does not know"):
+        IMAGES.encode_data(data, IMAGES.load_processor(None, args, model.config), args, model.config)
+
+
+def test_mixing_needs_classes(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("float32")})
+    rows = {"image": [Image.fromarray(pixels) for pixels in PIXELS], "label": np.arange(18) / 7}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
+    assert load(dataset_name=str(tmp_path), needed=["train"]).problem_type == "regression"
+    with pytest.raises(DataError, match="--mixup and --cutmix mix classes"):
+        load(dataset_name=str(tmp_path), needed=["train"], mixup=0.2)
