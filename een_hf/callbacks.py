@@ -35,6 +35,14 @@ def metrics_by_exit(logs: dict[str, float], prefix: str) -> dict[int, dict[str, 
     return found
 
 
+class EpochCallback(TrainerCallback):
+    """Tell training rows which epoch it is; accelerate leaves it out in the epoch in which a run resumes."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
 class ExitTableCallback(TrainerCallback):
     """Print a line per exit at each evaluation during training."""
 
@@ -178,7 +186,7 @@ class EarlyExitTensorBoardCallback(TensorBoardCallback):
 
 def use_early_exit_callbacks(trainer) -> None:
     """Add the table and the curves, and put ours in the place of a tracker's stock callback: never two of a kind."""
-    for own in (ExitTableCallback, ExitHistoryCallback):
+    for own in (EpochCallback, ExitTableCallback, ExitHistoryCallback):
         trainer.add_callback(own)
     present = [type(callback) for callback in trainer.callback_handler.callbacks]
     for stock, own in ((WandbCallback, EarlyExitWandbCallback), (TensorBoardCallback, EarlyExitTensorBoardCallback)):

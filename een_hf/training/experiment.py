@@ -59,8 +59,14 @@ class RunArguments:
     calibration: CalibrationArguments
     scheme: Any | None
 
+    def __post_init__(self):
+        self._settings = self._read_settings()  # as given: a run fills in what was left open
+
     def settings(self) -> dict:
         """What makes two runs the same experiment: all flags but those that say where and how it is watched."""
+        return self._settings
+
+    def _read_settings(self) -> dict:
         watching = (
             "output_dir",
             "resume",
@@ -322,6 +328,7 @@ class Experiment:
         self.processor = self.modality.load_processor(source, args.data, self.model.config, **hub)
         self.splits = self.modality.encode_data(self.data, self.processor, args.data, self.model.config)
         self._take_calibration_rows()
+        self._check_calibration()
         if training.project == type(training).project:
             training.project = "-".join(re.findall(r"[\w.]+", " ".join(self._names_of_data())))
         if training.do_train:
@@ -339,7 +346,6 @@ class Experiment:
             processing_class=self.processor,
             data_collator=self.modality.make_collator(self.processor, args.data, self.model.config),
         )
-        self._check_calibration()
         if training.do_train and self.model.config.exit_policy is not None:
             logger.warning("The checkpoint's exit policy is reset: training changes what its thresholds mean.")
             self.model.set_exit_policy(None)
