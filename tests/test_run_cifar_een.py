@@ -227,7 +227,7 @@ def test_cifar100_with_a_pretrained_vit(tmp_path, shared_dir):
     model, images = shared_dir / "models" / "vit-small-patch14-224", shared_dir / "data" / "cifar100"
     if not (model.is_dir() and images.is_dir()):
         pytest.skip("needs shared/models/vit-small-patch14-224 and shared/data/cifar100")
-    recipe = str(ROOT / "recipes" / "cifar100_vit_small_cpu.yaml")
+    recipe = str(ROOT / "recipes" / "cifar100_vit_small.yaml")
     main(IMAGES, [recipe, f"--model_name_or_path={model}", f"--dataset_name={images}", f"--output_dir={tmp_path}"])
     results = json.loads((tmp_path / "exit_results.json").read_text())
     accuracy = [row["metrics"]["accuracy"] for row in results["anytime"]]
