@@ -84,6 +84,11 @@ class EarlyExitTrainingArguments(TrainingArguments):
         metadata={"help": "Train exits 1..K-1 of a fine-tuned model only; backbone and last head stay to the bit."},
     )
 
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "`group_by_length` (default, texts only), `random` or `sequential` batches."},
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.exit_loss_weights, str):

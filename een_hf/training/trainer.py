@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, sort_checkpoints
 
 from ..callbacks import use_early_exit_callbacks
@@ -88,6 +89,21 @@ def scheme_arguments() -> list[type]:
     """The arguments dataclasses of all registered schemes, for the parser."""
     classes = dict.fromkeys(trainer_class.arguments_class for trainer_class in _SCHEMES.values())
     return [arguments_class for arguments_class in classes if arguments_class is not None]
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """transformers' sampler; its draws depend on seed and epoch alone, so that a resumed run sees the same batches."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class EarlyExitTrainer(Trainer):
@@ -269,6 +285,26 @@ class EarlyExitTrainer(Trainer):
                 last = self.task_metrics(own)
                 metrics.update({f"exit{index + 1}_{name}": value for name, value in last.items()})
         return metrics if self.task_metrics is None else {**metrics, **last}
+
+    # Batches
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As in `Trainer`; rows of similar length share a batch, the same rows for any number of processes."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(rows, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        in_columns = "input_ids" in getattr(rows, "column_names", ())
+        if not in_columns and "input_ids" not in rows[0]:
+            return torch.utils.data.RandomSampler(rows)
+        lengths = [len(ids) for ids in (rows["input_ids"] if in_columns else (row["input_ids"] for row in rows))]
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochLengthGroupedSampler(step, lengths, seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        """Rows in their order: predictions are matched with them by position."""
+        ordered = self.args.world_size <= 1 and hasattr(eval_dataset, "__len__")
+        return torch.utils.data.SequentialSampler(eval_dataset) if ordered else None
 
     # Optimizer
 
