@@ -1,6 +1,7 @@
 """Data: text and image tasks, partitions, and small real samples out of installed packages."""
 
 from .glue import TextDataArguments, encode_text_data, load_text_data
+from .partition import load_partition, partition_indices
 from .samples import load_bbc_news, load_digits, sample_model_path
 from .task import DataError, TaskData
 
@@ -12,6 +13,8 @@ __all__ = [
     "encode_text_data",
     "load_bbc_news",
     "load_digits",
+    "load_partition",
     "load_text_data",
+    "partition_indices",
     "sample_model_path",
 ]

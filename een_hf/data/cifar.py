@@ -13,8 +13,10 @@ from transformers import AutoImageProcessor, ViTImageProcessor
 
 from .images import EvaluationTransform, ImageCollator, ImageRows, TrainingTransform, whole_images
 from .labels import MULTI_LABEL, SINGLE_LABEL, model_label_ids, resolve_labels
+from .partition import check_partition_flags, load_partition
 from .samples import load_digits
 from .sources import check_columns, limit_rows, load_files, load_hub, parquet_files
+from .streaming import ImageStream, hold_all_but_train
 from .task import DataError, Modality, TaskData, check_splits, cut_validation_split
 
 
@@ -61,6 +63,18 @@ class ImageDataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first N training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first N evaluation rows."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Take only the first N rows to predict."})
+    partition_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on a part of a data set that `een-hf partition` cut; with --dataset_name its evaluation "
+            "splits are taken, else the part's own."
+        },
+    )
+    partition_id: str | None = field(default=None, metadata={"help": "Number of the part, or `all` for their union."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read training rows as they are needed, for data that do not fit; with --max_steps."},
+    )
     skip_corrupt: bool = field(default=False, metadata={"help": "Leave out images that cannot be decoded."})
     min_crop: float = field(
         default=0.5, metadata={"help": "Least share of the image that a random crop keeps; 1 keeps all."}
@@ -77,7 +91,8 @@ class ImageDataArguments:
         folders = self.folders()
         if self.dataset_name is not None and folders:
             raise DataError(f"--dataset_name and --{next(iter(folders))}_dir are two sources of data: give one.")
-        if self.dataset_name is None and not folders:
+        check_partition_flags(self, folders)
+        if self.dataset_name is None and not folders and self.partition_dir is None:
             raise DataError("No data: give --dataset_name, or --train_dir and --validation_dir.")
         for split, path in folders.items():
             if not os.path.isdir(path):
@@ -134,7 +149,7 @@ def load_image_data(
         DataError: a source, split, column or label that is missing or does not fit, or an image that is corrupt.
     """
     source, splits = _load_splits(args, cache_dir, token)
-    needed = list(splits_needed)
+    needed, stream = list(splits_needed), "train" if args.streaming else None
     rows = next(iter(splits.values()))
     image_column = _image_column(args, rows, source)
     label_column = args.label_column_name or next((name for name in _LABEL_COLUMNS if name in rows.column_names), None)
@@ -152,8 +167,12 @@ def load_image_data(
         for split, rows in splits.items()
         if split in needed or (cut and split == "train")
     }
+    if args.streaming:
+        splits = hold_all_but_train(splits, {split: getattr(args, name) for split, name in _LIMITS.items()})
+        if stream in splits:  # decoded at the end, one by one, so that a corrupt image can be named
+            splits[stream] = splits[stream].cast_column(image_column, datasets.Image(decode=False))
     splits, problem_type, label_names = resolve_labels(
-        splits, label_column, like and tuple(like.label_names or ()), source
+        splits, label_column, like and tuple(like.label_names or ()), source, seed
     )
     if problem_type == MULTI_LABEL:
         raise DataError(f"{source}: column {label_column!r} holds lists of labels; one class per image is trained.")
@@ -161,13 +180,13 @@ def load_image_data(
         raise DataError(f"--mixup and --cutmix mix classes; column {label_column!r} holds numbers.")
     if cut:
         splits = cut_validation_split(splits, args.train_val_split, label_column, seed)
-    splits = {split: limit_rows(splits[split], getattr(args, _LIMITS[split])) for split in needed}
-    splits = {
+    held = {split: limit_rows(splits[split], getattr(args, _LIMITS[split])) for split in needed if split != stream}
+    splits |= {
         split: whole_images(rows, image_column, args.skip_corrupt, f"{source}, split {split!r}")
-        for split, rows in splits.items()
+        for split, rows in held.items()
     }
     return TaskData(
-        splits=splits,
+        splits={split: splits[split] for split in needed},
         problem_type=problem_type,
         label_names=label_names,
         input_columns=[image_column],
@@ -190,26 +209,37 @@ _HINTS = {
 
 def _load_splits(args: ImageDataArguments, cache_dir: str | None, token: str | None) -> tuple[str, dict]:
     """What the source is called in messages, and all its splits by name."""
+    if args.partition_dir is None:
+        return _load_source(args, cache_dir, token)
+    part = load_partition(args.partition_dir, args.partition_id)
+    if args.dataset_name is None:
+        return f"--partition_dir {args.partition_dir}", dict(part)
+    source, splits = _load_source(args, cache_dir, token)
+    return source, {**splits, "train": part["train"]}
+
+
+def _load_source(args: ImageDataArguments, cache_dir: str | None, token: str | None) -> tuple[str, dict]:
     folders = args.folders()
     if folders:
         source = " ".join(f"--{split}_dir {path}" for split, path in folders.items())
-        return source, {split: _load_folder(path, source, cache_dir)["train"] for split, path in folders.items()}
+        splits = {split: _load_folder(path, source, cache_dir, args.streaming) for split, path in folders.items()}
+        return source, {split: found["train"] for split, found in splits.items()}
     source = f"--dataset_name {args.dataset_name}"
     if os.path.isdir(args.dataset_name):
         if any(Path(args.dataset_name).glob("*.parquet")) or any(Path(args.dataset_name, "data").glob("*.parquet")):
             found = parquet_files(Path(args.dataset_name), args.dataset_config_name, source)
-            return source, load_files(found, source, cache_dir)
-        return source, _load_folder(args.dataset_name, source, cache_dir)
+            return source, load_files(found, source, cache_dir, args.streaming)
+        return source, _load_folder(args.dataset_name, source, cache_dir, args.streaming)
     if args.dataset_name == _DIGITS:
         return source, dict(load_digits())
     name = HUB_NAMES.get(args.dataset_name, args.dataset_name)
-    return source, load_hub(name, args.dataset_config_name, source, cache_dir, token)
+    return source, load_hub(name, args.dataset_config_name, source, cache_dir, token, args.streaming)
 
 
-def _load_folder(path: str, source: str, cache_dir: str | None) -> dict:
+def _load_folder(path: str, source: str, cache_dir: str | None, streaming: bool) -> dict:
     """Images in one folder per class, below one folder per split where these are named so."""
     try:
-        return dict(datasets.load_dataset("imagefolder", data_dir=path, cache_dir=cache_dir))
+        return dict(datasets.load_dataset("imagefolder", data_dir=path, cache_dir=cache_dir, streaming=streaming))
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"{source} cannot be read as images in folders: {error.__cause__ or error}") from error
 
@@ -228,7 +258,7 @@ def _image_column(args: ImageDataArguments, rows: datasets.Dataset, source: str)
 
 def _dataset_name(args: ImageDataArguments) -> str:
     """A name for files and tables."""
-    path = args.dataset_name or next(iter(args.folders().values()))
+    path = args.dataset_name or args.partition_dir or next(iter(args.folders().values()))
     return Path(path).resolve().name if os.path.isdir(path) else path
 
 
@@ -267,6 +297,9 @@ def _encode_rows(data: TaskData, processor: Any, args: ImageDataArguments, confi
     transform, (image_column,) = EvaluationTransform(processor, config.num_channels), data.input_columns
     encoded = {}
     for split, rows in data.splits.items():
+        if isinstance(rows, datasets.IterableDataset):
+            encoded[split] = ImageStream(rows, image_column, data.label_column, ids, transform, args.skip_corrupt)
+            continue
         labels = rows[data.label_column][:] if data.label_column in rows.column_names else None
         if labels is not None and ids is not None:
             labels = [ids[label] for label in labels]

@@ -11,8 +11,10 @@ import datasets
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
 from .labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, model_label_ids, resolve_labels
+from .partition import check_partition_flags, load_partition
 from .samples import load_bbc_news
 from .sources import FILE_FORMATS, ROW_ID, check_columns, limit_rows, load_files, load_hub, parquet_files
+from .streaming import hold_all_but_train
 from .task import DataError, Modality, TaskData, check_splits, cut_validation_split
 
 
@@ -33,25 +35,33 @@ class GlueTask:
         text_columns: one column, or two for sentence pairs.
         label_names: by label id; empty for regression.
         metrics: the task's own.
+        submission: name of the file that the benchmark's server takes, without ending.
+        submits_names: whether that file holds label names instead of their ids.
     """
 
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
+    submission: str = ""
+    submits_names: bool = False
 
 
 _PAIR = ("sentence1", "sentence2")
 
 GLUE_TASKS = {
-    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
-    "mnli": GlueTask(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
-    "mrpc": GlueTask(_PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-    "qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment")),
-    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-    "rte": GlueTask(_PAIR, ("entailment", "not_entailment")),
-    "sst2": GlueTask(("sentence",), ("negative", "positive")),
-    "stsb": GlueTask(_PAIR, (), ("pearson", "spearmanr")),
-    "wnli": GlueTask(_PAIR, ("not_entailment", "entailment")),
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",), "CoLA"),
+    "mnli": GlueTask(
+        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), submission="MNLI-m", submits_names=True
+    ),
+    "mrpc": GlueTask(_PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1"), "MRPC"),
+    "qnli": GlueTask(
+        ("question", "sentence"), ("entailment", "not_entailment"), submission="QNLI", submits_names=True
+    ),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), "QQP"),
+    "rte": GlueTask(_PAIR, ("entailment", "not_entailment"), submission="RTE", submits_names=True),
+    "sst2": GlueTask(("sentence",), ("negative", "positive"), submission="SST-2"),
+    "stsb": GlueTask(_PAIR, (), ("pearson", "spearmanr"), "STS-B"),
+    "wnli": GlueTask(_PAIR, ("not_entailment", "entailment"), submission="WNLI"),
 }
 
 _DEFAULT_METRICS = {SINGLE_LABEL: ["accuracy"], MULTI_LABEL: ["f1"], REGRESSION: ["mse"]}
@@ -105,6 +115,18 @@ class TextDataArguments:
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that turn text into tokens. Default: this one."}
     )
+    partition_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on a part of a data set that `een-hf partition` cut; with --dataset_name its evaluation "
+            "splits are taken, else the part's own."
+        },
+    )
+    partition_id: str | None = field(default=None, metadata={"help": "Number of the part, or `all` for their union."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read training rows as they are needed, for data that do not fit; with --max_steps."},
+    )
     overwrite_cache: bool = field(default=False, metadata={"help": "Make tokens anew instead of from the cache."})
 
     def __post_init__(self):
@@ -115,7 +137,8 @@ class TextDataArguments:
         files = self.files()
         if self.dataset_name is not None and files:
             raise DataError(f"--dataset_name and --{next(iter(files))}_file are two sources of data: give one.")
-        if self.dataset_name is None and self.task_name is None and not files:
+        check_partition_flags(self, files)
+        if self.dataset_name is None and self.task_name is None and not files and self.partition_dir is None:
             raise DataError("No data: give --task_name, --dataset_name, or --train_file and --validation_file.")
         for split, path in files.items():
             if Path(path).suffix not in FILE_FORMATS:
@@ -175,6 +198,11 @@ def load_text_data(
     not_cut = [split for split in needed if not (cut and split == "validation")]
     check_splits(splits, not_cut, _missing_split_hints(args), source)
     splits = {split: rows for split, rows in splits.items() if split.removesuffix("_mismatched") in _LIMITS}
+    if args.streaming:
+        limits = {split: getattr(args, name) for split, name in _LIMITS.items()}
+        splits = hold_all_but_train(
+            {split: splits[split] for split in splits if split.split("_")[0] in needed}, limits
+        )
 
     label_column = args.label_column_name or "label"
     for split, rows in splits.items():
@@ -182,14 +210,20 @@ def load_text_data(
             check_columns(rows, [label_column], "label_column_name", f"{source}, split {split!r}")
     input_columns = text_columns(args, task, splits, label_column, source)
     known = task.label_names if task else like and tuple(like.label_names or ())
-    splits, problem_type, label_names = resolve_labels(splits, label_column, known, source)
-    splits = {split: prepare_rows(rows, input_columns, f"{source}, split {split!r}") for split, rows in splits.items()}
+    splits, problem_type, label_names = resolve_labels(splits, label_column, known, source, seed)
+    splits = {
+        split: rows
+        if args.streaming and split == "train"
+        else prepare_rows(rows, input_columns, f"{source}, split {split!r}")
+        for split, rows in splits.items()
+    }
     if cut:
         splits = cut_validation_split(splits, args.train_val_split, label_column, seed)
     wanted = {split: rows for split, rows in splits.items() if split.removesuffix("_mismatched") in needed}
     return TaskData(
         splits={
-            split: limit_rows(rows, getattr(args, _LIMITS[split.split("_")[0]])) for split, rows in wanted.items()
+            split: rows if args.streaming else limit_rows(rows, getattr(args, _LIMITS[split.split("_")[0]]))
+            for split, rows in wanted.items()
         },
         problem_type=problem_type,
         label_names=label_names,
@@ -234,13 +268,16 @@ def encode_text_data(
     num_labels = max(data.num_labels, len(label2id or ()))
     encoded = {}
     for split, rows in data.splits.items():
+        held = {
+            "num_proc": args.preprocessing_num_workers,
+            "load_from_cache_file": not args.overwrite_cache,
+            "desc": f"Tokenizing {split}",
+        }
         encoded[split] = rows.map(
             _encode_rows,
             batched=True,
-            num_proc=args.preprocessing_num_workers,
-            load_from_cache_file=not args.overwrite_cache,
+            **(held if isinstance(rows, datasets.Dataset) else {}),
             remove_columns=[name for name in rows.column_names if name not in keep_columns],
-            desc=f"Tokenizing {split}",
             fn_kwargs={
                 "tokenizer": tokenizer,
                 "columns": data.input_columns,
@@ -286,26 +323,35 @@ def _encode_rows(
 def _load_splits(args: TextDataArguments, cache_dir: str | None, token: str | None) -> tuple[str, dict]:
     """What the source is called in messages, and all its splits under the names of `TaskData`."""
     files = args.files()
+    if args.partition_dir is not None and args.dataset_name is None:
+        source = f"--partition_dir {args.partition_dir}"
+        return source, dict(load_partition(args.partition_dir, args.partition_id))
     if files:
         source = " ".join(f"--{split}_file {path}" for split, path in files.items())
         splits = {
-            split: load_files({split: [path]}, f"--{split}_file {path}", cache_dir) for split, path in files.items()
+            split: load_files({split: [path]}, f"--{split}_file {path}", cache_dir, args.streaming)
+            for split, path in files.items()
         }
         splits = {split: rows[split] for split, rows in splits.items()}
     elif args.dataset_name is None:
         source = f"--task_name {args.task_name} ({_HUB_GLUE})"
-        splits = load_hub(_HUB_GLUE, args.dataset_config_name or args.task_name, source, cache_dir, token)
+        config = args.dataset_config_name or args.task_name
+        splits = load_hub(_HUB_GLUE, config, source, cache_dir, token, args.streaming)
     elif os.path.isdir(args.dataset_name):
         source = f"--dataset_name {args.dataset_name}"
         found = parquet_files(Path(args.dataset_name), args.dataset_config_name or args.task_name, source)
-        splits = load_files(found, source, cache_dir)
+        splits = load_files(found, source, cache_dir, args.streaming)
     elif args.dataset_name == _BBC_NEWS:
         # One fixed split: a checkpoint evaluated under another --seed must not meet its training rows.
         source, splits = f"--dataset_name {_BBC_NEWS}", load_bbc_news()
     else:
         source = f"--dataset_name {args.dataset_name}"
-        splits = load_hub(args.dataset_name, args.dataset_config_name or args.task_name, source, cache_dir, token)
-    return source, {_SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
+        config = args.dataset_config_name or args.task_name
+        splits = load_hub(args.dataset_name, config, source, cache_dir, token, args.streaming)
+    splits = {_SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
+    if args.partition_dir is not None:
+        splits["train"] = load_partition(args.partition_dir, args.partition_id)["train"]
+    return source, splits
 
 
 def _missing_split_hints(args: TextDataArguments) -> dict[str, str]:
@@ -329,6 +375,8 @@ def _dataset_name(args: TextDataArguments) -> str:
     if args.dataset_name is not None:
         return Path(args.dataset_name).resolve().name if os.path.isdir(args.dataset_name) else args.dataset_name
     files = args.files()
+    if args.partition_dir is not None:
+        return Path(args.partition_dir).resolve().name
     return Path(next(iter(files.values()))).stem if files else _HUB_GLUE
 
 
@@ -394,6 +442,26 @@ def _make_collator(tokenizer: PreTrainedTokenizerBase, args: TextDataArguments, 
     return default_data_collator if args.pad_to_max_length else DataCollatorWithPadding(tokenizer)
 
 
+def _write_submission(folder: Path, data: TaskData, split: str, predictions: list) -> None:
+    """`glue_submission/<task>.tsv` as the GLUE server takes it: row ids, and label ids, label names or scores."""
+    task = GLUE_TASKS.get(data.task_name)
+    if task is None:
+        return
+    name = "MNLI-mm" if split.endswith("_mismatched") else task.submission
+    if not task.label_names:
+        answers = [f"{min(max(score, 0.0), 5.0):.3f}" for score in predictions]
+    else:
+        # A checkpoint may have its own spelling, or no names at all (LABEL_0, ...), which are the data's ids.
+        known = {name.lower(): index for index, name in enumerate(task.label_names)}
+        known |= {f"label_{index}": index for index in range(len(task.label_names))}
+        ids = [known[prediction.lower()] for prediction in predictions]
+        answers = [task.label_names[index] if task.submits_names else index for index in ids]
+    place = folder / "glue_submission"
+    place.mkdir(exist_ok=True)
+    lines = [f"{row_id}\t{answer}\n" for row_id, answer in zip(data.row_ids(split), answers, strict=True)]
+    (place / f"{name}.tsv").write_text("index\tprediction\n" + "".join(lines))
+
+
 TEXT = Modality(
     model_type="bert",
     data_arguments=TextDataArguments,
@@ -401,4 +469,5 @@ TEXT = Modality(
     load_processor=_load_tokenizer,
     encode_data=_encode_for_model,
     make_collator=_make_collator,
+    write_submission=_write_submission,
 )

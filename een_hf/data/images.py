@@ -185,11 +185,15 @@ def whole_images(rows: datasets.Dataset, column: str, skip: bool, where: str) ->
     return rows.select([row for row in range(len(rows)) if row not in broken])
 
 
-def _find_problem(row: dict, column: str) -> dict[str, str]:
-    image = row[column]
+def decode_image(image: dict) -> tuple[Image.Image | None, str]:
+    """An undecoded image of a data set (`bytes`, `path`), decoded, or what is wrong with it."""
     try:
-        with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
-            opened.load()
+        opened = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+        opened.load()
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise
-        return {"problem": str(error) or type(error).__name__}
-    return {"problem": ""}
+        return None, str(error) or type(error).__name__
+    return opened, ""
+
+
+def _find_problem(row: dict, column: str) -> dict[str, str]:
+    return {"problem": decode_image(row[column])[1]}

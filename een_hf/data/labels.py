@@ -10,10 +10,11 @@ from .task import DataError, TaskData
 
 
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+SHUFFLE_BUFFER = 10_000  # rows of a stream
 
 
 def resolve_labels(
-    splits: dict, column: str, task_labels: Sequence[str] | None, source: str
+    splits: dict, column: str, task_labels: Sequence[str] | None, source: str, seed: int = 0
 ) -> tuple[dict, str, list[str] | None]:
     """Splits whose labels are class ids, numbers or lists of class ids, their problem type and their label names.
 
@@ -22,10 +23,21 @@ def resolve_labels(
         column: of the labels.
         task_labels: label names that a task fixes, none for regression; `None` without a task.
         source: what the data are called in messages.
+        seed: of the shuffle of a stream.
 
     Raises:
         DataError: labels that are missing, mixed or unknown.
     """
+    stream = splits.get("train")
+    if isinstance(stream, datasets.IterableDataset):
+        held = {split: rows for split, rows in splits.items() if split != "train"}
+        declared = getattr(stream.features.get(column), "names", None)
+        known = declared if task_labels is None else task_labels
+        label_names = None
+        if any(column in rows.column_names for rows in held.values()):
+            held, _, label_names = resolve_labels(held, column, known, source)
+        stream, problem_type, label_names = _labelled_stream(stream, column, label_names, known, source, seed)
+        return {"train": stream, **held}, problem_type, label_names
     values = {split: _label_values(rows, column) for split, rows in splits.items() if column in rows.column_names}
     hidden = [split for split, labels in values.items() if split.startswith("test") and _is_hidden(labels)]
     splits = {split: rows.remove_columns(column) if split in hidden else rows for split, rows in splits.items()}
@@ -44,7 +56,7 @@ def resolve_labels(
                 f"{source}, split {split!r} has no label in column {column!r} of row {missing} (counted from 0)."
             )
 
-    kinds = {split: _problem_type(splits[split].features[column], task_labels, column, source) for split in values}
+    kinds = {split: problem_type_of(splits[split].features[column], task_labels, column, source) for split in values}
     problem_type = next(iter(kinds.values()))
     for split, kind in kinds.items():
         if kind != problem_type:
@@ -68,6 +80,62 @@ def resolve_labels(
     for split, labels in numbers.items():
         splits[split] = splits[split].remove_columns(column).add_column(column, labels, feature=feature)
     return splits, problem_type, label_names
+
+
+def _labelled_stream(
+    stream: datasets.IterableDataset,
+    column: str,
+    label_names: Sequence[str] | None,
+    task_labels: Sequence[str] | None,
+    source: str,
+    seed: int,
+) -> tuple[datasets.IterableDataset, str, list[str] | None]:
+    """The stream shuffled in a buffer, its labels as class ids or numbers; the problem type and label names.
+
+    Args:
+        stream: training rows.
+        column: of the labels.
+        label_names: of the splits that are held, or `None`.
+        task_labels: names that a task fixes, none for regression; `None` without a task.
+        source: what the data are called in messages.
+        seed: of the shuffle.
+
+    Raises:
+        DataError: labels of a kind that a stream cannot number, or, while it is read, one without a number.
+    """
+    if column not in stream.features:
+        raise DataError(f"{source} has no column {column!r}: name one by --label_column_name.")
+    feature = stream.features[column]
+    problem_type = problem_type_of(feature, task_labels, column, source)
+    if problem_type == REGRESSION:
+        return _shuffled(stream.map(_as_float, fn_kwargs={"column": column}), seed), problem_type, None
+    names = getattr(feature, "names", None) or task_labels or label_names
+    if names is None or isinstance(feature, datasets.List):
+        raise DataError(
+            f"--streaming cannot know all labels of column {column!r} beforehand: give --task_name, a data set whose "
+            "labels have names (one class per row), or --do_eval with a validation split that holds them all."
+        )
+    kwargs = {"column": column, "declared": getattr(feature, "names", None), "names": list(names), "source": source}
+    features = stream.features.copy()
+    features[column] = datasets.Value("int64")
+    return _shuffled(stream.map(_number_label, fn_kwargs=kwargs, features=features), seed), problem_type, list(names)
+
+
+def _shuffled(stream: datasets.IterableDataset, seed: int) -> datasets.IterableDataset:
+    return stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+
+
+def _as_float(row: dict, column: str) -> dict:
+    return {column: float(row[column])}
+
+
+def _number_label(row: dict, column: str, declared: list[str] | None, names: list[str], source: str) -> dict:
+    label = row[column]
+    label = declared[label] if declared and isinstance(label, int) and label >= 0 else label
+    number = label_index(names).get(label)
+    if number is None:
+        raise DataError(f"{source}, column {column!r} has the label {label!r}; the labels are: {', '.join(names)}.")
+    return {column: number}
 
 
 def _label_values(rows: datasets.Dataset, column: str) -> list:
@@ -96,11 +164,12 @@ def _is_hidden(labels: list) -> bool:
     return all(_is_missing(label) or label == -1 for label in labels)
 
 
-def _problem_type(feature: Any, task_labels: Sequence[str] | None, column: str, source: str) -> str:
+def problem_type_of(feature: Any, task_labels: Sequence[str] | None, column: str, source: str) -> str:
+    """What a column of labels poses, from its type."""
     if isinstance(feature, datasets.ClassLabel):
         return SINGLE_LABEL
     if isinstance(feature, datasets.List):
-        kind = _problem_type(feature.feature, task_labels, column, source)
+        kind = problem_type_of(feature.feature, task_labels, column, source)
         if kind == SINGLE_LABEL:
             return MULTI_LABEL
     dtype = getattr(feature, "dtype", "")
@@ -111,6 +180,11 @@ def _problem_type(feature: Any, task_labels: Sequence[str] | None, column: str, 
     if dtype.startswith(("int", "uint")) or dtype in ("string", "large_string", "bool"):
         return SINGLE_LABEL
     raise DataError(f"{source}: column {column!r} of type {feature} holds no labels; name one by --label_column_name.")
+
+
+def label_index(names: Sequence[str]) -> dict[str | int, int]:
+    """The id of each label, by its name and by its number."""
+    return {name: number for number, name in enumerate(names)} | {number: number for number in range(len(names))}
 
 
 def _number_labels(
@@ -128,7 +202,7 @@ def _number_labels(
     if names is None:
         order = sorted(labels)
         return [str(label) for label in order], {label: number for number, label in enumerate(order)}
-    index = {name: number for number, name in enumerate(names)} | {number: number for number in range(len(names))}
+    index = label_index(names)
     unknown = [label for label in labels if label not in index]
     if unknown:
         raise DataError(f"{where} has the label {min(unknown)!r}; the labels are: {', '.join(names)}.")

@@ -15,11 +15,13 @@ ROW_ID = "idx"
 _LOAD_ERRORS = (OSError, ValueError, DatasetsError)
 
 
-def load_hub(name: str, config: str | None, source: str, cache_dir: str | None, token: str | None) -> dict:
+def load_hub(
+    name: str, config: str | None, source: str, cache_dir: str | None, token: str | None, streaming: bool = False
+) -> dict:
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise DataError(f"{source}: there is no such folder.")
     try:
-        return dict(datasets.load_dataset(name, config, cache_dir=cache_dir, token=token))
+        return dict(datasets.load_dataset(name, config, cache_dir=cache_dir, token=token, streaming=streaming))
     except _LOAD_ERRORS as error:
         raise DataError(
             f"{source} cannot be loaded from the Hub ({error}). Without network give --dataset_name a local folder of "
@@ -41,10 +43,10 @@ def parquet_files(folder: Path, config: str | None, source: str) -> dict[str, li
     )
 
 
-def load_files(files: dict[str, list[str]], source: str, cache_dir: str | None) -> dict:
+def load_files(files: dict[str, list[str]], source: str, cache_dir: str | None, streaming: bool = False) -> dict:
     kind = FILE_FORMATS[Path(next(iter(files.values()))[0]).suffix]
     try:
-        return dict(datasets.load_dataset(kind, data_files=files, cache_dir=cache_dir))
+        return dict(datasets.load_dataset(kind, data_files=files, cache_dir=cache_dir, streaming=streaming))
     except _LOAD_ERRORS as error:
         raise DataError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
 

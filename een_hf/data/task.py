@@ -60,6 +60,8 @@ class Modality:
         encode_data: `(data, processor, data_args, config) -> dict of split name to encoded rows`.
         make_collator: `(processor, data_args, config) -> data collator`.
         fit_model: `(model, data_args)`: change a loaded model as the data flags ask.
+        write_submission: `(folder, data, split, predictions)`: write predictions (label names, or numbers) of a test
+            split in a benchmark's own format, where there is one.
         augment: `(rows, processor, data_args, config, seed) -> rows`, of the training split alone.
     """
 
@@ -71,6 +73,7 @@ class Modality:
     make_collator: Callable[..., Any]
     fit_model: Callable[..., None] = lambda *_: None
     augment: Callable[..., Any] = lambda rows, *_: rows
+    write_submission: Callable[..., None] = lambda *_: None
 
 
 def cut_validation_split(splits: dict, share: float, label_column: str, seed: int) -> dict:

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
 
 from ..data.samples import sample_model_path
+from ..data.streaming import EndlessStream
 from ..data.task import Modality, TaskData
 from ..evaluation import (
     anytime_table,
@@ -284,6 +285,8 @@ class Experiment:
             raise ExitConfigurationError("Nothing to do: give --do_train, --do_eval or --do_predict.")
         if args.calibration.measure_speed and self.modality.model_type != "bert":
             raise ExitConfigurationError("--measure_speed is for text; benchmarks/inference.py times images.")
+        if args.data.streaming:
+            self._check_streaming()
         checkpoint = check_output_dir(args)
         set_seed(training.seed)
         self._prepare()
@@ -307,6 +310,17 @@ class Experiment:
         if training.push_to_hub:
             self.trainer.push_to_hub()
         return metrics
+
+    def _check_streaming(self) -> None:
+        """A stream has no length and cannot be cut."""
+        if self.training.do_train and self.training.max_steps <= 0:
+            raise ExitConfigurationError("--streaming needs --max_steps: a stream has no length.")
+        for flag, value in (
+            ("train_val_split", self.args.data.train_val_split),
+            ("calibration_samples", self.args.calibration.calibration_samples),
+        ):
+            if value is not None:
+                raise ExitConfigurationError(f"--{flag} cuts the training rows, which --streaming does not hold.")
 
     def _prepare(self) -> None:
         """Load data, model and processor and build the trainer, so that whatever is wrong shows before training."""
@@ -333,7 +347,8 @@ class Experiment:
             training.project = "-".join(re.findall(r"[\w.]+", " ".join(self._names_of_data())))
         if training.do_train:
             made_of = self.processor, args.data, self.model.config, training.seed
-            self.splits["train"] = self.modality.augment(self.splits["train"], *made_of)
+            rows = self.modality.augment(self.splits["train"], *made_of)
+            self.splits["train"] = EndlessStream(rows) if args.data.streaming else rows
         if self.modality.model_type != "bert":
             training.remove_unused_columns = False  # rows carry what seeds their mixing
         self.trainer: EarlyExitTrainer = get_scheme(training.method)(
@@ -560,10 +575,12 @@ class Experiment:
             predictions = predict_labels(logits, data.problem_type)
             if not self.training.should_save:
                 continue
+            answers = [self._label(answer) for answer in answers]
             with open(self.folder / f"predict_results_{name}.txt", "w") as file:
                 file.write("index\tprediction\n")
                 for index, answer in enumerate(answers):
-                    file.write(f"{index}\t{self._label(answer)}\n")
+                    file.write(f"{index}\t{answer}\n")
+            self.modality.write_submission(self.folder, data, split, answers)
             with open(self.folder / f"predict_exits_{name}.jsonl", "w") as file:
                 for row_id, row, exit_index in zip(data.row_ids(split), predictions, taken, strict=True):
                     line = {

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 
-from een_hf.data import DataError
+from een_hf.commands import main as commands_main
+from een_hf.data import DataError, load_digits
 from een_hf.data.cifar import IMAGES, ImageDataArguments, load_image_data
 from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
 
@@ -204,3 +205,53 @@ def test_mixing_needs_classes(tmp_path):
     assert load(dataset_name=str(tmp_path), needed=["train"]).problem_type == "regression"
     with pytest.raises(DataError, match="--mixup and --cutmix mix classes"):
         load(dataset_name=str(tmp_path), needed=["train"], mixup=0.2)
+
+
+# Parts
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts") / "digits4"
+    words = f"partition --dataset_name digits --num_partitions 4 --scheme dir --output_dir {folder} --format npz"
+    commands_main(words.split())
+    return folder
+
+
+def images_of(rows):
+    return sorted(np.asarray(image).tobytes() for image in rows["image"])
+
+
+def test_a_part_is_trained_on_and_the_data_set_evaluated(parts):
+    """With --dataset_name the untouched test split is what is reported; without it the part's own rows."""
+    with np.load(parts / "train" / "2.npz", allow_pickle=False) as arrays:
+        wanted = sorted(image.tobytes() for image in arrays["x"])
+    with np.load(parts / "valid" / "2.npz", allow_pickle=False) as arrays:
+        own_validation = arrays["y"].tolist()
+    alone = load(partition_dir=str(parts), partition_id="2")
+    beside = load(partition_dir=str(parts), partition_id="2", dataset_name="digits")
+    assert images_of(alone.splits["train"]) == images_of(beside.splits["train"]) == wanted
+    assert alone.splits["validation"]["label"][:] == own_validation
+    assert images_of(beside.splits["validation"]) == images_of(load_digits()["test"])
+    assert alone.label_names == beside.label_names
+
+
+def test_the_union_of_all_parts(parts):
+    data = load(partition_dir=str(parts), partition_id="all")
+    both = images_of(data.splits["train"]) + images_of(data.splits["validation"])
+    assert sorted(both) == images_of(load_digits()["train"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"partition_id": "4"}, "--partition_id .* 0 to 3"),
+        ({"partition_id": "x"}, "--partition_id"),
+        ({}, "belong together"),
+        ({"partition_id": "0", "train_dir": "."}, "two sources"),
+        ({"partition_id": "0", "streaming": True}, "--streaming"),
+    ],
+)
+def test_parts_that_are_not_there(parts, flags, message):
+    with pytest.raises(DataError, match=message):
+        load(partition_dir=str(parts), **flags)

@@ -312,7 +312,7 @@ def test_collator_makes_the_tensors_that_the_model_takes(load, write, tokenizer)
         data = load(train_file=write("train.jsonl", rows_of(labels)))
         args = TextDataArguments(dataset_name="x")
         encoded = encode_text_data(data, tokenizer, args)["train"]
-        batch = TEXT.make_collator(tokenizer, args)([encoded[i] for i in range(3)])
+        batch = TEXT.make_collator(tokenizer, args, None)([encoded[i] for i in range(3)])
         assert batch["input_ids"].shape == (3, 5) and str(batch["labels"].dtype) == dtype
 
 

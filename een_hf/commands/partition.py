@@ -1,0 +1,102 @@
+"""Cut the train split of a labelled data set into parts, as in federated learning.
+
+een-hf partition --dataset_name cifar100 --num_partitions 1000 --scheme dir --alpha 0.1 --balance \\
+    --output_dir dataset/cifar100_noniid1000
+
+iid: rows by chance. dir: each part draws its shares of the classes from a Dirichlet distribution. pat: each part sees
+a few classes. Sizes vary unless --balance makes them equal. Every row is in exactly one part, in OUT/train/<part> or
+OUT/valid/<part>; the test split is not touched. OUT/partition.json says what each part holds, OUT/partition.png shows
+it. Same seed, same parts.
+"""
+
+import math
+
+import numpy as np
+
+from ..data.partition import (
+    FORMATS,
+    SCHEMES,
+    check_output_dir,
+    load_labelled_rows,
+    partition_indices,
+    write_partition,
+)
+from ..data.task import DataError
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument(
+        "--dataset_name",
+        required=True,
+        help="cifar100, cifar10, Hub name, local folder of parquet files, or an installed sample: digits, bbc_news",
+    )
+    parser.add_argument("--dataset_config_name", help="configuration of --dataset_name")
+    parser.add_argument("--label_column_name", help="default: label, else fine_label")
+    parser.add_argument(
+        "--input_column_names",
+        nargs="+",
+        help="of --format npz: one image column, one text column or two; default: the only ones",
+    )
+    parser.add_argument("--num_partitions", type=int, required=True, help="number of parts")
+    parser.add_argument("--scheme", choices=SCHEMES, required=True)
+    parser.add_argument("--alpha", type=float, help="of --scheme dir: the smaller, the fewer classes; default: 0.1")
+    parser.add_argument("--classes_per_partition", type=int, help="of --scheme pat; default: 2")
+    parser.add_argument("--balance", action="store_true", help="parts of equal size; with pat as far as classes are")
+    parser.add_argument(
+        "--min_size", type=int, help="least rows of a part; default: as many as give one validation row"
+    )
+    parser.add_argument(
+        "--valid_fraction", type=float, default=0.25, help="validation share of each part, 0 for none; default: 0.25"
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="parquet", help="all columns (default), or NumPy arrays x and y"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="default: 42")
+    parser.add_argument("--output_dir", required=True, help="a folder that is empty or not there")
+    parser.add_argument("--cache_dir", help="where downloads are kept")
+    parser.add_argument("--token", help="for private Hub repositories")
+
+
+def run(args) -> None:
+    check_output_dir(args.output_dir)
+    for flag, scheme in (("alpha", "dir"), ("classes_per_partition", "pat")):
+        if getattr(args, flag) is not None and args.scheme != scheme:
+            raise DataError(f"--{flag} belongs to --scheme {scheme}, not {args.scheme}.")
+    if not 0 <= args.valid_fraction < 1:
+        raise DataError(f"--valid_fraction must be at least 0 and below 1, not {args.valid_fraction}.")
+    if args.seed < 0:
+        raise DataError(f"--seed must be at least 0, not {args.seed}.")
+    min_size = args.min_size
+    if min_size is None:
+        min_size = math.ceil(1 / args.valid_fraction - 1e-9) if args.valid_fraction else 1
+    settings = {"scheme": args.scheme, "balance": args.balance, "min_size": min_size, "seed": args.seed}
+    if args.scheme == "dir":
+        settings["alpha"] = 0.1 if args.alpha is None else args.alpha
+    if args.scheme == "pat":
+        settings["classes_per_partition"] = 2 if args.classes_per_partition is None else args.classes_per_partition
+
+    data = load_labelled_rows(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.label_column_name,
+        cache_dir=args.cache_dir,
+        token=args.token,
+    )
+    parts, shares = partition_indices(data.labels, args.num_partitions, **settings)
+    source = {"dataset_name": args.dataset_name, "dataset_config_name": args.dataset_config_name}
+    about = write_partition(
+        data,
+        parts,
+        args.output_dir,
+        format=args.format,
+        valid_fraction=args.valid_fraction,
+        input_column_names=args.input_column_names,
+        shares=shares,
+        settings={**source, **settings},
+    )
+    counts = np.array(about["label_counts"])
+    sizes, classes = counts.sum(axis=1), (counts > 0).sum(axis=1)
+    print(f"{sizes.sum()} rows of {counts.shape[1]} classes in {len(sizes)} parts: {args.output_dir}")
+    for what, numbers in (("rows", sizes), ("classes", classes)):
+        print(f"{what} per part: {numbers.min()} to {numbers.max()}, median {np.median(numbers):g}")
+    print(f"Train on one: --partition_dir {args.output_dir} --partition_id 0 (to {len(sizes) - 1}, or all)")
