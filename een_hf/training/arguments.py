@@ -84,6 +84,12 @@ class EarlyExitTrainingArguments(TrainingArguments):
         metadata={"help": "Train exits 1..K-1 of a fine-tuned model only; backbone and last head stay to the bit."},
     )
 
+    warm_start_epochs: float = field(
+        default=0.0,
+        metadata={
+            "help": "Epochs in which the last exit alone is trained, as plain fine-tuning; the others join after."
+        },
+    )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={"help": "`group_by_length` (default, texts only), `random` or `sequential` batches."},
@@ -94,6 +100,10 @@ class EarlyExitTrainingArguments(TrainingArguments):
         if isinstance(self.exit_loss_weights, str):
             self.exit_loss_weights = self.exit_loss_weights.split(",")
         self.exit_loss_weights = [str(weight) for weight in self.exit_loss_weights]
+        if not 0 <= self.warm_start_epochs < float("inf"):
+            raise ExitConfigurationError(f"--warm_start_epochs must not be negative, not {self.warm_start_epochs}.")
+        if self.warm_start_epochs and self.freeze_backbone:
+            raise ExitConfigurationError("--warm_start_epochs trains the backbone, which --freeze_backbone keeps.")
         if self.head_learning_rate is not None and self.head_learning_rate <= 0:
             raise ExitConfigurationError(f"--head_learning_rate must be above 0, not {self.head_learning_rate}.")
 

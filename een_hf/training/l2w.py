@@ -397,7 +397,11 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             # Without labels the weighted step says what is missing.
             if step % self.scheme_args.meta_interval == 0 and inputs.get("labels") is not None:
                 model.train()
-                self.meta_step(self._prepare_inputs(inputs))
+                if self.in_warm_start():
+                    self.meta_optimizer.step()  # without a gradient: the schedule alone goes on
+                    self.meta_scheduler.step()
+                else:
+                    self.meta_step(self._prepare_inputs(inputs))
         return super().training_step(model, inputs, num_items_in_batch)
 
     # Learning W

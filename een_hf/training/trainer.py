@@ -182,10 +182,17 @@ class EarlyExitTrainer(Trainer):
         weights = self.exit_loss_weights.to(losses)
         if model.training:
             self._unlogged_losses.append(losses.detach().mean(0))
+        if model.training and self.in_warm_start():
+            weights = weights * torch.eye(len(weights))[-1].to(weights)  # all exits stay in the graph, as DDP needs
+        elif model.training:
             sample_weights = self.sample_weights(losses.detach(), outputs.exit_logits.detach())
             weights = weights if sample_weights is None else weights * sample_weights
         loss = reduce_losses(losses, weights)
         return (loss, outputs) if return_outputs else loss
+
+    def in_warm_start(self) -> bool:
+        """Whether the last exit alone is trained, for the first `--warm_start_epochs`."""
+        return (self.state.epoch or 0.0) < self.args.warm_start_epochs
 
     def log(self, logs, start_time=None):
         """As in `Trainer`; beside the training loss stands each exit's own, the mean over this process' batches."""

@@ -1,0 +1,88 @@
+"""`--warm_start_epochs`: plain fine-tuning of the last exit first, then the scheme."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from een_hf.models import EarlyExitBertForSequenceClassification, ExitConfigurationError
+from een_hf.training import EarlyExitTrainingArguments, get_scheme
+
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+COMMON = {
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-2,
+    "num_train_epochs": 2,
+    "lr_scheduler_type": "constant",
+    "train_sampling_strategy": "sequential",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+class Snapshots(TrainerCallback):
+    def __init__(self):
+        self.epochs = []
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.epochs.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+
+@pytest.fixture
+def plain_folder(tmp_path):
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def make_rows():
+    ids = torch.randint(1, 60, (32, 6), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": int(row[0]) % 2} for row in ids]
+
+
+@pytest.mark.parametrize("scheme", ["joint", "l2w"])
+def test_the_first_epoch_is_plain_fine_tuning_and_the_second_is_not(plain_folder, tmp_path, scheme):
+    """What breaks: exits pull at the backbone from the first step, or never join."""
+    stock = Snapshots()
+    Trainer(
+        model=BertForSequenceClassification.from_pretrained(plain_folder),
+        args=TrainingArguments(str(tmp_path / "stock"), max_grad_norm=0, **COMMON),
+        train_dataset=make_rows(),
+        callbacks=[stock],
+    ).train()
+    warm = Snapshots()
+    get_scheme(scheme)(
+        model=EarlyExitBertForSequenceClassification.from_pretrained(plain_folder),
+        args=EarlyExitTrainingArguments(str(tmp_path / scheme), warm_start_epochs=1, max_grad_norm=0, **COMMON),
+        train_dataset=make_rows(),
+        callbacks=[warm],
+    ).train()
+    for name, wanted in stock.epochs[0].items():
+        torch.testing.assert_close(warm.epochs[0][name], wanted, rtol=0, atol=1e-5, msg=name)
+    moved = [name for name, tensor in stock.epochs[1].items() if (warm.epochs[1][name] - tensor).abs().max() > 1e-3]
+    assert any("encoder.layer.0" in name for name in moved)
+    heads = [name for name in warm.epochs[0] if name.startswith("exit_heads")]
+    assert any((warm.epochs[1][name] - warm.epochs[0][name]).abs().max() > 1e-3 for name in heads)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"warm_start_epochs": -1.0}, "--warm_start_epochs"),
+        ({"warm_start_epochs": 1.0, "freeze_backbone": True}, "keeps"),
+    ],
+)
+def test_bad_values(tmp_path, flags, message):
+    with pytest.raises(ExitConfigurationError, match=message):
+        EarlyExitTrainingArguments(str(tmp_path), **flags)
