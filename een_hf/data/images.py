@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import Mixup, create_transform
+from timm.data import Mixup, auto_augment, create_transform
 from timm.data.transforms import interp_mode_to_str
 from torchvision.transforms import InterpolationMode
 
@@ -19,6 +19,14 @@ from .task import DataError
 
 
 logger = logging.getLogger(__name__)
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
+    """timm's operation; at its full strength it asks to keep no bit at all, which Pillow refuses."""
+    return auto_augment.posterize(image, max(1, bits_to_keep), **kwargs)
+
+
+auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
 
 
 class ImageRows(torch.utils.data.Dataset):

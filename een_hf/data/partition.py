@@ -293,7 +293,7 @@ def _parquet_files_below(folder: Path, config: str | None, source: str) -> dict[
         return parquet_files(folder, config, source)
     except DataError:
         folders = sorted({path.parent for path in folder.rglob("*.parquet")})
-        if not folders:
+        if not folders or config is not None:
             raise
     if len(folders) > 1:
         raise DataError(f"{source} holds several data sets ({', '.join(map(str, folders))}): give one of them.")

@@ -84,6 +84,13 @@ class EarlyExitTrainingArguments(TrainingArguments):
         metadata={"help": "Train exits 1..K-1 of a fine-tuned model only; backbone and last head stay to the bit."},
     )
 
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of the steps after which the learning rate drops to a tenth, as `0.5 0.75`, instead "
+            "of --lr_scheduler_type."
+        },
+    )
     warm_start_epochs: float = field(
         default=0.0,
         metadata={
@@ -100,6 +107,12 @@ class EarlyExitTrainingArguments(TrainingArguments):
         if isinstance(self.exit_loss_weights, str):
             self.exit_loss_weights = self.exit_loss_weights.split(",")
         self.exit_loss_weights = [str(weight) for weight in self.exit_loss_weights]
+        if self.lr_milestones is not None and not all(0 < share < 1 for share in self.lr_milestones):
+            raise ExitConfigurationError(
+                f"--lr_milestones are shares of the steps, between 0 and 1, not {self.lr_milestones}."
+            )
+        if self.lr_milestones is not None and self.warmup_steps:
+            raise ExitConfigurationError("--lr_milestones know no --warmup_steps: give one of them.")
         if not 0 <= self.warm_start_epochs < float("inf"):
             raise ExitConfigurationError(f"--warm_start_epochs must not be negative, not {self.warm_start_epochs}.")
         if self.warm_start_epochs and self.freeze_backbone:

@@ -342,6 +342,16 @@ class EarlyExitTrainer(Trainer):
         optimizer.param_groups = groups
         return optimizer
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """As in `Trainer`, or a drop to a tenth at each of `--lr_milestones`."""
+        if self.lr_scheduler is None and self.args.lr_milestones:
+            drops = [round(share * num_training_steps) for share in self.args.lr_milestones]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: 0.1 ** sum(step >= drop for drop in drops)
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # Checkpoints
 
     def train(self, resume_from_checkpoint=None, **kwargs):

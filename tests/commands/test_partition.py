@@ -128,8 +128,10 @@ def test_labels_that_are_no_classes(column, named, text_folder, tmp_path):
 
 
 def test_folders_without_a_train_split(text_folder, tmp_path):
-    """Breaks if the user is not told which of several data sets, or which split, is missing."""
+    """Breaks if the user is not told which of several data sets, configuration or split is missing."""
     flags = {"dataset_name": text_folder, "cache_dir": tmp_path / "cache"}
+    with pytest.raises(SystemExit, match="holds no parquet file.*large"):
+        partition(tmp_path / "out", **flags, dataset_config_name="large")
     (text_folder / "small" / "train.parquet").unlink()
     with pytest.raises(SystemExit, match=r"no train split \(there: test, validation\)"):
         partition(tmp_path / "out", **flags)

@@ -88,6 +88,18 @@ def test_pixels_depend_on_seed_epoch_and_row_alone(photos, processor, workers, p
     assert not torch.equal(other[0]["pixel_values"], seen[0][0])
 
 
+@pytest.mark.parametrize(
+    "operations", ["rand-m9-mstd0.5-inc1", "rand-m10-inc1", "rand-m0", "augmix-m5-w4", "original"]
+)
+def test_augmentation_never_fails(photos, processor, operations):
+    """What breaks: one in some hundred images stops the training, as timm asks Pillow for what it refuses."""
+    rows = make_rows(photos, processor, auto_augment=operations)
+    for epoch in range(40):
+        rows.set_epoch(epoch)
+        for row in rows:
+            assert row["pixel_values"].isfinite().all()
+
+
 def test_drawing_leaves_the_global_generators_alone(photos, processor):
     """Dropout of a step must not depend on whether its images were drawn in this process."""
     rows = make_rows(photos, processor)

@@ -108,18 +108,20 @@ def deal_by_the_rule(shares, sizes, totals, draw):
 def test_an_exhausted_class_is_made_up_for_by_the_rule():
     """Breaks if the rest is not drawn by the renormalised shares, or if some parts have the first choice.
 
-    Counts of a run minus those of the plain rule with the same shares must be 0 on average, and so must their squares.
+    Counts of a run minus those of the plain rule with the same shares must be 0 on average, and so must the same
+    difference of their squares and of how well they follow the shares.
     """
-    totals, runs = [4, 16, 10], 2500
-    labels = np.repeat([0, 1, 2], totals)
-    gaps, square_gaps = [], []
+    totals, runs = [2, 4, 8, 8, 8], 2500
+    labels = np.repeat(range(5), totals)
+    gaps, square_gaps, agreement_gaps = [], [], []
     for seed in range(runs):
         parts, shares = partition_indices(labels, 3, "dir", alpha=0.7, balance=True, seed=seed)
         counts = label_counts(labels, parts)
         by_rule = deal_by_the_rule(shares, [10, 10, 10], totals, random.Random(seed))
         gaps.append(counts - by_rule)
         square_gaps.append(counts**2 - by_rule**2)
-    for gap in map(np.array, (gaps, square_gaps)):
+        agreement_gaps.append(((counts - by_rule) * shares).sum())
+    for gap in map(np.array, (gaps, square_gaps, agreement_gaps)):
         assert np.all(np.abs(gap.mean(axis=0)) < 4.5 * gap.std(axis=0) / np.sqrt(runs))
 
 
@@ -284,10 +286,12 @@ def test_parquet_keeps_the_encoded_bytes(digits, tmp_path):
 
 
 def test_labels_that_are_numbers_without_names_come_back(tmp_path):
-    """Breaks if npz gives class ids where the data set's own labels were 3 and 7."""
+    """Breaks if npz gives class ids where the data set's own labels were 3 and 7, or one text column as a table."""
     rows = datasets.Dataset.from_dict({"text": list("abcdefgh"), "label": [7, 3] * 4})
     data = LabelledRows(rows, "label", np.array([1, 0] * 4), ["3", "7"])
     write_partition(data, [np.arange(8)], tmp_path / "out", format="npz")
+    with np.load(tmp_path / "out" / "train" / "0.npz", allow_pickle=False) as arrays:
+        assert (arrays["x"].tolist(), arrays["y"].tolist()) == (list("cdefgh"), [1, 0] * 3)
     loaded = load_partition(tmp_path / "out", 0)
     assert loaded["train"]["label"][:] == [7, 3] * 3 and loaded["train"].features == rows.features
 

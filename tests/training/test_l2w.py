@@ -4,8 +4,6 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -613,56 +611,3 @@ def test_what_cannot_be_trained_is_refused_before_training(tmp_path):
     trainer.train_dataset.columns["labels"] = torch.rand(40, NUM_LABELS)  # inferred as multi-label
     with pytest.raises(ExitConfigurationError, match="--method l2w"):
         trainer.train()
-
-
-TWO_PROCESSES = """
-import sys
-
-import torch
-import torch.distributed as dist
-from transformers import TrainerCallback
-
-sys.path.insert(0, {folder!r})
-from test_l2w import bert, make_trainer
-
-
-class SameEverywhere(TrainerCallback):
-    steps = 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        for network in (trainer.weight_network, trainer.model):
-            mine = torch.cat([p.detach().flatten() for p in network.parameters()])
-            others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-            dist.all_gather(others, mine)
-            assert all(torch.equal(mine, other) for other in others)
-        self.steps += 1
-
-
-for method in ("directional", "exact"):
-    callback = SameEverywhere()
-    trainer = make_trainer(
-        bert(), {output!r}, scheme_args={{"meta_gradient": method, "meta_learning_rate": 1e-3}}, size=64,
-        num_train_epochs=10, per_device_train_batch_size=8, logging_steps=4, gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-    )
-    trainer.add_callback(callback)
-    start = torch.cat([p.detach().flatten() for p in trainer.weight_network.parameters()])
-    trainer.train()
-    assert trainer.args.world_size == dist.get_world_size() == 2
-    assert callback.steps == trainer.state.global_step > 10
-    assert not torch.equal(start, torch.cat([p.detach().flatten() for p in trainer.weight_network.parameters()]))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.6 * losses[0], losses
-print("both ran")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_keep_one_weight_network(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(TWO_PROCESSES.format(folder=os.path.dirname(__file__), output=str(tmp_path / "out")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("both ran") == 2
