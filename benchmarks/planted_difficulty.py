@@ -1,7 +1,10 @@
 """Which samples the weight network of `--method l2w` favours at which exit, where it is known which ones are hard.
 
-python benchmarks/planted_difficulty.py --seeds 3 --plant labels length
+python benchmarks/planted_difficulty.py --seeds 3 --max_seq_length 32 --per_device_train_batch_size 16 \\
+    --meta_learning_rate 1e-3
 python benchmarks/planted_difficulty.py --seeds 1 --plant labels --max_train_samples 600
+
+The first gave the results kept. At the default --meta_learning_rate one epoch leaves W near where it began.
 
 A share of the training rows of BBC News is made hard: `labels` gives them a wrong class, `length` cuts them to six
 tokens. The weights are those of the rows in the second half of training, those of the final W at the final model, and

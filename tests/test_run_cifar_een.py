@@ -177,6 +177,19 @@ def test_every_scheme_trains_on_mixed_labels(tmp_path, method):
     assert len(losses) == 6 and np.isfinite(losses).all()
 
 
+@pytest.mark.parametrize("method", ["joint", "boosted", "l2w"])
+def test_precision_and_memory_flags_train_alike(tmp_path, method):
+    """Mixed precision and checkpointing change rounding, not what is learned: the same losses over four steps."""
+    found = {}
+    for flag, tolerance in (("--fp16=False", 0), ("--bf16", 0.02), ("--gradient_checkpointing", 1e-4)):
+        folder = tmp_path / flag.strip("-")
+        flags = [f"--method={method}", "--max_train_samples=64", "--per_device_train_batch_size=16", "--max_steps=4"]
+        main(IMAGES, [*TINY, *flags, "--logging_steps=1", flag, f"--output_dir={folder}"])
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        found[flag] = [line["loss"] for line in log if "loss" in line]
+        assert found[flag] == pytest.approx(found["--fp16=False"], rel=tolerance)
+
+
 # Bad input
 
 
