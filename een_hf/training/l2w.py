@@ -350,7 +350,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
 
     def _check_settings(self, own_optimizer: bool) -> None:
         sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
-        if sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if sharded or self.is_fsdp_enabled or self.args.fsdp or self.is_deepspeed_enabled:
             raise ExitConfigurationError(
                 "--method l2w changes whole parameters in place and cannot train sharded ones: leave out --fsdp, "
                 "--deepspeed and tensor parallelism."
