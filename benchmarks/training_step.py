@@ -79,6 +79,7 @@ def make_trainer(args, scheme: str) -> tuple[Trainer, Clock]:
         per_device_train_batch_size=args.batch_size,
         max_steps=STEPS,
         lr_scheduler_type="constant",
+        train_sampling_strategy="random",
         learning_rate=1e-5,
         head_learning_rate=1e-5,
         save_strategy="no",

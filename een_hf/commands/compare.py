@@ -2,8 +2,8 @@
 
 een-hf compare runs/joint runs/boosted runs/l2w --output compare.png
 
-All numbers are measured on the rows that calibrated nothing. "at 50 %": the best budget whose measured cost is at
-most half of the plain model's. "area": the mean of that over the costs from where every run can answer up to 1.
+All numbers are measured on the rows that calibrated nothing. "at 50 %": under the largest budget that is at most half
+of the plain model's cost. "area": the mean of that over the budgets from where every run can answer up to 1.
 Baselines of the results files are points of the plot.
 """
 
@@ -36,7 +36,7 @@ def run(args) -> None:
 def comparison_table(runs: dict[str, dict]) -> str:
     """The table of results dicts, by name."""
     metric = next(iter(runs.values()))["metric"]
-    cheapest = [min((entry["relative_cost"] for entry in results["budgeted"]), default=1) for results in runs.values()]
+    cheapest = [min((entry["target_cost"] for entry in results["budgeted"]), default=1) for results in runs.values()]
     start = max((cost for cost in cheapest if cost < 1), default=None)
     header = ["run", "method", *(f"at {share:.0%}" for share in SHARES), "area", "last exit"]
     rows = []

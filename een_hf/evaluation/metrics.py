@@ -119,7 +119,6 @@ class MeanSquaredError(_InMemoryMetric):
 
 
 METRICS = {metric.key: metric for metric in (Accuracy, F1, MatthewsCorrelation, Pearson, Spearman, MeanSquaredError)}
-LOWER_IS_BETTER = (MeanSquaredError.key,)
 
 
 def _is_constant(values: np.ndarray) -> bool:

@@ -15,7 +15,7 @@ from transformers import EvalPrediction
 
 from ..models.configuration_een import ExitConfigurationError
 from ..models.exit_losses import loss_matrix
-from .metrics import LOWER_IS_BETTER, expected_calibration_error
+from .metrics import expected_calibration_error
 
 
 RESULTS_NAME = "exit_results.json"
@@ -133,21 +133,21 @@ def read_exit_results(run: str | os.PathLike) -> dict[str, Any]:
 
 
 def metric_at_cost(budgeted: Sequence[dict[str, Any]], cost: float, metric: str) -> float | None:
-    """The best metric that a curve affords at `cost`.
+    """The metric under the largest budget that is at most `cost`.
 
-    A step function: the best of the points whose measured `relative_cost` is at most `cost`, so that it never falls
-    with cost and nothing is interpolated. Best is largest, for an error (`mse`) smallest.
+    The budget (`target_cost`) is set before the rows are seen that measure it: taking the best of several budgets on
+    these rows would flatter a curve.
 
     Args:
-        budgeted: points with `relative_cost` and `metrics`, in any order; a metric that is null is left out.
+        budgeted: points with `target_cost` and `metrics`, in any order; a metric that is null is left out.
         cost: share of the plain model's cost.
         metric: key of the points' `metrics`.
 
     Returns:
-        `None` where no point is so cheap.
+        `None` where no budget is so small.
     """
-    affordable = [score for spent, score in _curve(budgeted, metric) if spent <= cost]
-    return (min if metric in LOWER_IS_BETTER else max)(affordable, default=None)
+    affordable = [point for point in _curve(budgeted, metric) if point[0] <= cost]
+    return max(affordable)[1] if affordable else None
 
 
 def curve_area(budgeted: Sequence[dict[str, Any]], metric: str, start: float | None = None) -> float | None:
@@ -159,11 +159,11 @@ def curve_area(budgeted: Sequence[dict[str, Any]], metric: str, start: float | N
     Args:
         budgeted: as `metric_at_cost` takes it.
         metric: key of the points' `metrics`.
-        start: lower end of the range; by default the cheapest point's cost. Curves are compared over one range: give
-            the largest of their cheapest costs.
+        start: lower end of the range; by default the smallest budget. Curves are compared over one range: give the
+            largest of their smallest budgets.
 
     Returns:
-        `None` where the range is empty or no point is so cheap as its start.
+        `None` where the range is empty or no budget is so small as its start.
     """
     curve = sorted(_curve(budgeted, metric))
     start = curve[0][0] if start is None and curve else start
@@ -175,8 +175,8 @@ def curve_area(budgeted: Sequence[dict[str, Any]], metric: str, start: float | N
 
 
 def _curve(budgeted: Sequence[dict[str, Any]], metric: str) -> list[tuple[float, float]]:
-    """(relative cost, score) of the points that have a score."""
-    points = [(entry["relative_cost"], entry["metrics"].get(metric)) for entry in budgeted]
+    """(budget, score) of the points that have a score."""
+    points = [(entry["target_cost"], entry["metrics"].get(metric)) for entry in budgeted]
     return [(cost, score) for cost, score in points if score is not None and not math.isnan(score)]
 
 
