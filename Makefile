@@ -2,10 +2,12 @@
 # make test       install, then the test suite
 # make test-slow  the tests marked slow
 # make quality    lint and format check
+# make benchmark-page   write benchmarks/README.md from the results in benchmarks/results
+# make benchmark-smoke  the whole chain of benchmarks at tiny size, in a few minutes, into runs/benchmark-smoke
 #
 # PYTHON=path/to/python uses an environment that exists and installs nothing.
 
-.PHONY: help demo test test-slow quality clean
+.PHONY: help demo test test-slow quality benchmark-page benchmark-smoke clean
 .DEFAULT_GOAL := help
 
 ifeq ($(origin PYTHON), undefined)
@@ -35,6 +37,20 @@ test-slow: $(INSTALLED)
 quality: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+benchmark-page: $(INSTALLED)
+	$(PYTHON) benchmarks/page.py
+
+SMOKE := runs/benchmark-smoke
+benchmark-smoke: $(INSTALLED)
+	@rm -rf $(SMOKE)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(PYTHON) benchmarks/quality.py recipes/bbc_news_minilm_joint.yaml --seeds 1 \
+		--methods joint stock cut-2 --results $(SMOKE)/results --runs $(SMOKE)/quality \
+		--max_train_samples 200 --max_eval_samples 100
+	$(PYTHON) benchmarks/training_step.py --rounds 1 --batch_size 4 --length 16 --results $(SMOKE)/results
+	$(PYTHON) benchmarks/inference.py --repeats 3 --lengths 16 --batch_sizes 8 --rows 32 --results $(SMOKE)/results
+	$(PYTHON) benchmarks/page.py --folder $(SMOKE)
+	@echo "Page: $(SMOKE)/README.md"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -38,11 +38,17 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def write_results(script: str, name: str, rows: list[dict]) -> None:
-    """Write `benchmarks/results/<name>.json`: the rows, the machine, the versions and the command."""
-    folder = Path(script).parent / "results"
-    folder.mkdir(exist_ok=True)
-    command = " ".join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]])
+RESULTS = Path(__file__).parent / "results"
+
+
+def add_results_argument(parser) -> None:
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+
+
+def write_results(folder: Path, name: str, rows: list[dict]) -> None:
+    """Write `<folder>/<name>.json`: the rows, the machine, the versions and the command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     content = {"command": command, "machine": machine(), "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {folder / name}.json")

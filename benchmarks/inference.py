@@ -17,7 +17,7 @@ import argparse
 
 import numpy as np
 import torch
-from common import summarize, write_results
+from common import add_results_argument, summarize, write_results
 from transformers import AutoTokenizer
 
 from een_hf import EarlyExitBertForSequenceClassification, EarlyExitViTConfig, EarlyExitViTForImageClassification
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile each layer of both models")
     parser.add_argument("--name", help="of the results file; default: the model's")
+    add_results_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -158,7 +159,7 @@ def main() -> None:
             rows += data_set(model, tokenizer, 32, args.rows, 128, max(3, args.repeats // 8))
     for row in rows:
         print({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items() if not isinstance(v, dict)})
-    write_results(__file__, args.name or f"inference_{args.model}", rows)
+    write_results(args.results, args.name or f"inference_{args.model}", rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from common import write_results
+from common import RESULTS, write_results
 
 from een_hf.data.glue import TEXT
 from een_hf.training import register_scheme
@@ -139,7 +139,7 @@ def main() -> None:
             row = {"plant": kind, "seeds": len(of_kind)}
             for name in ("in_training", "final", "untrained", "learned"):
                 row[name] = verdict(np.array([found[name]["easy_minus_hard"] for found in of_kind]))
-            write_results(__file__, args.name, [*rows, *of_kind, *summaries, row])
+            write_results(RESULTS, args.name, [*rows, *of_kind, *summaries, row])
         rows += of_kind
         summaries.append(row)
 

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from common import machine
+from common import add_results_argument, machine
 from transformers import AutoModel
 
 from een_hf.data.glue import TEXT
@@ -38,9 +38,9 @@ def cut_model(source: str, num_layers: int, folder: Path) -> None:
                 (folder / file.name).write_bytes(file.read_bytes())
 
 
-def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str]) -> dict:
-    """Run one cell; return its row."""
-    runs = Path("runs/quality") / Path(recipe).stem
+def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], runs: Path) -> dict:
+    """Run one cell in a folder below `runs`; return its row."""
+    runs = runs / Path(recipe).stem
     words = [recipe, "--seed", str(seed), "--output_dir", str(runs / f"{method}-{seed}"), *flags]
     words += ["--measure_speed", "false"]
     given = parse_arguments(modality, words)
@@ -108,20 +108,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 1")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--images", action="store_true", help="the recipe is one of run_cifar_een.py")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs")
+    add_results_argument(parser)
     args, flags = parser.parse_known_args()
     modality = TEXT
     if args.images:
         from een_hf.data.cifar import IMAGES as modality
 
     name = Path(args.recipe).stem.removesuffix("_joint")
-    path = Path(__file__).parent / "results" / f"quality_{name}.json"
+    path = args.results / f"quality_{name}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {(row["method"], row["seed"]) for row in rows}
     for method, seed in product(args.methods, range(1, args.seeds + 1)):
         if (method, seed) not in done:
             print(f"--- {method}, seed {seed}", flush=True)
-            rows.append(run_cell(modality, args.recipe, method, seed, flags))
-            path.parent.mkdir(exist_ok=True)
+            rows.append(run_cell(modality, args.recipe, method, seed, flags, args.runs))
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"recipe": args.recipe, "rows": rows}, indent=1) + "\n")
 
 

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 import torch
-from common import summarize, write_results
+from common import add_results_argument, summarize, write_results
 from transformers import AutoConfig, BertForSequenceClassification, Trainer, TrainerCallback, ViTForImageClassification
 
 from een_hf.data import sample_model_path
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="of texts")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--only", choices=SCHEMES, help="train this scheme and print its peak memory in MiB")
+    add_results_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.only:
@@ -148,7 +149,7 @@ def main() -> None:
             row[f"memory / {other}"] = memory[scheme] / memory[other]
         rows.append({**row, "step": summarize(seconds[scheme])})
         print({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()})
-    write_results(__file__, f"training_step_{args.model}", rows)
+    write_results(args.results, f"training_step_{args.model}", rows)
 
 
 if __name__ == "__main__":
