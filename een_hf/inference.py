@@ -178,18 +178,20 @@ def predict(
         total: number of rows, where `dataset` does not know it.
     """
     was_training = model.training
-    model.eval()
     total = len(dataset) if hasattr(dataset, "__len__") else total
     collator = collator or (lambda rows: pad_rows(rows, model.config))
     window = window or (64 * batch_size if total is None else max(total, 1))
     engine = ExitEngine(model, batch_size)
     answers = []
     progress = (total is None or total >= 1000) if progress is None else progress
-    with tqdm(total=total, unit="row", disable=not progress) as bar:
-        for ids, logits, exit_index in engine.run(_batches(dataset, batch_size, window, collator, model.device)):
-            answers.append((ids.cpu(), logits.float().cpu(), torch.full((len(ids),), exit_index)))
-            bar.update(len(ids))
-    model.train(was_training)
+    model.eval()
+    try:
+        with tqdm(total=total, unit="row", disable=not progress) as bar:
+            for ids, logits, exit_index in engine.run(_batches(dataset, batch_size, window, collator, model.device)):
+                answers.append((ids.cpu(), logits.float().cpu(), torch.full((len(ids),), exit_index)))
+                bar.update(len(ids))
+    finally:
+        model.train(was_training)
     if not answers:
         return ExitPredictions(torch.empty(0, model.config.num_labels), torch.empty(0, dtype=torch.int64))
     ids, logits, exit_index = (torch.cat(tensors) for tensors in zip(*answers, strict=True))
