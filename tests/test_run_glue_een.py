@@ -1,0 +1,366 @@
+"""run_glue_een.py as a user runs it: recipes, files, results and predictions; bad input before any work."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig
+
+from een_hf.data.cifar import IMAGES
+from een_hf.data.glue import GLUE_TASKS, TEXT
+from een_hf.training.experiment import Experiment, main, parse_arguments
+
+
+ROOT = Path(__file__).parents[1]
+SHAPE = "hidden_size=16,num_hidden_layers=3,num_attention_heads=2,intermediate_size=32"
+ADJECTIVES = {"good": 1, "great": 1, "bad": 0, "poor": 0}
+
+
+def tiny(tokenizer, *flags):
+    return [
+        "--model_type=bert",
+        f"--config_overrides={SHAPE}",
+        f"--tokenizer_name={tokenizer}",
+        "--max_seq_length=16",
+        "--use_cpu",
+        "--disable_tqdm=True",
+        *map(str, flags),
+    ]
+
+
+def sentences(count, seed):
+    rng = np.random.default_rng(seed)
+    words = rng.choice(list(ADJECTIVES), count)
+    filler = rng.choice(["plot", "cast", "music"], count)
+    return [f"the {noun} is {word}" for noun, word in zip(filler, words, strict=True)], [ADJECTIVES[w] for w in words]
+
+
+def write_csv(path, count, seed, labels=True):
+    texts, classes = sentences(count, seed)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"] if labels else ["text"])
+        writer.writerows(zip(texts, (["bad", "good"][c] for c in classes), strict=True) if labels else zip(texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    return {
+        "train": write_csv(folder / "train.csv", 160, 1),
+        "validation": write_csv(folder / "dev.csv", 60, 2),
+        "test": write_csv(folder / "new.csv", 20, 3, labels=False),
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, files, minilm_path):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    flags = [f"--{split}_file={path}" for split, path in files.items()]
+    flags += ["--do_train", "--do_eval", "--do_predict", "--target_cost=0.8", "--learning_rate=0.01"]
+    flags += ["--num_train_epochs=3", "--eval_strategy=epoch", f"--output_dir={folder}"]
+    main(TEXT, tiny(minilm_path, *flags))
+    return folder
+
+
+def test_results_follow_the_schema(finished):
+    results = json.loads((finished / "exit_results.json").read_text())
+    keys = "schema_version method model_type dataset task_name metric exit_layers num_eval_samples "
+    keys += "num_calibration_samples anytime anytime_report budgeted policy"
+    assert set(keys.split()) <= set(results)
+    assert (results["method"], results["model_type"], results["metric"]) == ("joint", "bert", "accuracy")
+    assert results["exit_layers"] == [1, 2, 3]
+    assert set(results["anytime"][0]) == {"exit", "layer", "relative_cost", "loss", "metrics", "ece"}
+    assert {"target_cost", "relative_cost", "metrics", "thresholds", "exit_fractions"} <= set(results["budgeted"][0])
+    assert results["policy"]["calibrated_for"]["target_cost"] == 0.8
+    for name in ("exit_logits.npz", "exit_curves.png", "training_curves.png", "config.json", "tokenizer.json"):
+        assert (finished / name).exists()
+
+
+def test_metrics_at_every_exit_are_scikit_learns(finished):
+    results = json.loads((finished / "exit_results.json").read_text())
+    saved = np.load(finished / "exit_logits.npz")
+    for k, row in enumerate(results["anytime"]):
+        assert row["metrics"]["accuracy"] == accuracy_score(saved["labels"], saved["logits"][:, k].argmax(-1))
+        loss = torch.nn.functional.cross_entropy(
+            torch.tensor(saved["logits"][:, k]).double(), torch.tensor(saved["labels"])
+        )
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    evaluated = json.loads((finished / "all_results.json").read_text())
+    assert evaluated["eval_exit1_accuracy"] == results["anytime"][0]["metrics"]["accuracy"]
+    assert evaluated["eval_accuracy"] == results["anytime"][-1]["metrics"]["accuracy"]
+
+
+def test_predictions_are_those_of_the_saved_model(finished, files):
+    """Files, config and weights in the folder belong together: the model alone repeats the predictions."""
+    model = AutoModelForSequenceClassification.from_pretrained(finished).eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished)
+    with files["test"].open() as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    answers = [line.split("\t") for line in (finished / "predict_results_train.txt").read_text().splitlines()]
+    exits = [json.loads(line) for line in (finished / "predict_exits_train.jsonl").read_text().splitlines()]
+    assert answers[0] == ["index", "prediction"] and len(answers) == 21
+    costs = [row["relative_cost"] for row in json.loads((finished / "exit_results.json").read_text())["anytime"]]
+    for text, (_, answer), line in zip(texts, answers[1:], exits, strict=True):
+        with torch.inference_mode():
+            inputs = tokenizer(text, return_tensors="pt")
+            output, every = model(**inputs), model(**inputs, early_exit=False).exit_logits[0]
+        names = [model.config.id2label[label] for label in every.argmax(-1).tolist()]
+        assert line["predictions"] == names
+        assert line["exit"] == int(output.exit_index) + 1
+        assert line["relative_cost"] == pytest.approx(costs[line["exit"] - 1], rel=0.05)
+        assert answer == names[line["exit"] - 1]
+
+
+def test_a_finished_run_and_another_runs_folder_are_refused(finished, files, minilm_path):
+    flags = [f"--{split}_file={path}" for split, path in files.items()]
+    flags += ["--do_train", "--do_eval", "--do_predict", "--target_cost=0.8", "--learning_rate=0.01"]
+    flags += ["--num_train_epochs=3", "--eval_strategy=epoch", f"--output_dir={finished}"]
+    with pytest.raises(SystemExit, match="holds a finished run"):
+        main(TEXT, tiny(minilm_path, *flags))
+    with pytest.raises(SystemExit, match="--seed was 42, is 7"):
+        main(TEXT, tiny(minilm_path, *flags, "--seed=7"))
+
+
+def test_evaluating_a_finished_model_again_gives_its_figures(finished, files, tmp_path):
+    """A new process on the saved folder: same metrics, and the policy in the config is kept."""
+    command = [sys.executable, str(ROOT / "run_glue_een.py"), f"--model_name_or_path={finished}", "--do_eval"]
+    command += [f"--validation_file={files['validation']}", "--max_seq_length=16", "--use_cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, f"--output_dir={tmp_path}"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = (json.loads((folder / "exit_results.json").read_text()) for folder in (finished, tmp_path))
+    assert [row["metrics"] for row in after["anytime"]] == [row["metrics"] for row in before["anytime"]]
+    assert json.loads((finished / "config.json").read_text())["exit_policy"] is not None
+
+
+def test_unlabelled_rows_calibrate(files, minilm_path, tmp_path):
+    """`--calibration_file` with texts alone: consistency needs no labels."""
+    calibration = write_csv(tmp_path / "calibration.csv", 300, 5, labels=False)
+    flags = [f"--train_file={files['train']}", f"--validation_file={files['validation']}", "--do_train", "--do_eval"]
+    flags += [f"--calibration_file={calibration}", "--max_risk=0.05", "--risk=consistency", "--learning_rate=0.01"]
+    main(TEXT, tiny(minilm_path, *flags, "--num_train_epochs=3", f"--output_dir={tmp_path / 'run'}"))
+    results = json.loads((tmp_path / "run" / "exit_results.json").read_text())
+    assert results["num_calibration_samples"] == 300
+    saved = np.load(tmp_path / "run" / "exit_logits.npz")
+    assert set(saved["part"]) == {"report"}
+
+
+# GLUE
+
+EXTRA = {"cola": "matthews_correlation", "stsb": "pearson", "mrpc": "f1"}
+
+
+def write_task(folder, task, count=40):
+    """Small files in the Hub's schema, with hidden labels in the test split."""
+    known = GLUE_TASKS[task]
+    splits = ["train", "validation", "test"]
+    if task == "mnli":
+        splits = ["train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched"]
+    kind = datasets.ClassLabel(names=list(known.label_names)) if known.label_names else datasets.Value("float32")
+    features = {name: datasets.Value("string") for name in known.text_columns}
+    features |= {"label": kind, "idx": datasets.Value("int32")}
+    for seed, split in enumerate(splits):
+        columns = {name: sentences(count, 10 * seed + k)[0] for k, name in enumerate(known.text_columns)}
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, len(known.label_names), count) if known.label_names else rng.uniform(0, 5, count)
+        labels = [-1] * count if split.startswith("test") else labels.tolist()
+        rows = {**columns, "label": labels, "idx": list(range(100, 100 + count))}
+        path = folder / task / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, datasets.Features(features)).to_parquet(path)
+    return folder
+
+
+@pytest.mark.parametrize("task", sorted(GLUE_TASKS))
+def test_every_task_runs_with_its_own_metrics(task, minilm_path, tmp_path):
+    """Metrics at every exit equal scikit-learn's or SciPy's on the written logits; the submission has GLUE's form."""
+    flags = [f"--dataset_name={write_task(tmp_path / 'glue', task)}", f"--task_name={task}", "--do_train", "--do_eval"]
+    flags += ["--do_predict", "--max_steps=2", "--learning_rate=0.01", f"--output_dir={tmp_path / 'run'}"]
+    main(TEXT, tiny(minilm_path, *flags))
+    results = json.loads((tmp_path / "run" / "exit_results.json").read_text())
+    saved = np.load(tmp_path / "run" / "exit_logits.npz")
+    labels = saved["labels"]
+    for k, row in enumerate(results["anytime"]):
+        logits = saved["logits"][:, k]
+        if task == "stsb":
+            wanted = {"pearson": pearsonr(logits[:, 0], labels)[0], "spearmanr": spearmanr(logits[:, 0], labels)[0]}
+        elif task == "cola":
+            wanted = {"matthews_correlation": matthews_corrcoef(labels, logits.argmax(-1))}
+        else:
+            wanted = {"accuracy": accuracy_score(labels, logits.argmax(-1))}
+            if task in ("mrpc", "qqp"):
+                wanted["f1"] = f1_score(labels, logits.argmax(-1))
+        for name, value in wanted.items():
+            assert row["metrics"][name] == pytest.approx(value, abs=1e-6), (name, k)
+    assert saved["row_ids"].tolist() == list(range(100, 140))
+    names = {"mnli": ["MNLI-m", "MNLI-mm"], "sst2": ["SST-2"], "stsb": ["STS-B"], "cola": ["CoLA"]}
+    names = names.get(task, [task.upper()])
+    if task == "mnli":
+        assert "eval_mismatched_exit1_accuracy" in json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert sorted(path.stem for path in (tmp_path / "run" / "glue_submission").iterdir()) == names
+    for name in names:
+        lines = (tmp_path / "run" / "glue_submission" / f"{name}.tsv").read_text().splitlines()
+        head, *rows = [line.split("\t") for line in lines]
+        assert head == ["index", "prediction"] and [int(row[0]) for row in rows] == list(range(100, 140))
+        if task == "stsb":
+            assert all(0 <= float(row[1]) <= 5 for row in rows)
+        elif task in ("mnli", "qnli", "rte"):
+            assert {row[1] for row in rows} <= set(GLUE_TASKS[task].label_names)
+        else:
+            assert {row[1] for row in rows} <= {"0", "1"}
+
+
+# Recipes and bad input
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_understood(path, tmp_path):
+    """What breaks: a recipe with a flag that no longer exists."""
+    recipe = yaml.safe_load(path.read_text())
+    images = recipe.get("model_type") == "vit" or "image_size" in recipe
+    args = parse_arguments(IMAGES if images else TEXT, [str(path), f"--output_dir={tmp_path}", "--bf16=false"])
+    for name, value in recipe.items():
+        owner = next(
+            part
+            for part in (args.model, args.data, args.training, args.calibration, args.scheme)
+            if hasattr(part, name)
+        )
+        if isinstance(value, (int, float)) and name != "bf16":
+            assert getattr(owner, name) == value
+
+
+def test_flags_override_a_recipe(tmp_path):
+    recipe = tmp_path / "mine.json"
+    recipe.write_text(
+        json.dumps({"model_name_or_path": "minilm", "dataset_name": "bbc_news", "seed": 3, "do_train": True})
+    )
+    args = parse_arguments(TEXT, [str(recipe), "--seed", "5", f"--output_dir={tmp_path}"])
+    assert args.training.seed == 5 and args.training.do_train and args.data.dataset_name == "bbc_news"
+
+
+BAD = {
+    "nothing to do": ([], "Nothing to do"),
+    "layer outside": (["--do_train", "--exit_layers", "2", "7"], "exit_layers"),
+    "layer twice": (["--do_train", "--exit_layers", "2", "2"], "exit_layers"),
+    "weights": (["--do_train", "--exit_loss_weights", "1", "2"], "--exit_loss_weights has 2 numbers.*3 exits"),
+    "cost": (["--do_train", "--do_eval", "--target_cost=0.05"], "--target_cost 0.05 is below the cost of the first"),
+    "no evaluation": (["--do_train", "--target_cost=0.5"], "add --do_eval"),
+    "criterion": (["--do_eval", "--exit_criterion=sure"], "sure.*confidence"),
+    "scheme": (["--do_train", "--method=best"], "--method 'best' is not one of: base, boosted, joint, l2w"),
+    "outside scheme": (
+        ["--do_train", "--method=no_package:Trainer"],
+        "--method 'no_package:Trainer' cannot be imported",
+    ),
+    "unknown flag": (["--do_train", "--exit_layer", "2"], "Unknown flag --exit_layer; did you mean --exit_layers"),
+    "optimizer": (["--do_train", "--method=l2w", "--optim=adafactor"], "--optim"),
+    "frozen": (["--do_train", "--freeze_backbone"], "freeze_backbone"),
+    "two targets": (["--do_eval", "--target_cost=0.5", "--max_risk=0.1"], "--target_cost and --max_risk"),
+    "calibration rows": (
+        ["--do_train", "--calibration_samples=160"],
+        "--calibration_samples 160 leaves no training row",
+    ),
+    "missing split": (["--do_predict"], "--test_file"),
+    "config field": (["--do_train", "--config_overrides=sise=3"], "sise"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_before_any_work(case, files, minilm_path, tmp_path):
+    flags, message = BAD[case]
+    rows = [f"--{split}_file={files[split]}" for split in ("train", "validation")]
+    with pytest.raises(SystemExit, match=message):
+        main(TEXT, [*tiny(minilm_path, *rows), *flags, f"--output_dir={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("exit_layer: [2]\n", "recipe .*: key 'exit_layer'; did you mean --exit_layers"),
+        ("- just a list\n", "must be a mapping"),
+        (None, "is not there"),
+    ],
+)
+def test_bad_recipes(content, message, tmp_path):
+    recipe = tmp_path / "bad.yaml"
+    if content:
+        recipe.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        main(TEXT, [str(recipe), "--model_type=bert", f"--output_dir={tmp_path}"])
+
+
+def test_an_unsupported_architecture_is_named(files, minilm_path, tmp_path):
+    DistilBertConfig().save_pretrained(tmp_path / "distil")
+    flags = [f"--model_name_or_path={tmp_path / 'distil'}", f"--tokenizer_name={minilm_path}", "--do_train"]
+    with pytest.raises(SystemExit, match="'distilbert'.*bert, vit.*Add an architecture"):
+        main(TEXT, [*flags, f"--train_file={files['train']}", f"--output_dir={tmp_path / 'out'}"])
+
+
+def test_labels_of_a_fine_tuned_checkpoint(finished, files, tmp_path):
+    """Another number of labels, or an unknown one, is an error that names the way out."""
+    three = tmp_path / "three.csv"
+    three.write_text("text,label\n" + "".join(f"the plot is {w},{w}\n" for w in ("bad", "good", "odd") * 4))
+    flags = [
+        f"--model_name_or_path={finished}",
+        "--do_train",
+        f"--train_file={three}",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
+    with pytest.raises(SystemExit, match="a head for 2 labels, the data have 3.*--ignore_mismatched_sizes"):
+        main(TEXT, flags)
+    other = tmp_path / "other.csv"
+    other.write_text(three.read_text().replace("odd", "bad").replace("good", "fine"))
+    with pytest.raises(SystemExit, match="label 'fine', which the model does not know"):
+        main(TEXT, [*flags[:2], f"--train_file={other}", flags[3]])
+
+
+def test_a_checkpoint_of_another_scheme_is_not_resumed(files, minilm_path, tmp_path):
+    flags = [f"--train_file={files['train']}", "--do_train", "--max_steps=2", "--save_steps=1"]
+    main(TEXT, tiny(minilm_path, *flags, f"--output_dir={tmp_path / 'joint'}"))
+    checkpoint = tmp_path / "joint" / "checkpoint-1"
+    more = ["--method=boosted", f"--output_dir={tmp_path / 'boosted'}"]
+    with pytest.raises(SystemExit, match="was trained with --method joint, not boosted.*--model_name_or_path"):
+        main(TEXT, tiny(minilm_path, *flags, *more, f"--resume_from_checkpoint={checkpoint}"))
+    shutil.rmtree(tmp_path / "boosted", ignore_errors=True)
+    words = [
+        word for word in tiny(minilm_path, *flags, *more) if not word.startswith(("--model_type", "--config_over"))
+    ]
+    main(TEXT, [*words, f"--model_name_or_path={checkpoint}"])
+    assert json.loads((tmp_path / "boosted" / "config.json").read_text())["exit_aggregation"] == "boosted"
+
+
+def test_calibration_rows_are_not_trained_on(files, minilm_path, tmp_path):
+    flags = [f"--train_file={files['train']}", f"--validation_file={files['validation']}", "--do_train", "--do_eval"]
+    words = tiny(minilm_path, *flags, "--calibration_samples=40", f"--output_dir={tmp_path}")
+    experiment = Experiment(TEXT, parse_arguments(TEXT, words))
+    experiment._prepare()
+    held, trained = len(experiment.calibration_rows), len(experiment.splits["train"])
+    assert (held, trained) == (40, 120)
+    whole = Experiment(TEXT, parse_arguments(TEXT, [w for w in words if "calibration" not in w]))
+    whole._prepare()
+    every = sorted(map(str, whole.splits["train"]["input_ids"]))
+    parts = [*experiment.calibration_rows["input_ids"], *experiment.splits["train"]["input_ids"]]
+    assert sorted(map(str, parts)) == every
+
+
+@pytest.mark.slow
+def test_sst2_with_minilm(tmp_path, shared_dir, minilm_path):
+    """2,000 rows, one epoch, mean pooling: every exit above 0.70."""
+    folder = shared_dir / "data" / "glue"
+    recipe = str(ROOT / "recipes" / "sst2_minilm_joint.yaml")
+    main(TEXT, [recipe, f"--dataset_name={folder}", f"--output_dir={tmp_path}"])
+    results = json.loads((tmp_path / "exit_results.json").read_text())
+    assert min(row["metrics"]["accuracy"] for row in results["anytime"]) > 0.70
