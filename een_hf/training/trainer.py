@@ -16,6 +16,7 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, sort_checkpoints
+from transformers.training_args import OptimizerNames
 
 from ..callbacks import use_early_exit_callbacks
 from ..models import EarlyExitMixin, ExitConfigurationError
@@ -320,7 +321,7 @@ class EarlyExitTrainer(Trainer):
         if self.args.head_learning_rate is not None:
             return self.args.head_learning_rate
         pretrained = self.model.newly_initialized is not None
-        factor = 20 if pretrained and str(self.args.optim).removeprefix("OptimizerNames.").startswith("adamw") else 1
+        factor = 20 if pretrained and OptimizerNames(self.args.optim).value.startswith("adamw") else 1
         return factor * self.args.learning_rate
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:

@@ -1,0 +1,216 @@
+"""What all schemes share: the loss, the heads' learning rate, a frozen backbone, metrics; and a plain Trainer."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from een_hf.evaluation import make_compute_metrics
+from een_hf.models import (
+    EarlyExitBertConfig,
+    EarlyExitBertForSequenceClassification,
+    EarlyExitViTConfig,
+    EarlyExitViTForImageClassification,
+    ExitConfigurationError,
+)
+from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer, get_scheme
+
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {**SHAPE, "vocab_size": 60, "max_position_embeddings": 16, "num_labels": 3}
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+
+
+def scratch(kind="bert", **settings):
+    torch.manual_seed(0)
+    if kind == "vit":
+        return EarlyExitViTForImageClassification(
+            EarlyExitViTConfig(**SHAPE, image_size=8, patch_size=4, num_labels=3, **settings)
+        )
+    return EarlyExitBertForSequenceClassification(EarlyExitBertConfig(**TEXT, **settings))
+
+
+@pytest.fixture
+def fine_tuned(tmp_path):
+    """Folder of a stock classifier."""
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**TEXT)).save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+def make_rows(kind="bert", count=24):
+    generator = torch.Generator().manual_seed(1)
+    if kind == "vit":
+        features = {"pixel_values": torch.randn(count, 3, 8, 8, generator=generator)}
+    else:
+        features = {"input_ids": torch.randint(1, 60, (count, 8), generator=generator)}
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    return [
+        {**{name: column[row] for name, column in features.items()}, "labels": labels[row]} for row in range(count)
+    ]
+
+
+def trainer_on(model, folder, scheme="joint", compute_metrics=None, **settings):
+    args = EarlyExitTrainingArguments(str(folder), **{**QUIET, **settings})
+    rows = make_rows("vit" if model.main_input_name == "pixel_values" else "bert")
+    return get_scheme(scheme)(
+        model=model, args=args, train_dataset=rows, eval_dataset=rows, compute_metrics=compute_metrics
+    )
+
+
+# Loss
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", ["uniform", "linear", "0.5,0,2"])
+def test_the_loss_is_the_weighted_sum_over_exits(tmp_path, weights, smoothing):
+    """In double precision, sample by sample: mean over samples, sum over exits."""
+    trainer = trainer_on(scratch().eval(), tmp_path, exit_loss_weights=weights, label_smoothing_factor=smoothing)
+    batch = {name: torch.stack([row[name] for row in make_rows()]) for name in ("input_ids", "labels")}
+    with torch.no_grad():
+        found, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    wanted_weights = {"uniform": [1, 1, 1], "linear": [1 / 3, 2 / 3, 1], "0.5,0,2": [0.5, 0, 2]}[weights]
+    wanted = 0.0
+    for logits, label in zip(outputs.exit_logits.double(), batch["labels"], strict=True):
+        for weight, exit_ in zip(wanted_weights, logits, strict=True):
+            loss = torch.nn.functional.cross_entropy(exit_[None], label[None], label_smoothing=smoothing)
+            wanted += weight * loss.item() / len(batch["labels"])
+    assert found.item() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("weights", [["1", "2"], ["often"], ["0", "0", "0"], ["-1", "1", "1"]])
+def test_weights_that_make_no_sense(tmp_path, weights):
+    with pytest.raises(ExitConfigurationError, match="--exit_loss_weights"):
+        trainer_on(scratch(), tmp_path, exit_loss_weights=weights)
+
+
+# Learning rates
+
+
+def rates(trainer):
+    """Learning rate and weight decay of every parameter, by name."""
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({}, 20e-4),
+        ({"optim": "sgd"}, 1e-4),
+        ({"head_learning_rate": 0.3}, 0.3),
+        ({"optim": "adamw_torch_fused"}, 20e-4),
+    ],
+)
+def test_new_heads_learn_faster_on_a_pretrained_backbone(fine_tuned, tmp_path, settings, rate):
+    """New heads of a fine-tuned model are the early exits' alone; every parameter is in one group, decay as stock."""
+    model = EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned)
+    trainer = trainer_on(model, tmp_path, learning_rate=1e-4, weight_decay=0.1, **settings)
+    found = rates(trainer)
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    stock = Trainer(
+        model=BertForSequenceClassification.from_pretrained(fine_tuned),
+        args=TrainingArguments(str(tmp_path), learning_rate=1e-4, weight_decay=0.1, **QUIET),
+    )
+    for name, wanted in rates(stock).items():
+        assert found[name] == wanted
+    for name in found.keys() - rates(stock).keys():
+        assert name.startswith("exit_heads.")
+        assert found[name] == (pytest.approx(rate), 0.0 if "bias" in name else 0.1)
+
+
+def test_one_rate_for_a_model_from_scratch(tmp_path):
+    assert {rate for rate, _ in rates(trainer_on(scratch(), tmp_path, learning_rate=1e-3)).values()} == {1e-3}
+
+
+# Frozen backbone
+
+
+def test_a_frozen_backbone_stays_to_the_bit(fine_tuned, tmp_path):
+    """Training changes exits 1..K-1 and nothing else, and dropout of the backbone is off."""
+    model = EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stock = BertForSequenceClassification.from_pretrained(fine_tuned).eval()
+    trainer = trainer_on(model, tmp_path, freeze_backbone=True, head_learning_rate=0.1, max_steps=3)
+    seen = []
+    model.bert.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    model.bert.encoder.layer[0].register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    trainer.train()
+    assert seen and not any(seen)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != name.startswith("exit_heads."), name
+    ids = torch.stack([row["input_ids"] for row in make_rows()])
+    with torch.no_grad():
+        difference = model.eval()(ids, early_exit=False).logits - stock(ids).logits
+    assert difference.abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("scheme", ["boosted", "joint"])
+def test_freezing_what_cannot_be_frozen(fine_tuned, tmp_path, scheme):
+    """Boosting changes what exit K predicts; without a fine-tuned head there is nothing to keep."""
+    model = EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned) if scheme == "boosted" else scratch()
+    with pytest.raises(ExitConfigurationError):
+        trainer_on(model, tmp_path, scheme, freeze_backbone=True)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_metrics_of_every_exit(tmp_path, kind):
+    """On the whole split, row by row, also when a policy is set: evaluation never leaves early."""
+    model = scratch(kind).eval()
+    metrics = make_compute_metrics(["accuracy"], "single_label_classification")
+    trainer = trainer_on(model, tmp_path, compute_metrics=metrics, per_device_eval_batch_size=5)
+    model.set_exit_policy({"criterion": "confidence", "thresholds": [0.0, 0.0, 0.0]})
+    found = trainer.evaluate()
+    rows, guesses, losses = make_rows(kind), [], []
+    for row in rows:
+        features = {name: value[None] for name, value in row.items() if name != "labels"}
+        with torch.no_grad():
+            logits = model(**features, early_exit=False).exit_logits[0].double()
+        guesses.append(logits.argmax(-1).tolist())
+        losses.append([torch.nn.functional.cross_entropy(e[None], row["labels"][None]).item() for e in logits])
+    labels = [int(row["labels"]) for row in rows]
+    for k in range(3):
+        assert found[f"eval_exit{k + 1}_accuracy"] == accuracy_score(labels, [guess[k] for guess in guesses])
+        assert found[f"eval_exit{k + 1}_loss"] == pytest.approx(np.mean([loss[k] for loss in losses]), abs=1e-5)
+    assert found["eval_accuracy"] == found["eval_exit3_accuracy"]
+    assert found["eval_loss"] == pytest.approx(np.mean([sum(loss) for loss in losses]), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_a_plain_trainer_with_ordinary_metrics(tmp_path, kind):
+    """People's `compute_metrics` sees (rows, labels) logits of the last exit, and `loss` trains every exit."""
+    model, rows, shapes = scratch(kind), make_rows(kind), []
+
+    def compute_metrics(prediction):
+        shapes.append(np.shape(prediction.predictions))
+        return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
+
+    args = TrainingArguments(str(tmp_path), max_steps=30, learning_rate=1e-2, **QUIET)
+    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, compute_metrics=compute_metrics)
+    before = trainer.evaluate()
+    heads = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith("exit_heads")}
+    trainer.train()
+    after = trainer.evaluate()
+    assert shapes[0] == (24, 3)
+    assert after["eval_loss"] < before["eval_loss"] and after["eval_accuracy"] > 0.8
+    assert all(not torch.equal(model.state_dict()[name], tensor) for name, tensor in heads.items() if "weight" in name)
+
+
+def test_a_model_without_exits_is_refused(tmp_path):
+    with pytest.raises(ExitConfigurationError, match="needs an early-exit model, not BertForSequenceClassification"):
+        JointExitTrainer(model=BertForSequenceClassification(BertConfig(**TEXT)))
+
+
+def test_a_batch_without_labels_is_named(tmp_path):
+    trainer = trainer_on(scratch(), tmp_path)
+    with pytest.raises(ExitConfigurationError, match="needs `labels`.*input_ids"):
+        trainer.compute_loss(trainer.model, {"input_ids": torch.ones(2, 3, dtype=torch.int64)})
+
+
+def test_base_is_joint():
+    assert get_scheme("base") is get_scheme("joint") is JointExitTrainer
