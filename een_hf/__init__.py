@@ -2,6 +2,7 @@
 
 import importlib
 
+from . import pipelines  # noqa: F401, registers them
 from .models import (
     EarlyExitBertConfig,
     EarlyExitBertForSequenceClassification,

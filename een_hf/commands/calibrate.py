@@ -26,6 +26,7 @@ from ..evaluation import (
     read_exit_results,
     write_exit_results,
 )
+from ..hub import guarantee_in_words, refresh_model_card
 from ..models import ExitConfigurationError
 from ..models.configuration_een import is_early_exit_config
 from ..training.arguments import CalibrationArguments, Risk
@@ -44,7 +45,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--risk_confidence", type=float, default=0.9, help="of --max_risk; default: 0.9")
     parser.add_argument("--exit_criterion", help="confidence, entropy, margin, patience, vote; default: the run's")
     parser.add_argument("--seed", type=int, help="parts searching from certifying rows; default: the run's")
-    parser.add_argument("--save", action="store_true", help="write the policy into RUN: config, results and plot")
+    parser.add_argument(
+        "--save", action="store_true", help="write the policy into RUN: config, results, plot and card"
+    )
 
 
 def run(args) -> None:
@@ -94,20 +97,10 @@ def run(args) -> None:
     config.save_pretrained(folder)
     write_exit_results(folder, results)
     plot_exit_curves(results, folder / "exit_curves.png")
+    refresh_model_card(folder, results, config, settings)
     print(
-        f"Saved in {folder}: config.json, exit_results.json and exit_curves.png. The model leaves by it when loaded."
-    )
-
-
-def guarantee_in_words(guarantee: dict) -> str:
-    """A policy's guarantee as a sentence."""
-    event = {
-        "accuracy_gap": "the policy is wrong where the last exit is right",
-        "consistency": "the policy answers differently from the last exit",
-    }.get(guarantee["risk"], f"the risk {guarantee['risk']} is met")
-    return (
-        f"Guarantee: on at most {guarantee['limit']:.3g} of new rows like these {event}, with confidence "
-        f"{guarantee['confidence']:g} ({guarantee['errors']:g} of {guarantee['num_rows']} certifying rows)."
+        f"Saved in {folder}: config.json, exit_results.json, exit_curves.png and README.md. The model leaves by it "
+        "when loaded."
     )
 
 

@@ -19,6 +19,9 @@ for _model_class, _auto_class in (
 ):
     AutoConfig.register(_model_class.config_class.model_type, _model_class.config_class, exist_ok=True)
     _auto_class.register(_model_class.config_class, _model_class, exist_ok=True)
+    # What is saved takes the files of this folder along, and so runs where een_hf is not installed.
+    _model_class.config_class.register_for_auto_class()
+    _model_class.register_for_auto_class(_auto_class)
 
 __all__ = [
     "MODEL_CLASSES",

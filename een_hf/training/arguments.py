@@ -97,6 +97,12 @@ class EarlyExitTrainingArguments(TrainingArguments):
             "help": "Epochs in which the last exit alone is trained, as plain fine-tuning; the others join after."
         },
     )
+    card_examples: bool = field(
+        default=False,
+        metadata={
+            "help": "Show example inputs of the evaluation split in the model card, and so publish them with a push."
+        },
+    )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={"help": "`group_by_length` (default, texts only), `random` or `sequential` batches."},

@@ -37,6 +37,7 @@ from ..evaluation import (
     write_exit_results,
 )
 from ..evaluation.calibration import CalibrationReport
+from ..hub import choose_examples, hub_name, write_examples, write_model_card
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from ..models.policies import fitting_criteria, get_criterion
 from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
@@ -77,6 +78,7 @@ class RunArguments:
             "project",
             "push_to_hub",
             "hub_",
+            "card_",
             "disable_tqdm",
             "token",
         )
@@ -443,14 +445,34 @@ class Experiment:
         if self.training.should_save:
             write_exit_results(self.folder, results)
             plot_exit_curves(results, self.folder / "exit_curves.png")
+            self._write_card(results, logits, labels)
             trainer.report_results(results)
             print(format_exit_table(results))
             print(f"Calibration: {report.message}" if report else _budget_hint(results, self.folder))
             if self.args.calibration.measure_speed and self.model.config.exit_policy is not None:
                 self._print_speed(results)
-            print(f"Results, logits, plot (exit_curves.png) and model: {self.folder}")
+            print(f"Results, logits, plot (exit_curves.png), card (README.md) and model: {self.folder}")
         self._warn_of_idle_exits(results, labels)
         return prediction.metrics
+
+    def _write_card(self, results: dict, logits: np.ndarray, labels: np.ndarray) -> None:
+        """The model card, and the examples that it may show."""
+        data, args, config = self.data, self.args, self.model.config
+        if data.problem_type == "single_label_classification":
+            names = [config.id2label[index] for index in range(config.num_labels)]
+            examples = choose_examples(logits, labels, names)
+            rows = data.splits["validation"]
+            write_examples(self.folder, examples, rows, data.input_columns, shared=self.training.card_examples)
+        source = args.data.dataset_name or ("/" in data.dataset and data.dataset) or None
+        write_model_card(
+            self.folder,
+            results,
+            config,
+            settings=args.settings() if self.training.do_train else None,
+            repo_id=(self.training.push_to_hub and self.trainer.hub_model_id) or self.training.hub_model_id,
+            base_model=hub_name(args.model.model_name_or_path, installed=("minilm",)),
+            dataset_id=hub_name(source, installed=("bbc_news", "digits")),
+        )
 
     def _results(self, logits: np.ndarray, labels: np.ndarray) -> tuple[dict, CalibrationReport | None]:
         """The content of `exit_results.json`, and what calibration found, where it was asked for."""

@@ -10,15 +10,18 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch import nn
 from transformers import EvalPrediction, Trainer
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, sort_checkpoints
 from transformers.training_args import OptimizerNames
 
 from ..callbacks import use_early_exit_callbacks
+from ..hub import CARD_NAME, is_run_card
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from .arguments import EarlyExitTrainingArguments
@@ -416,3 +419,25 @@ class EarlyExitTrainer(Trainer):
             settings = asdict(self.scheme_args) if self.scheme_args else {}
             with open(os.path.join(output_dir, SCHEME_FILE), "w") as file:
                 json.dump({"method": self.method, **settings}, file, indent=2)
+
+    # Hub
+
+    def create_model_card(self, language=None, license=None, tags=None, **kwargs) -> None:
+        """As in `Trainer`, but the card of an evaluated run stays, with these fields added to its header."""
+        path = os.path.join(self.args.output_dir, CARD_NAME)
+        if not is_run_card(path):
+            super().create_model_card(language=language, license=license, tags=tags, **kwargs)
+        elif self.is_world_process_zero():
+            card = ModelCard.load(path)
+            for name, value in (("language", language), ("license", license)):
+                if value is not None:
+                    card.data[name] = value
+            tags = [tags] if isinstance(tags, str) else tags or []
+            card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
+            card.save(path)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # Trainer takes config and weights out of the checkpoint; the config names these files.
+        if self.is_world_process_zero():
+            custom_object_save(self.accelerator.unwrap_model(self.model), self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)

@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""Time of an exported graph in ONNX Runtime that leaves at exit k, as a ratio to its own full depth.
+
+MiniLM with an untrained exit after every layer; thresholds force the exit. The graph of all exits (`--no_dynamic`) and
+PyTorch's dynamic mode, in the same rounds, are beside it.
+
+    python benchmarks/export.py --threads 2
+"""
+
+import argparse
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from common import add_results_argument, summarize, write_results
+
+from een_hf import EarlyExitBertForSequenceClassification
+from een_hf.data import sample_model_path
+from een_hf.evaluation import measure_seconds
+from een_hf.models.policies import NEVER
+from een_hf.onnx import export_onnx
+
+
+def start(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def random_texts(batch_size: int, length: int) -> dict[str, torch.Tensor]:
+    """Random words of full length."""
+    words = torch.randint(1000, 20000, (batch_size, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": words, "attention_mask": torch.ones_like(words), "token_type_ids": torch.zeros_like(words)}
+
+
+def ratio(seconds: dict[str, list[float]], numerator: str, denominator: str) -> float:
+    """Median over rounds: what slows the machine slows both calls of a round."""
+    return float(np.median(np.divide(seconds[numerator], seconds[denominator])))
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=100)
+    add_results_argument(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    path = sample_model_path("minilm")
+    model = EarlyExitBertForSequenceClassification.from_pretrained(path, exit_pooling="mean", num_labels=5).eval()
+    forced = [
+        [-NEVER if k == exit_index else NEVER for k in range(model.num_exits)] for exit_index in range(model.num_exits)
+    ]
+    model.set_exit_policy({"criterion": "confidence", "thresholds": forced[-1]})
+
+    sessions, graphs = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("dynamic", "all exits"):
+            file = Path(folder) / "model.onnx"
+            begin = time.perf_counter()
+            export_onnx(model, file, dynamic=name == "dynamic")
+            graphs[name] = {"export_s": time.perf_counter() - begin, "size_mib": file.stat().st_size / 2**20}
+            sessions[name] = start(file, args.threads)
+    print(graphs)
+
+    def leave_at(index: int, feed: dict, inputs: dict) -> dict:
+        def by_pytorch():
+            model.set_exit_policy({"criterion": "confidence", "thresholds": forced[index]})
+            return model(**inputs)
+
+        given = {**feed, "thresholds": np.float32(forced[index])}
+        return {
+            f"exit {index + 1}": lambda: sessions["dynamic"].run(None, given),
+            f"PyTorch, exit {index + 1}": by_pytorch,
+        }
+
+    versions = {package: version(package) for package in ("onnx", "onnxruntime", "onnxscript")}
+    rows = []
+    for batch_size in args.batch_sizes:
+        inputs = random_texts(batch_size, args.length)
+        feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+        functions = {"all exits": lambda feed=feed: sessions["all exits"].run(None, feed)}
+        for index in range(model.num_exits):
+            functions |= leave_at(index, feed, inputs)
+        seconds = measure_seconds(functions, args.repeats)
+        for index, layer in enumerate(model.config.exit_layers):
+            name = f"exit {index + 1}"
+            row = {"batch_size": batch_size, "length": args.length, "exit": index + 1, "layer": layer}
+            row["layers / all layers"] = layer / model.config.num_hidden_layers
+            row["time / full depth"] = ratio(seconds, name, f"exit {model.num_exits}")
+            row["time / graph of all exits"] = ratio(seconds, name, "all exits")
+            row["time / PyTorch"] = ratio(seconds, name, f"PyTorch, {name}")
+            measured = {"onnxruntime": summarize(seconds[name]), "pytorch": summarize(seconds[f"PyTorch, {name}"])}
+            rows.append({**row, **measured, "graphs": graphs, "versions": versions})
+            print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+    write_results(args.results, "export", rows)
+
+
+if __name__ == "__main__":
+    main()

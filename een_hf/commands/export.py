@@ -1,0 +1,66 @@
+"""Write an early-exit model as one ONNX graph in which ONNX Runtime skips the layers after the exit.
+
+een-hf export runs/mine --output model.onnx                leaves by the model's policy
+een-hf export runs/mine --output model.onnx --no_dynamic   answers at every exit
+
+Inputs, of any batch size and length: input_ids, attention_mask, token_type_ids (BERT), pixel_values (ViT).
+Outputs: logits (batch, labels) and exit_index (batch), counted from 0; with --no_dynamic exit_logits (batch, exits,
+labels).
+
+A batch leaves as a whole: at the first exit at which all of its rows are sure. All rows then have the same exit_index,
+and logits from that exit. One row at a time leaves as in PyTorch. The thresholds are one more input, `thresholds`
+(exits), which may be left out: then those of the policy hold.
+
+Policy, labels and exit layers stand in the file's metadata. Before it is written, its answers are compared with
+PyTorch's on random inputs. Every criterion can be exported.
+"""
+
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
+from ..onnx import check_output, export_onnx
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of an early-exit model")
+    parser.add_argument("--output", required=True, help="file to write, ending in .onnx")
+    parser.add_argument("--no_dynamic", action="store_true", help="skip nothing: a graph that answers at every exit")
+
+
+def run(args) -> None:
+    path = Path(args.output)
+    check_output(path)
+    model = load_model(args.model)
+    export_onnx(model, path, dynamic=not args.no_dynamic)
+    size = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
+    policy = "answers at every exit" if args.no_dynamic else f"leaves by {model.config.exit_policy['criterion']}"
+    print(f"Written: {path}, {size / 2**20:.1f} MiB, {policy}; ONNX Runtime and PyTorch agree on random inputs.")
+
+
+def load_model(name: str) -> EarlyExitMixin:
+    """The early-exit model of a folder or Hub name.
+
+    Raises:
+        ExitConfigurationError: there is no such model, it has no exits, or weights are missing.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        raise ExitConfigurationError(f"MODEL {name} cannot be loaded: {error}") from error
+    if not config:
+        raise ExitConfigurationError(f"MODEL {name} cannot be loaded: it holds no config.json.")
+    found = config.get("model_type")
+    model_class = next((kind for kind in MODEL_CLASSES.values() if kind.config_class.model_type == found), None)
+    if model_class is None:
+        raise ExitConfigurationError(
+            f"MODEL {name} is of type {found!r} and has no exits: train some, or see `een-hf retrofit --help`."
+        )
+    try:
+        model = model_class.from_pretrained(name)
+    except OSError as error:
+        raise ExitConfigurationError(f"MODEL {name} cannot be loaded: {error}") from error
+    if model.newly_initialized:
+        raise ExitConfigurationError(f"MODEL {name} lacks weights, for example {min(model.newly_initialized)}.")
+    return model

@@ -1,0 +1,278 @@
+"""An early-exit model as one ONNX graph.
+
+In the dynamic graph every stage after the first, its layers, its exit and the decision to leave, is the branch of an
+`If`: ONNX Runtime runs none of it once the batch has left. A batch leaves together, at the first exit at which all of
+its rows are sure; one row alone leaves as it does in PyTorch.
+"""
+
+import copy
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
+from .models.policies import NEVER, get_criterion
+
+
+TOLERANCE = 1e-4
+THRESHOLDS = "thresholds"
+
+
+class _AllExits(nn.Module):
+    """Model inputs to exit_logits (batch, num_exits, num_labels)."""
+
+    output_names = ["exit_logits"]
+
+    def __init__(self, model: EarlyExitMixin):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        hidden, attention_mask = self.model.embed(**inputs)
+        mask = self.model.layer_mask(hidden, attention_mask)
+        logits, collected = None, []
+        for index in range(self.model.num_exits):
+            hidden, logits = self.model.run_stage(index, hidden, attention_mask, mask, logits)
+            collected.append(logits)
+        return torch.stack(collected, 1)
+
+
+class _FirstSureExit(nn.Module):
+    """Model inputs and thresholds (num_exits,) to logits (batch, num_labels) and exit_index (batch,)."""
+
+    output_names = ["logits", "exit_index"]
+
+    def __init__(self, model: EarlyExitMixin, policy: ExitPolicy):
+        super().__init__()
+        self.model, self.temperatures = model, policy.temperatures
+        self.criterion = get_criterion(policy.criterion, policy.params)
+
+    def forward(self, thresholds, **inputs):
+        hidden, attention_mask = self.model.embed(**inputs)
+        mask = self.model.layer_mask(hidden, attention_mask)
+        read = [tensor for tensor in (attention_mask, mask) if tensor is not None]
+        *kept, leaves = self._stage(0, thresholds, hidden, attention_mask, mask, None)
+        decisions = [leaves]
+        for index in range(1, self.model.num_exits):
+
+            def run(thresholds, leaves, *operands, index=index):
+                masks, (hidden, logits, *state) = operands[: len(read)] or (None, None), operands[len(read) :]
+                return self._stage(index, thresholds, hidden, *masks, logits, tuple(state))
+
+            def skip(thresholds, leaves, *operands):
+                # A branch may not return an operand itself.
+                return tuple(operand.clone() for operand in (*operands[len(read) :], leaves))
+
+            *kept, leaves = torch.cond(leaves, skip, run, (thresholds, leaves, *read, *kept))
+            decisions.append(leaves)
+        exit_index = (~torch.stack(decisions[:-1])).sum(0)
+        return kept[1], exit_index.expand(kept[1].shape[0])
+
+    def _stage(self, index, thresholds, hidden, attention_mask, mask, previous, state=()):
+        """Hidden states, logits and the criterion's state after a stage, then whether the whole batch leaves."""
+        hidden, logits = self.model.run_stage(index, hidden, attention_mask, mask, previous)
+        scores, state = self.criterion.score(logits, state, self.temperatures[index] if self.temperatures else None)
+        # A view of the logits, as a regression keeps it, may not leave a branch beside them.
+        state = (tensor.clone() for tensor in state)
+        return hidden, logits, *state, (scores >= thresholds[index]).all()
+
+
+def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -> None:
+    """Write an early-exit model as one ONNX graph in float32, after checking it against PyTorch.
+
+    Inputs, the batch and the length of texts of any size: `input_ids`, `attention_mask` and `token_type_ids` (batch,
+    length), int64, or `pixel_values` (batch, channels, height, width).
+
+    Dynamic: outputs `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based. The whole batch leaves at
+    the first exit at which all of its rows are sure: `exit_index` is the same for all rows and `logits` are all from
+    that exit. The graph leaves by the model's policy; its thresholds are the default of one more input, `thresholds`
+    (num_exits,), so that a caller may give others. Otherwise one output, `exit_logits` (batch, num_exits, num_labels).
+
+    Policy, labels, exit layers and aggregation stand in the metadata of the file. Weights beyond 2 GB go to a second
+    file, `<path>.data`. The model stays as it is.
+
+    Args:
+        model: an early-exit model.
+        path: the file to write, ending in `.onnx`, in a folder that exists.
+        dynamic: leave by the model's policy.
+
+    Raises:
+        ExitConfigurationError: the path cannot be written, the model has no policy or one exit, a package is missing,
+            or ONNX Runtime's answers are not PyTorch's.
+    """
+    path = Path(path)
+    check_output(path)
+    config, policy = model.config, None
+    if dynamic:
+        if config.exit_policy is None:
+            raise ExitConfigurationError(
+                "The model has no exit policy to leave by: set one with `een-hf calibrate RUN --target_cost 0.5 "
+                "--save`, or give --no_dynamic for a graph of all exits."
+            )
+        if model.num_exits == 1:
+            raise ExitConfigurationError("The model has one exit, nothing can be skipped: give --no_dynamic.")
+        policy = ExitPolicy.from_dict(config.exit_policy)
+        policy.validate(model.num_exits, config.problem_type, config.num_labels)
+    model = copy.deepcopy(model).float().cpu().eval()
+    # Its mask is finite: rows that are all padding stay numbers.
+    model.set_attn_implementation("eager")
+    program = _export(model, policy)
+    program.model.metadata_props.update(_metadata(model, policy))
+    # In the same folder, so that what was checked moves into place as it is.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
+        written = Path(folder) / path.name
+        program.save(written)
+        del program
+        _check(model, policy, written)
+        for file in Path(folder).iterdir():
+            os.replace(file, path.parent / file.name)
+
+
+def check_output(path: Path) -> None:
+    """Raise ExitConfigurationError where `path` is no place for a graph, or the packages to write it are missing."""
+    if path.suffix != ".onnx":
+        raise ExitConfigurationError(f"--output {path} must end in .onnx, for example {path.with_suffix('.onnx')}.")
+    if not path.parent.is_dir():
+        raise ExitConfigurationError(f"--output {path}: the folder {path.parent} does not exist; make it first.")
+    if path.is_dir():
+        raise ExitConfigurationError(f"--output {path} is a folder; name a file.")
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExitConfigurationError(
+            f'ONNX export needs packages that are not installed ({error}): pip install "een_hf[onnx]".'
+        ) from error
+
+
+def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONNXProgram":
+    inputs = _random_inputs(model, num_rows=3)
+    axes = {0: torch.export.Dim("batch")}
+    if "input_ids" in inputs:
+        axes[1] = torch.export.Dim("length", max=model.config.max_position_embeddings)
+    shapes = dict.fromkeys(inputs, axes)
+    graph = _AllExits(model)
+    if policy is not None:
+        graph = _FirstSureExit(model, policy)
+        thresholds = torch.tensor(policy.thresholds, dtype=torch.float32)
+        inputs, shapes = {THRESHOLDS: thresholds, **inputs}, {THRESHOLDS: None, **shapes}
+    with torch.no_grad(), warnings.catch_warnings():
+        # Two inputs share an axis name on purpose.
+        warnings.filterwarnings("ignore", message=".*axis name.*")
+        program = torch.onnx.export(
+            graph.eval(),
+            kwargs=inputs,
+            dynamic_shapes=shapes,
+            input_names=list(inputs),
+            output_names=graph.output_names,
+            dynamo=True,
+            verbose=False,
+        )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # tracebacks with the paths of this machine
+    if policy is not None:
+        import onnx_ir
+
+        # An input that is also an initializer is optional: this is its default.
+        inputs = program.model.graph.inputs
+        value = next(value for value in inputs if value.name == THRESHOLDS)
+        value.const_value = onnx_ir.tensor(thresholds.numpy(), name=THRESHOLDS)
+        inputs.remove(value)
+        inputs.append(value)
+        program.model.graph.register_initializer(value)
+    return program
+
+
+def _metadata(model: EarlyExitMixin, policy: ExitPolicy | None) -> dict[str, str]:
+    config = model.config
+    content = {
+        "exit_layers": config.exit_layers,
+        "exit_aggregation": config.exit_aggregation,
+        "exit_policy": policy and policy.to_dict(),
+        "labels": [config.id2label[index] for index in range(config.num_labels)],
+        "problem_type": config.problem_type,
+    }
+    return {name: json.dumps(value) for name, value in content.items()}
+
+
+def _random_inputs(model: EarlyExitMixin, num_rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random pixels, or random tokens whose rows end at different lengths."""
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        height, width = model.vit.embeddings.image_size
+        return {"pixel_values": torch.randn(num_rows, config.num_channels, height, width, generator=generator)}
+    length = min(13 + seed, config.max_position_embeddings)
+    shape = (num_rows, length)
+    ends = torch.randint(1, length + 1, (num_rows, 1), generator=generator)
+    ends[0] = length
+    return {
+        "input_ids": torch.randint(config.vocab_size, shape, generator=generator),
+        "attention_mask": (torch.arange(length) < ends).long(),
+        "token_type_ids": torch.randint(config.type_vocab_size, shape, generator=generator),
+    }
+
+
+@torch.no_grad()
+def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None:
+    """Compare the file's logits at every exit, and when it leaves, with the model's.
+
+    Raises:
+        ExitConfigurationError: logits differ by more than `TOLERANCE`, or a batch leaves at another exit.
+    """
+    session = load_session(path)
+    forced = [
+        [-NEVER if index == exit_index else NEVER for index in range(model.num_exits)]
+        for exit_index in range(model.num_exits)
+    ]
+    feeds, answers = [], []
+    for seed, num_rows in enumerate((5, 1, 1, 1, 1, 2)):
+        inputs = _random_inputs(model, num_rows, seed)
+        feeds.append({name: tensor.numpy() for name, tensor in inputs.items()})
+        if policy is None:
+            found = session.run(None, feeds[-1])[0]
+        else:
+            runs = [session.run(["logits"], {**feeds[-1], THRESHOLDS: np.float32(row)})[0] for row in forced]
+            found = np.stack(runs, 1)
+        answers.append(torch.from_numpy(found))
+        difference = float((answers[-1] - model(**inputs, early_exit=False).exit_logits).abs().max())
+        if not difference <= TOLERANCE:
+            raise ExitConfigurationError(
+                f"ONNX Runtime's logits differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}: "
+                "nothing is written."
+            )
+    if policy is None:
+        return
+    # Decisions are taken from the graph's own logits: those of PyTorch may round to the other side of a threshold.
+    least_sure = np.stack([policy.scores(exit_logits).amin(0).numpy() for exit_logits in answers])
+    between = replace(policy, thresholds=np.median(least_sure, 0).tolist())
+    for feed, exit_logits in zip(feeds, answers, strict=True):
+        for rule, given in ((policy, {}), (between, {THRESHOLDS: np.float32(between.thresholds)})):
+            found, wanted = session.run(["exit_index"], feed | given)[0], whole_batch_exit(rule, exit_logits)
+            if (found != wanted).any():
+                raise ExitConfigurationError(
+                    f"ONNX Runtime leaves at exit {found[0] + 1}, PyTorch at exit {wanted + 1}: nothing is written."
+                )
+
+
+def whole_batch_exit(policy: ExitPolicy, exit_logits: torch.Tensor) -> int:
+    """The 0-based first exit at which all rows of (batch, num_exits, num_labels) are sure, else the last."""
+    leaves = (policy.scores(exit_logits) >= torch.tensor(policy.thresholds)).all(0)
+    leaves[-1] = True
+    return int(leaves.int().argmax())
+
+
+def load_session(path: str | Path) -> "onnxruntime.InferenceSession":  # noqa: F821
+    """ONNX Runtime on the CPU, without its warning that thresholds may be given."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

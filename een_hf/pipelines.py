@@ -1,0 +1,83 @@
+"""`pipeline("early-exit-text-classification")` and its image twin: answers that say where they left."""
+
+from functools import cache
+from typing import Any
+
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.image_classification import ImageClassificationPipeline
+from transformers.pipelines.text_classification import TextClassificationPipeline
+
+from .models import EarlyExitMixin, ExitConfigurationError
+
+
+class _ExitAnswers:
+    """Adds to each answer where it left; comes before a stock pipeline in the bases.
+
+    The keys are `exit_layer`, the 1-based layer of the exit, and `cost_saved`, the share of the plain model's cost
+    that was saved: 1 minus the exit's relative cost, at the input's own length. At the last exit it is 0 less the
+    cost of the earlier heads.
+    """
+
+    def check_model_type(self, supported_models) -> None:
+        """
+        Raises:
+            ExitConfigurationError: a model without exits.
+        """
+        if not isinstance(self.model, EarlyExitMixin):
+            raise ExitConfigurationError(
+                f"The pipeline {self.task!r} needs an early-exit model, not {type(self.model).__name__}: load it with "
+                "een_hf imported and without remote code, or train one."
+            )
+        self._costs_at = cache(self._costs_at)
+
+    def _costs_at(self, length: int | None) -> list[float]:
+        from .evaluation import relative_costs  # brings scikit-learn and matplotlib
+
+        return relative_costs(self.model, sequence_length=length)
+
+    def _forward(self, model_inputs) -> dict[str, Any]:
+        outputs = super()._forward(model_inputs)
+        answers = {"logits": outputs.logits}
+        if outputs.exit_index is not None:
+            answers["exit_index"] = outputs.exit_index
+        if "input_ids" in model_inputs:
+            mask = model_inputs.get("attention_mask")
+            ids = model_inputs["input_ids"]
+            answers["num_tokens"] = ids.new_full(ids.shape[:1], ids.shape[1]) if mask is None else mask.sum(1)
+        return answers
+
+    def postprocess(self, model_outputs, **kwargs):
+        answer = super().postprocess(model_outputs, **kwargs)
+        exit_index = int(model_outputs["exit_index"]) if "exit_index" in model_outputs else self.model.num_exits - 1
+        length = int(model_outputs["num_tokens"]) if "num_tokens" in model_outputs else None
+        left = {
+            "exit_layer": self.model.config.exit_layers[exit_index],
+            "cost_saved": 1 - self._costs_at(length)[exit_index],
+        }
+        return [{**one, **left} for one in answer] if isinstance(answer, list) else {**answer, **left}
+
+
+class EarlyExitTextClassificationPipeline(_ExitAnswers, TextClassificationPipeline):
+    """`TextClassificationPipeline` whose answers carry `exit_layer` and `cost_saved`.
+
+    Example:
+        >>> classify = pipeline("early-exit-text-classification", model="runs/mine")
+        >>> classify("A fine film.")
+        [{"label": "positive", "score": 0.98, "exit_layer": 3, "cost_saved": 0.73}]
+    """
+
+
+class EarlyExitImageClassificationPipeline(_ExitAnswers, ImageClassificationPipeline):
+    """`ImageClassificationPipeline` whose answers carry `exit_layer` and `cost_saved`."""
+
+
+for _task, _pipeline_class, _model_class, _type in (
+    ("text", EarlyExitTextClassificationPipeline, AutoModelForSequenceClassification, "text"),
+    ("image", EarlyExitImageClassificationPipeline, AutoModelForImageClassification, "image"),
+):
+    _task = f"early-exit-{_task}-classification"
+    if _task not in PIPELINE_REGISTRY.supported_tasks:
+        PIPELINE_REGISTRY.register_pipeline(_task, _pipeline_class, pt_model=_model_class, type=_type)
+        # By this mark a saved pipeline would take this file along, which runs only where een_hf is installed.
+        del _pipeline_class._registered_impl

@@ -1,0 +1,173 @@
+"""Pipelines, transformers' own and the early-exit ones, against a plain loop over single inputs."""
+
+import ast
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertTokenizer, ViTImageProcessor, pipeline
+
+import een_hf
+from een_hf import ExitConfigurationError
+from een_hf.evaluation import relative_costs, stock_model
+
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+SHAPE |= {"exit_layers": [1, 3, 4], "initializer_range": 0.5}
+TEXTS = ["a b c d e f g h i j", "c", "d e f", "j j j a", "b a", "i h g f e", "a", "c d c d c d c"]
+IMAGES = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (8, 8, 3), dtype=np.uint8)) for n in range(8)]
+
+
+def with_policy(model, batches):
+    """Thresholds between the scores of these rows, so that each exit takes some."""
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(**batch, early_exit=False).exit_logits for batch in batches])
+    scores = logits.softmax(-1).amax(-1)
+    first = scores[:, 0].sort(descending=True).values
+    staying = scores[scores[:, 0] < first[2:4].mean(), 1].sort(descending=True).values
+    thresholds = [float(first[2:4].mean()), float(staying[1:3].mean()), 0.0]
+    model.set_exit_policy({"criterion": "confidence", "thresholds": thresholds})
+    return model
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """(folder, model, single inputs as the model takes them)"""
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    torch.manual_seed(0)
+    names = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
+    config = een_hf.EarlyExitBertConfig(vocab_size=len(words), max_position_embeddings=32, **names, **SHAPE)
+    batches = [tokenizer(text, return_tensors="pt") for text in TEXTS]
+    model = with_policy(een_hf.EarlyExitBertForSequenceClassification(config), batches)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, model, batches
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    torch.manual_seed(0)
+    config = een_hf.EarlyExitViTConfig(image_size=8, patch_size=4, num_labels=3, **SHAPE)
+    batches = [processor(image, return_tensors="pt") for image in IMAGES]
+    model = with_policy(een_hf.EarlyExitViTForImageClassification(config), batches)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, model, batches
+
+
+CASES = [("text", "bert", TEXTS), ("image", "vit", IMAGES)]
+
+
+def answers_of(model, batches):
+    """(best label, its probability, exit) of each input, one at a time."""
+    with torch.no_grad():
+        outputs = [model(**batch) for batch in batches]
+    odds = [output.logits[0].double().softmax(-1) for output in outputs]
+    return [
+        (model.config.id2label[int(p.argmax())], float(p.max()), int(output.exit_index))
+        for p, output in zip(odds, outputs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("kind, name, inputs", CASES)
+def test_stock_pipelines_run_the_models(kind, name, inputs, batch_size, request):
+    """Padding, or answers put back to the wrong rows after some left, would change labels and scores."""
+    folder, model, batches = request.getfixturevalue(name)
+    found = pipeline(f"{kind}-classification", model=str(folder), device="cpu")(inputs, batch_size=batch_size, top_k=1)
+    for (answer,), (label, score, _) in zip(found, answers_of(model, batches), strict=True):
+        assert (answer["label"], answer["score"]) == (label, pytest.approx(score, abs=1e-5))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("kind, name, inputs", CASES)
+def test_early_exit_pipelines_say_where_each_input_left(kind, name, inputs, batch_size, request):
+    folder, model, batches = request.getfixturevalue(name)
+    expected = answers_of(model, batches)
+    assert len({exit_index for *_, exit_index in expected}) == 3
+    found = pipeline(f"early-exit-{kind}-classification", model=str(folder), device="cpu")(
+        inputs, batch_size=batch_size, top_k=1
+    )
+    for (answer,), (label, score, exit_index), batch in zip(found, expected, batches, strict=True):
+        length = batch["input_ids"].shape[1] if kind == "text" else None
+        saved = 1 - relative_costs(model, sequence_length=length)[exit_index]
+        assert answer == {
+            "label": label,
+            "score": pytest.approx(score, abs=1e-5),
+            "exit_layer": [1, 3, 4][exit_index],
+            "cost_saved": pytest.approx(saved),
+        }
+
+
+def test_answers_have_the_shape_of_the_stock_pipelines(bert):
+    """One text, all labels, pairs: code written for the stock pipeline goes on working."""
+    folder = str(bert[0])
+    ours = pipeline("early-exit-text-classification", model=folder, device="cpu")
+    stock = pipeline("text-classification", model=folder, device="cpu")
+    for inputs, settings in (("a b", {}), (["a b", "c"], {}), (["a b"], {"top_k": None}), ({"text": "a"}, {})):
+        mine, theirs = ours(inputs, **settings), stock(inputs, **settings)
+        flat = [mine, theirs]
+        while isinstance(flat[1], list):
+            assert len(flat[0]) == len(flat[1])
+            flat = [flat[0][0], flat[1][0]]
+        assert {name: flat[0][name] for name in flat[1]} == flat[1]
+
+
+def test_without_a_policy_every_input_pays_for_all(bert):
+    """Exits that are off save nothing, and the earlier heads cost a little."""
+    folder, model, batches = bert
+    own = pipeline("early-exit-text-classification", model=str(folder), device="cpu")
+    own.model.set_exit_policy(None)
+    (answer,) = own(["a b c"])
+    assert answer["exit_layer"] == 4
+    assert answer["cost_saved"] == pytest.approx(1 - relative_costs(model, sequence_length=5)[-1])
+    assert -0.2 < answer["cost_saved"] < 0
+
+
+def test_a_model_without_exits_is_refused(bert):
+    folder, model, _ = bert
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    with pytest.raises(ExitConfigurationError, match="early-exit-text-classification.*BertForSequenceClassification"):
+        pipeline("early-exit-text-classification", model=stock_model(model), tokenizer=tokenizer, device="cpu")
+
+
+def test_a_saved_pipeline_loads_again(bert, tmp_path):
+    """Saving must not take along files that only run inside the package."""
+    first = pipeline("early-exit-text-classification", model=str(bert[0]), device="cpu")
+    first.save_pretrained(tmp_path)
+    assert not (tmp_path / "pipelines.py").exists()
+    again = pipeline("early-exit-text-classification", model=str(tmp_path), device="cpu")
+    assert again(TEXTS, batch_size=4) == first(TEXTS, batch_size=4)
+
+
+def test_early_exit_pipelines_log_no_unsupported_model(bert, caplog):
+    logging.getLogger("transformers").propagate = True
+    try:
+        with caplog.at_level(logging.WARNING):
+            pipeline("early-exit-text-classification", model=str(bert[0]), device="cpu")
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert "not supported" not in caplog.text
+
+
+def test_the_import_stays_light():
+    """Registering pipelines must not load what only training and evaluation need."""
+    code = """
+import sys
+from transformers import BertModel, PreTrainedModel, ViTModel
+before = set(sys.modules)
+import een_hf.models
+print(sorted({name.split(".")[0] for name in sys.modules.keys() - before}))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"sklearn", "matplotlib", "datasets", "timm", "pandas"} & set(ast.literal_eval(found))
