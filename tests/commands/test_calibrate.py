@@ -97,9 +97,9 @@ def test_rows_that_chose_something_else(train_run, tmp_path, flags):
 
 def test_nothing_is_written_without_save(run, capsys):
     """Fails if a look at a budget changes the run, or if the printed cost is not that of the report rows."""
-    before = {path: path.read_bytes() for path in run.iterdir()}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     main(["calibrate", str(run), "--target_cost", "0.6"])
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     said = capsys.readouterr().out
     assert "--save" in said and "100 evaluation rows" in said
 
