@@ -29,10 +29,10 @@ demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(PYTHON) run_glue_een.py recipes/bbc_news_minilm_joint.yaml --output_dir runs/demo
 
 test: $(INSTALLED)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m slow -n 2 --dist loadfile
 
 quality: $(INSTALLED)
 	$(PYTHON) -m ruff check .

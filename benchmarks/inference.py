@@ -73,7 +73,8 @@ def leave_equally(model, inputs: dict) -> np.ndarray:
 
 
 def ratio(seconds: dict, numerator: str, denominator: str) -> float:
-    return float(np.median(seconds[numerator]) / np.median(seconds[denominator]))
+    """Median over the rounds: one and the other of a round saw the same machine."""
+    return float(np.median(np.divide(seconds[numerator], seconds[denominator])))
 
 
 def batch_one(model, length: int | None, repeats: int) -> list[dict]:
