@@ -64,6 +64,9 @@ def leave_equally(model, inputs: dict) -> np.ndarray:
     thresholds = []
     for index in range(model.num_exits):
         leaving = max(1, int(here.sum()) // (model.num_exits - index))
+        if not here.any():  # fewer rows than exits
+            thresholds.append(NEVER)
+            continue
         thresholds.append(scores[here, index].sort(descending=True).values[leaving - 1].item())
         here &= scores[:, index] < thresholds[-1]
     model.set_exit_policy({"criterion": "confidence", "thresholds": thresholds})

@@ -10,7 +10,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-MACHINE = {"device": "abacus", "cores": 2, "threads": 1, "torch": "2", "transformers": "5"}
+MACHINE = {"device": "abacus", "cores": 2, "threads": 1, "torch": "2.0", "transformers": "5.0"}
 
 
 def run_page(*words):
@@ -30,24 +30,21 @@ SCORES = {
     "boosted": {1: (0.72, 0.79, 0.62, 0.91), 2: (0.77, 0.84, 0.63, 0.92)},
 }
 STOCK, CUT = {1: 0.91, 2: 0.96}, {1: 0.75, 2: 0.73}
+NO_POLICY = {"message": "no early exit"}
+RISKS = {
+    "joint": {1: NO_POLICY, 2: NO_POLICY},
+    "boosted": {1: NO_POLICY, 2: {"message": "", "relative_cost": 0.4, "metrics": {"accuracy": 0.85}}},
+}
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("benchmarks")
+def quality_rows():
+    """One row per scheme or baseline and seed, as benchmarks/quality.py writes them."""
     common = {"machine": MACHINE, "dataset": "news", "task_name": None, "metric": "accuracy", "num_eval_samples": 9}
     rows = []
     for method, seeds in SCORES.items():
         for seed, (quarter, half, first, last) in seeds.items():
             exits = [
-                {
-                    "exit": k,
-                    "layer": k,
-                    "relative_cost": k / 2,
-                    "loss": 1.0,
-                    "metrics": {"accuracy": score},
-                    "ece": 0.1,
-                }
+                {"exit": k, "layer": k, "relative_cost": k / 2, "metrics": {"accuracy": score}}
                 for k, score in ((1, first), (2, last))
             ]
             budgets = [
@@ -55,17 +52,29 @@ def page(tmp_path_factory):
                 for cost, score in ((0.25, quarter), (0.5, half))
             ]
             row = {"method": method, "seed": seed, "anytime": exits, "anytime_report": exits, "budgeted": budgets}
-            rows.append({**row, "risk": {"message": "no early exit"}, **common})
+            row["command"] = f"python run_glue_een.py recipes/news.yaml --seed {seed} --method {method}"
+            rows.append({**row, "risk": RISKS[method][seed], **common})
     for method, cost, seeds in (("stock", 1.0, STOCK), ("cut-2", 0.5, CUT)):
         for seed, score in seeds.items():
             row = {"method": method, "seed": seed, "relative_cost": cost, "metrics_report": {"accuracy": score}}
-            rows.append({**row, **common})
+            rows.append({**row, "command": "python run_glue_een.py", **common})
+    return rows
+
+
+def write_page(folder, **results):
+    """The page of these results: the content of each JSON file, under its name."""
     (folder / "results").mkdir()
-    (folder / "results" / "quality_news.json").write_text(json.dumps({"recipe": "recipes/news.yaml", "rows": rows}))
+    for name, content in results.items():
+        (folder / "results" / f"{name}.json").write_text(json.dumps(content))
     done = run_page("--folder", folder)
     assert done.returncode == 0, done.stderr
-    assert (folder / "plots" / "quality_news.png").stat().st_size > 5000
     return (folder / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    return write_page(folder, quality_news={"recipe": "recipes/news.yaml", "rows": quality_rows()})
 
 
 def cells(page, first):
@@ -90,7 +99,8 @@ def test_means_and_deviations_over_seeds(page):
         assert budgets[4] == shown([(q + 2 * h) / 3 for q, h in zip(quarter, half, strict=True)])
         assert budgets[5] == shown(last)
         assert budgets[6] == shown([seeds[s][3] - STOCK[s] for s in seeds], signed=True)
-        assert budgets[7] == "0 of 2"
+    assert cells(page, "joint")[1][7] == "0 of 2"
+    assert cells(page, "boosted")[1][7] == "1 of 2: cost 0.400, accuracy 0.850"
 
 
 def test_differences_are_paired_by_seed(page):
@@ -107,8 +117,91 @@ def test_what_was_not_run_says_so(page):
     assert set(cells(page, "fine-tuned, first 3 layers")[0][1:]) == {"not run"}
 
 
+def test_a_budget_under_the_first_exit_is_not_called_a_missing_run(tmp_path):
+    rows = quality_rows()
+    for row in rows:
+        if "budgeted" in row:
+            del row["budgeted"][0]
+    page = write_page(tmp_path, quality_news={"recipe": "recipes/news.yaml", "rows": rows})
+    assert cells(page, "joint")[1][1:3] == ["none", shown([0.80, 0.82])]
+    assert cells(page, "boosted - joint")[0][1] == "none"
+
+
+def test_a_file_of_baselines_alone_has_a_page(tmp_path):
+    """What breaks: the page, while a benchmark whose first method is a baseline is still running."""
+    rows = [row for row in quality_rows() if row["method"] == "stock"]
+    page = write_page(tmp_path, quality_news={"recipe": "recipes/news.yaml", "rows": rows})
+    assert cells(page, "fine-tuned, whole")[0][2] == shown(list(STOCK.values()))
+    assert set(cells(page, "joint")[1][1:]) == {"not run"}
+
+
 def test_sentences_follow_the_signs(page):
     """A scheme wins or loses only if all seeds agree."""
-    assert "- joint under the budget 0.50 beats the model of 2 layers (+0.070 over 2 seeds)." in page
-    assert "- joint at the last exit loses to plain fine-tuning (-0.015 over 2 seeds)." in page
-    assert "- boosted under the budget 50% does not differ clearly from joint (+0.005 over 2 seeds)." in page
+    assert (
+        "- joint beats the smaller fine-tuned model of the same cost: first 2 layers, cost 0.50 (+0.070, seeds" in page
+    )
+    assert "- joint loses to plain fine-tuning of the whole model: last exit (-0.015, seeds: 2)." in page
+    assert "- boosted beats joint: budget 25% (+0.025, seeds: 2)." in page
+    (line,) = [line for line in page.splitlines() if line.startswith("- boosted does not clearly differ from joint:")]
+    assert "budget 50% (+0.005, seeds: 2)" in line and "last exit (-0.005, seeds: 2)" in line
+
+
+def test_source_is_the_recorded_one(page):
+    """What breaks: a reader who repeats a run does another one."""
+    assert "\npython run_glue_een.py recipes/news.yaml --seed 1 --method joint\n" in page
+    assert "seeds 1, 2," in page and "abacus, 2 cores, threads: 1; torch 2.0, transformers 5.0" in page
+
+
+def test_check_compares_and_writes_nothing(tmp_path):
+    text = write_page(tmp_path, quality_news={"recipe": "recipes/news.yaml", "rows": quality_rows()})
+    page, plot = tmp_path / "README.md", tmp_path / "plots" / "quality_news.png"
+    assert plot.stat().st_size > 5000
+    plot.unlink()
+    assert run_page("--check", "--folder", tmp_path).returncode == 0
+    page.write_text(text.replace("0.770", "0.990"))
+    done = run_page("--check", "--folder", tmp_path)
+    assert done.returncode != 0 and "not up to date" in done.stderr
+    assert not plot.exists() and "0.990" in page.read_text()
+
+
+MEASURED = {"median_ms": 2.0, "quartile_1_ms": 1.5, "quartile_3_ms": 2.5, "repeats": 5}
+
+
+@pytest.mark.parametrize(
+    ("device", "single", "batch"),
+    [
+        ("abacus", ["≤ 1.06: met", "≤ 1.03: missed"], "≥ 0.97: missed"),
+        ("NVIDIA abacus", ["≤ 1.10: met", "≤ 1.10: met"], "≥ 0.85: met"),
+    ],
+)
+def test_targets_of_inference_are_those_of_the_device(tmp_path, device, single, batch):
+    times = {name: MEASURED for name in ("dynamic", "cut")}
+    rows = [
+        {"what": "batch 1", "length": n, "exit": 1, "layer": 1, "dynamic / cut stock model": 1.05, **times}
+        for n in (16, 128)
+    ]
+    shares = {"mean share still there": 0.5, "dynamic / stock": 0.6, "all exits / stock": 1.1}
+    rows.append({"what": "batch", "batch_size": 8, "length": 128, "ideal / dynamic": 0.9, **shares, **times})
+    data = {"command": "python benchmarks/inference.py", "machine": {**MACHINE, "device": device}, "rows": rows}
+    page = write_page(tmp_path, inference_tiny=data)
+    assert [cells(page, f"{n} tokens")[0][4] for n in (16, 128)] == single
+    assert cells(page, "8")[0][2] == batch
+    assert (tmp_path / "plots" / "inference_tiny.png").exists()
+
+
+def test_targets_of_training_are_against_the_named_scheme(tmp_path):
+    rows = [
+        {
+            "scheme": scheme,
+            "time / plain fine-tuning": plain,
+            "time / joint": joint,
+            "memory / plain fine-tuning": 1.0,
+            "memory / joint": memory,
+            "step": MEASURED,
+        }
+        for scheme, plain, joint, memory in (("boosted", 1.06, 1.0, 1.0), ("l2w, interval 1", 4.2, 3.9, 1.7))
+    ]
+    data = {"command": "python benchmarks/training_step.py", "machine": MACHINE, "rows": rows}
+    page = write_page(tmp_path, training_step_tiny=data)
+    assert cells(page, "boosted")[0][5] == "time / plain fine-tuning ≤ 1.05: missed"
+    assert cells(page, "l2w, interval 1")[0][5] == "time / joint ≤ 4.00: met; memory / joint ≤ 1.60: missed"

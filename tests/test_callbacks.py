@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,8 @@ def wandb_records(path):
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):  # still being written
+            return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -194,6 +197,10 @@ def read_offline_run(folder):
     """(history rows, project, name, tables by key) of the only offline run below `folder`, from wandb's own files."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     rows, run = [], None
+    deadline = time.monotonic() + 60
+    while not any(record.WhichOneof("record_type") == "exit" for record in wandb_records(path)):
+        assert time.monotonic() < deadline, "wandb's own process has not closed the file"
+        time.sleep(0.2)
     for record in wandb_records(path):
         kind = record.WhichOneof("record_type")
         if kind == "history":

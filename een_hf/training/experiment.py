@@ -46,7 +46,7 @@ from .trainer import EarlyExitTrainer, get_scheme, last_whole_checkpoint, scheme
 
 logger = logging.get_logger(__name__)
 
-RUN_FILE = "run_arguments.json"
+RUN_FILE = "_run_arguments.json"  # holds local paths; what begins with an underscore is never pushed
 # `part` of exit_logits.npz: rows that calibrate, out of the evaluation split or beside it; all others are "report".
 CALIBRATION_PARTS = ("calibration", "held_out")
 

@@ -152,8 +152,8 @@ def test_a_run_on_a_stream_resumes_to_the_same_weights(tmp_path):
     flags += ["--auto_augment=rand-m9", "--mixup=0.2"]
     main(IMAGES, [*flags, f"--output_dir={tmp_path / 'whole'}"])
     main(IMAGES, [*flags, f"--output_dir={tmp_path / 'cut'}"])
-    (tmp_path / "cut" / "run_arguments.json").write_text(
-        (tmp_path / "cut" / "run_arguments.json").read_text().replace('"finished": true', '"finished": false')
+    (tmp_path / "cut" / "_run_arguments.json").write_text(
+        (tmp_path / "cut" / "_run_arguments.json").read_text().replace('"finished": true', '"finished": false')
     )
     (tmp_path / "cut" / "checkpoint-9" / "trainer_state.json").unlink()
     main(IMAGES, [*flags, f"--output_dir={tmp_path / 'cut'}"])
