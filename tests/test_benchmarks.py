@@ -158,7 +158,7 @@ def test_check_compares_and_writes_nothing(tmp_path):
     assert plot.stat().st_size > 5000
     plot.unlink()
     assert run_page("--check", "--folder", tmp_path).returncode == 0
-    page.write_text(text.replace("0.770", "0.990"))
+    page.write_text(text.replace("0.720", "0.990"))
     done = run_page("--check", "--folder", tmp_path)
     assert done.returncode != 0 and "not up to date" in done.stderr
     assert not plot.exists() and "0.990" in page.read_text()
