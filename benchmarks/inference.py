@@ -14,6 +14,7 @@ depend on what the heads have learned.
 """
 
 import argparse
+from functools import partial
 
 import numpy as np
 import torch
@@ -80,14 +81,27 @@ def ratio(seconds: dict, numerator: str, denominator: str) -> float:
     return float(np.median(np.divide(seconds[numerator], seconds[denominator])))
 
 
+def run_undecided(model, inputs: dict, num_exits: int) -> None:
+    """The layers and heads up to an exit, as the model runs them, without a decision."""
+    hidden, attention_mask = model.embed(**inputs)
+    mask, logits = model.layer_mask(hidden, attention_mask), None
+    for index in range(num_exits):
+        hidden, logits = model.run_stage(index, hidden, None if mask is None else attention_mask, mask, logits)
+
+
 def batch_one(model, length: int | None, repeats: int) -> list[dict]:
     inputs, rows = make_inputs(model, 1, length), []
     for index, layer in enumerate(model.config.exit_layers[:-1]):
         leave_at(model, index)
-        cut = stock_model(model, layer)
-        seconds = measure_seconds({"dynamic": lambda: model(**inputs), "cut": lambda: cut(**inputs)}, repeats)  # noqa: B023
+        functions = {
+            "dynamic": lambda: model(**inputs),
+            "undecided": partial(run_undecided, model, inputs, index + 1),
+            "cut": partial(stock_model(model, layer), **inputs),
+        }
+        seconds = measure_seconds(functions, repeats)
         row = {"what": "batch 1", "length": length, "exit": index + 1, "layer": layer}
         row["dynamic / cut stock model"] = ratio(seconds, "dynamic", "cut")
+        row["undecided / cut stock model"] = ratio(seconds, "undecided", "cut")
         rows.append({**row, **{name: summarize(values) for name, values in seconds.items()}})
     return rows
 
@@ -107,10 +121,10 @@ def batches(model, batch_size: int, length: int | None, repeats: int) -> list[di
     for index, layer in enumerate(model.backbone_layers):
         functions[f"layer {index + 1}"] = lambda layer=layer: layer(hidden, mask)
     seconds = measure_seconds(functions, repeats)
-    layers = [np.median(seconds[f"layer {index + 1}"]) for index in range(len(shares))]
-    ideal = float(np.dot(shares, layers) + np.median(seconds["embed"]))
+    layers = [seconds[f"layer {index + 1}"] for index in range(len(shares))]
+    seconds["ideal"] = shares @ np.array(layers) + seconds["embed"]
     row = {"what": "batch", "batch_size": batch_size, "length": length, "mean share still there": float(shares.mean())}
-    row["ideal / dynamic"] = ideal / float(np.median(seconds["dynamic"]))
+    row["ideal / dynamic"] = ratio(seconds, "ideal", "dynamic")
     row["dynamic / stock"] = ratio(seconds, "dynamic", "stock")
     row["all exits / stock"] = ratio(seconds, "all exits", "stock")
     return [{**row, **{name: summarize(seconds[name]) for name in ("dynamic", "all exits", "stock")}}]
@@ -158,7 +172,7 @@ def main() -> None:
         for length in lengths:
             rows += batch_one(model, length, args.repeats)
         for batch_size in args.batch_sizes:
-            rows += batches(model, batch_size, lengths[-1], max(5, args.repeats // 3))
+            rows += batches(model, batch_size, lengths[-1], max(5, args.repeats // 2))
         if tokenizer:
             rows += data_set(model, tokenizer, 32, args.rows, 128, max(3, args.repeats // 8))
     for row in rows:

@@ -20,7 +20,7 @@ from een_hf.evaluation import curve_area, metric_at_cost
 
 HERE = Path(__file__).parent
 SCHEMES = ("joint", "boosted", "l2w")
-BASELINES = {"stock": "whole", "cut-4": "first 4 layers", "cut-3": "first 3 layers", "cut-2": "first 2 layers"}
+CUTS = ("cut-4", "cut-3", "cut-2")
 SHARES = (0.25, 0.5, 0.75)
 
 HEAD = """# Benchmarks
@@ -102,21 +102,24 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
     for row in data["rows"]:
         runs[row["method"]][row["seed"]] = row
     first, count = data["rows"][0], data["rows"][0]["num_eval_samples"]
+    schemes = [*SCHEMES, *(method for method in runs if method.endswith("-warm"))]
+    cuts = sorted({*CUTS, *(method for method in runs if method.startswith("cut-"))}, reverse=True)
+    labels = {"stock": "whole", **{method: f"first {method.removeprefix('cut-')} layers" for method in cuts}}
     metric, task = first["metric"], first["task_name"] or first["dataset"]
     exits = next((row["anytime"] for row in data["rows"] if "anytime" in row), [])
-    budgeted = [row["budgeted"] for scheme in SCHEMES for row in runs[scheme].values() if row["budgeted"]]
+    budgeted = [row["budgeted"] for scheme in schemes for row in runs[scheme].values() if row["budgeted"]]
     start = max((min(point["target_cost"] for point in points) for points in budgeted), default=None)
 
     def scores(method: str, cost: float | None = None) -> dict[int, float | None]:
         """By seed, on the rows that calibrated nothing: under a budget, or all of the network."""
-        if method in BASELINES:
+        if method in labels:
             return {seed: row["metrics_report"].get(metric) for seed, row in runs[method].items()}
         if cost is None:
             return {seed: row["anytime_report"][-1]["metrics"].get(metric) for seed, row in runs[method].items()}
         return {seed: metric_at_cost(row["budgeted"], cost, metric) for seed, row in runs[method].items()}
 
     anytime, budgets, words = [], [], []
-    for scheme in SCHEMES:
+    for scheme in schemes:
         rows = runs[scheme].values()
         each = ([row["anytime"][index]["metrics"].get(metric) for row in rows] for index in range(len(exits)))
         anytime.append([scheme, *(spread(values) for values in each)])
@@ -128,20 +131,20 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
         words += sentence(scheme, "plain fine-tuning of the whole model", {"last exit": against_stock})
 
     baselines, against_cut = [], defaultdict(dict)
-    for method, label in BASELINES.items():
+    for method, label in labels.items():
         cost = next((row["relative_cost"] for row in runs[method].values()), None)
         baselines.append([f"fine-tuned, {label}", "not run" if cost is None else f"{cost:.2f}"])
         baselines[-1].append(spread([*scores(method).values()]))
-        for scheme in SCHEMES:
+        for scheme in schemes:
             differences = paired(scores(scheme, cost), scores(method))
             baselines[-1].append(spread(differences, signed=True))
             if method != "stock" and cost is not None:
                 against_cut[scheme][f"{label}, cost {cost:.2f}"] = differences
-    for scheme in SCHEMES:
+    for scheme in schemes:
         words += sentence(scheme, "the smaller fine-tuned model of the same cost", against_cut[scheme])
 
     between = []
-    for scheme in SCHEMES[1:]:
+    for scheme in schemes[1:]:
         places = {f"budget {share:.0%}": paired(scores(scheme, share), scores("joint", share)) for share in SHARES}
         places["last exit"] = paired(scores(scheme), scores("joint"))
         between.append([f"{scheme} - joint", *(spread(values, signed=True) for values in places.values())])
@@ -153,7 +156,7 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
             "constant has 0): this model and recipe do not learn the task, and comparisons on it say little.\n"
         )
 
-    plot_quality(runs, metric, task, name, plots)
+    plot_quality(runs, schemes, cuts, metric, task, name, plots)
     seeds = sorted({row["seed"] for row in data["rows"]})
     machines = dict.fromkeys(machine_text(row["machine"]) for row in data["rows"])
     shares = [f"budget {share:.0%}" for share in SHARES]
@@ -167,7 +170,7 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
         f"{metric} under a budget, on the {count - count // 2} reported rows (certified: from the last exit):\n",
         table(budget_head, budgets),
         "Plain fine-tuning of the whole model or first layers; schemes under that budget, less the baseline:\n",
-        table(["baseline", "cost", metric, *(f"{scheme} - baseline" for scheme in SCHEMES)], baselines),
+        table(["baseline", "cost", metric, *(f"{scheme} - baseline" for scheme in schemes)], baselines),
         "Schemes against joint:\n",
         table(["", *shares, "last exit"], between),
         f"![{metric} against cost](plots/{name}.png)\n",
@@ -190,7 +193,9 @@ def certified(risks: list[dict | None], metric: str) -> str:
     return text
 
 
-def plot_quality(runs: dict, metric: str, task: str, name: str, plots: Path | None) -> None:
+def plot_quality(
+    runs: dict, schemes: list[str], cuts: list[str], metric: str, task: str, name: str, plots: Path | None
+) -> None:
     labels = {"xlabel": "relative cost (plain model = 1)", "ylabel": metric.replace("_", " "), "title": task}
     with plot(plots, name, **labels, xlim=(0, None)) as axes:
 
@@ -198,14 +203,13 @@ def plot_quality(runs: dict, metric: str, task: str, name: str, plots: Path | No
             deviations = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in several]
             axes.errorbar(costs, [np.mean(values) for values in several], deviations, elinewidth=0.6, **style)
 
-        for color, scheme in enumerate(SCHEMES):
+        for color, scheme in enumerate(schemes):
             points = zip(*(row["budgeted"] for row in runs[scheme].values()), strict=False)
             curve = [([p["relative_cost"] for p in ps], [p["metrics"].get(metric) for p in ps]) for ps in points]
             curve = [(np.mean(costs), values) for costs, values in curve if None not in values]
             if curve:
                 bars(*zip(*curve, strict=True), fmt="o-", ms=3, lw=1, color=f"C{color}", label=scheme)
-        stock, *cut = BASELINES
-        for methods, marker, label in (([stock], "*", "fine-tuned"), (cut, "s", "fine-tuned, fewer layers")):
+        for methods, marker, label in ((["stock"], "*", "fine-tuned"), (cuts, "s", "fine-tuned, fewer layers")):
             rows = [[*runs[method].values()] for method in methods if runs[method]]
             if rows:
                 values = [[row["metrics_report"].get(metric) for row in of] for of in rows]
@@ -235,11 +239,16 @@ def inference(data: dict, name: str, plots: Path | None) -> str:
         value = row["dynamic / cut stock model"]
         limit = 1.10 if gpu else 1.03 if row["length"] in (None, 128) else 1.06
         line = ["images" if row["length"] is None else f"{row['length']} tokens", str(row["exit"]), str(row["layer"])]
-        lines.append([*line, f"{value:.3f}", target(value, limit), quartiles(row["dynamic"]), quartiles(row["cut"])])
+        line += [f"{value:.3f}", f"{row['undecided / cut stock model']:.3f}", target(value, limit)]
+        lines.append([*line, quartiles(row["dynamic"]), quartiles(row["cut"])])
     if lines:
-        head = ["input", "exit", "layer", "dynamic / cut", "target", "quartiles, dynamic (ms)", "cut (ms)"]
-        text = "Batch 1: time to leave at an exit, against the stock model cut to that many layers:\n"
-        parts += [text, table(head, lines)]
+        head = ["input", "exit", "layer", "dynamic / cut", "undecided / cut", "target", "quartiles, dynamic (ms)"]
+        text = (
+            "Batch 1: time to leave at an exit, against the stock model cut to that many layers, which has one head; "
+            "undecided: the layers and all heads up to that exit, without decisions and without the forward around "
+            "them:\n"
+        )
+        parts += [text, table([*head, "cut (ms)"], lines)]
     batches, lines = of_kind.pop("batch", []), []
     for row in batches:
         value = row["ideal / dynamic"]
@@ -332,11 +341,11 @@ def write_page(results: Path, plots: Path | None) -> str:
     return "\n".join([HEAD, *(text for *_, text in sorted(parts)), PAPERS])
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--folder", type=Path, default=HERE, help="with results/; README.md and plots/ go there")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     page = args.folder / "README.md"
     text = write_page(args.folder / "results", None if args.check else args.folder / "plots")
     if not args.check:

@@ -4,7 +4,8 @@ python benchmarks/quality.py recipes/bbc_news_minilm_joint.yaml --seeds 3
 python benchmarks/quality.py recipes/sst2_minilm_joint.yaml --methods joint stock cut-3 --dataset_name folder/of/glue
 
 One cell is one run of the recipe by one method under one seed; `stock` is the recipe's model with its last exit only,
-`cut-3` the same with the first three layers. Flags that this script does not know go to every run. Finished cells are
+`cut-3` the same with the first three layers, `joint-warm` the scheme after a warm start of the last exit for half of
+the recipe's epochs. Flags that this script does not know go to every run. Finished cells are
 kept in benchmarks/results/quality_<recipe>.json and not run again; an interrupted one resumes from its checkpoint.
 """
 
@@ -57,7 +58,9 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
         if given.calibration.target_cost is not None:
             words += ["--target_cost", "1"]
     else:
-        words += ["--method", method]
+        words += ["--method", method.removesuffix("-warm")]
+        if method.endswith("-warm"):
+            words += ["--warm_start_epochs", str(given.training.num_train_epochs / 2)]
     experiment = Experiment(modality, parse_arguments(modality, words))
     experiment.run()
     for checkpoint in experiment.folder.glob("checkpoint-*"):

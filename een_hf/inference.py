@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .models import EarlyExitMixin, ExitPolicy
+from .models import EarlyExitMixin
 
 
 @dataclass
@@ -95,10 +95,7 @@ class ExitEngine:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         self.model, self.batch_size = model, batch_size
-        self.policy = None
-        if model.config.exit_policy is not None:
-            self.policy = ExitPolicy.from_dict(model.config.exit_policy)
-            self.policy.validate(model.num_exits, model.config.problem_type, model.config.num_labels)
+        self.policy = model.get_exit_policy()
         self.waiting: list[list[_Rows]] = [[] for _ in range(model.num_exits)]
 
     def run(self, batches: Iterable[tuple[torch.Tensor, dict]]) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:

@@ -1,5 +1,6 @@
 """The mixin that gives a stock encoder its exits, and the one staged loop that trains and runs them."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,7 @@ class EarlyExitMixin:
     head_class: type[torch.nn.Module]
 
     _backbone_frozen = False
+    _policy: tuple = (None, None)  # what the config said, and the policy made of it
     # Names of the parameters that the loaded checkpoint did not bring; None: no checkpoint was loaded.
     newly_initialized: frozenset[str] | None = None
 
@@ -217,6 +219,22 @@ class EarlyExitMixin:
             policy = policy.to_dict()
         self.config.exit_policy = policy
 
+    def get_exit_policy(self) -> ExitPolicy | None:
+        """The policy in the config, checked; made anew only after the config has changed.
+
+        Raises:
+            ExitConfigurationError: the policy does not fit the number of exits or the problem.
+        """
+        config = self.config
+        if config.exit_policy is None:
+            return None
+        said = (config.exit_policy, config.problem_type, config.num_labels, self.num_exits)
+        if said != self._policy[0]:
+            policy = ExitPolicy.from_dict(config.exit_policy)
+            policy.validate(self.num_exits, config.problem_type, config.num_labels)
+            self._policy = copy.deepcopy(said), policy
+        return self._policy[1]
+
     # The loop
 
     def run_stage(
@@ -245,12 +263,13 @@ class EarlyExitMixin:
         for depth in range(first, config.exit_layers[exit_index]):
             hidden = layers[depth](hidden, mask, **kwargs)
         behind = self.num_exits - exit_index - 1
-        if config.gradient_rescale and self.training:
+        rescale = self.training and config.gradient_rescale
+        if rescale:
             hidden = scale_gradient(hidden, 1 / (behind + 1))
         logits = self.compute_exit(exit_index, hidden, attention_mask)
         if config.exit_aggregation == "boosted":
             logits = add_boosted(logits, previous, config.boost_temperature)
-        if config.gradient_rescale and self.training and behind:
+        if rescale and behind:
             hidden = scale_gradient(hidden, behind)
         return hidden, logits
 
@@ -272,16 +291,13 @@ class EarlyExitMixin:
             **kwargs: passed to every layer.
         """
         config = self.config
-        policy = None
-        if early_exit and not self.training and config.exit_policy is not None:
-            policy = ExitPolicy.from_dict(config.exit_policy)
-            policy.validate(self.num_exits, config.problem_type, config.num_labels)
-        recording = [
+        policy = self.get_exit_policy() if early_exit and not self.training else None
+        recording = policy is not None and [
             f"output_{name}"
             for name in ("hidden_states", "attentions")
             if kwargs.get(f"output_{name}", getattr(config, f"output_{name}"))
         ]
-        if policy is not None and recording:
+        if recording:
             logger.warning_once(f"{' and '.join(recording)} needs every layer: no compute is saved by early exit.")
         mask = self.layer_mask(hidden, attention_mask)
         if mask is None:
@@ -350,24 +366,26 @@ class _LeavingRows:
         if index == len(self.policy.thresholds) - 1:
             return None
         leaves, self.state = self.policy.decide(index, logits, self.state)
-        num_staying, width, full = self._measure(~leaves)
+        num_staying, width, full = self._measure(leaves)
         if num_staying == len(leaves):
             return None
+        if num_staying == 0:
+            return leaves[:0]
         keep = torch.argsort(leaves, stable=True)[:num_staying]
-        if num_staying:
-            self._compact(keep, width, full)
+        self._compact(keep, width, full)
         return keep
 
-    def _measure(self, stay: torch.Tensor) -> tuple[int, int | None, bool]:
+    def _measure(self, leaves: torch.Tensor) -> tuple[int, int | None, bool]:
         """(rows that stay, columns that they use, whether they use all of these columns), in one read."""
-        if self.attention_mask is None or len(stay) == 1:
-            return int(stay.sum()), None, True
+        if self.attention_mask is None or len(leaves) == 1:
+            return len(leaves) - int(leaves.sum()), None, True
         if self.columns is None:
             used = self.attention_mask != 0
             last = (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1)
             # A row of padding only attends to all of it.
             self.columns = torch.stack([last.masked_fill(last == 0, used.shape[1]), used.sum(1)])
         last, used = self.columns
+        stay = ~leaves
         # Rows that leave must not make the survivors look longer or shorter than they are.
         shortest = used.masked_fill(~stay, self.attention_mask.shape[1]).amin()
         count, width, shortest = torch.stack([stay.sum(), (last * stay).amax(), shortest]).tolist()

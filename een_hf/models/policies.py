@@ -8,6 +8,7 @@ import json
 import math
 import numbers
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import torch
 
@@ -169,7 +170,7 @@ class Vote(ExitCriterion):
         return votes.amax(-1).masked_fill(broken, float("nan")), (votes,)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExitPolicy:
     """Criterion and thresholds: who leaves at which exit.
 
@@ -189,6 +190,11 @@ class ExitPolicy:
     params: dict = field(default_factory=dict)
     calibrated_for: dict = field(default_factory=dict)
     guarantee: dict | None = None
+
+    @cached_property
+    def scorer(self) -> ExitCriterion:
+        """The criterion with its parameters, made once."""
+        return get_criterion(self.criterion, self.params)
 
     def to_dict(self) -> dict:
         """A plain dict, ready for strict JSON; thresholds beyond `NEVER`, infinite ones too, become `NEVER`."""
@@ -243,7 +249,7 @@ class ExitPolicy:
         """
         if num_labels == 1 and problem_type != "multi_label_classification":
             problem_type = "regression"
-        get_criterion(self.criterion, self.params).check(problem_type or "single_label_classification")
+        self.scorer.check(problem_type or "single_label_classification")
         if problem_type == "regression" and num_labels > 1:
             raise ExitConfigurationError(
                 f"exit_policy: --exit_criterion {self.criterion} scores regression with 1 label, not {num_labels}."
@@ -275,12 +281,12 @@ class ExitPolicy:
             (rows,) bool, True leaves, and the state for the next exit.
         """
         temperature = self.temperatures[exit_index] if self.temperatures else None
-        scores, state = get_criterion(self.criterion, self.params).score(logits, state, temperature)
+        scores, state = self.scorer.score(logits, state, temperature)
         return scores >= self.thresholds[exit_index], state
 
     def scores(self, exit_logits: torch.Tensor) -> torch.Tensor:
         """Scores (num_rows, num_exits) of logits (num_rows, num_exits, num_labels)."""
-        return get_criterion(self.criterion, self.params).scores(exit_logits, self.temperatures)
+        return self.scorer.scores(exit_logits, self.temperatures)
 
     def exits_of(self, exit_logits: torch.Tensor) -> torch.Tensor:
         """The 0-based exit, (num_rows,) int64, that each row of (num_rows, num_exits, num_labels) takes."""
