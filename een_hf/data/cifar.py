@@ -11,9 +11,10 @@ from datasets.exceptions import DatasetsError
 from timm.data import create_transform
 from transformers import AutoImageProcessor, ViTImageProcessor
 
+from .arguments import LIMITS, DataArguments
 from .images import EvaluationTransform, ImageCollator, ImageRows, TrainingTransform, whole_images
 from .labels import MULTI_LABEL, SINGLE_LABEL, model_label_ids, resolve_labels
-from .partition import check_partition_flags, load_partition
+from .partition import load_partition
 from .samples import load_digits
 from .sources import check_columns, limit_rows, load_files, load_hub, parquet_files
 from .streaming import ImageStream, hold_all_but_train
@@ -23,12 +24,13 @@ from .task import DataError, Modality, TaskData, check_splits, cut_validation_sp
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 _DIGITS = "digits"
 _LABEL_COLUMNS = ("label", "fine_label", "labels")
-_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 
 
 @dataclass
-class ImageDataArguments:
+class ImageDataArguments(DataArguments):
     """Which images are trained on and evaluated, and how they become pixels."""
+
+    path_kind = "dir"
 
     dataset_name: str | None = field(
         default=None,
@@ -37,7 +39,6 @@ class ImageDataArguments:
             "folder per class, or the installed sample `digits`."
         },
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
     train_dir: str | None = field(default=None, metadata={"help": "Training images, one folder per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "Evaluation images, one folder per class."})
     test_dir: str | None = field(default=None, metadata={"help": "Images to predict, in folders or not."})
@@ -56,25 +57,6 @@ class ImageDataArguments:
             "help": "Height and width in pixels; position embeddings are resized once and saved. Default: the model's."
         },
     )
-    train_val_split: float | None = field(
-        default=None,
-        metadata={"help": "Share of the training rows that become the validation split where there is none."},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first N training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first N evaluation rows."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Take only the first N rows to predict."})
-    partition_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Train on a part of a data set that `een-hf partition` cut; with --dataset_name its evaluation "
-            "splits are taken, else the part's own."
-        },
-    )
-    partition_id: str | None = field(default=None, metadata={"help": "Number of the part, or `all` for their union."})
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read training rows as they are needed, for data that do not fit; with --max_steps."},
-    )
     skip_corrupt: bool = field(default=False, metadata={"help": "Leave out images that cannot be decoded."})
     min_crop: float = field(
         default=0.5, metadata={"help": "Least share of the image that a random crop keeps; 1 keeps all."}
@@ -88,18 +70,10 @@ class ImageDataArguments:
     random_erase: float = field(default=0.0, metadata={"help": "Probability of erasing a random rectangle."})
 
     def __post_init__(self):
-        folders = self.folders()
-        if self.dataset_name is not None and folders:
-            raise DataError(f"--dataset_name and --{next(iter(folders))}_dir are two sources of data: give one.")
-        check_partition_flags(self, folders)
-        if self.dataset_name is None and not folders and self.partition_dir is None:
+        super().__post_init__()
+        if not (self.dataset_name or self.paths() or self.partition_dir):
             raise DataError("No data: give --dataset_name, or --train_dir and --validation_dir.")
-        for split, path in folders.items():
-            if not os.path.isdir(path):
-                raise DataError(f"--{split}_dir {path} is not there.")
-        for name in ("image_size", *_LIMITS.values()):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise DataError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        self.check_positive("image_size")
         for name in ("hflip", "random_erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DataError(f"--{name} is a probability, between 0 and 1, not {getattr(self, name)}.")
@@ -108,10 +82,6 @@ class ImageDataArguments:
         for name in ("mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise DataError(f"--{name} must be 0 or more, not {getattr(self, name)}.")
-        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
-            raise DataError(
-                f"--train_val_split is a share of the training rows, between 0 and 1, not {self.train_val_split}."
-            )
         if self.auto_augment is not None:
             try:
                 create_transform(32, is_training=True, auto_augment=self.auto_augment)
@@ -119,11 +89,6 @@ class ImageDataArguments:
                 raise DataError(
                     f"--auto_augment {self.auto_augment!r} is none of timm's: rand-..., augmix-..., original, v0, 3a."
                 ) from error
-
-    def folders(self) -> dict[str, str]:
-        """The given folders by split."""
-        paths = {split: getattr(self, f"{split}_dir") for split in _LIMITS}
-        return {split: path for split, path in paths.items() if path is not None}
 
 
 def load_image_data(
@@ -168,7 +133,7 @@ def load_image_data(
         if split in needed or (cut and split == "train")
     }
     if args.streaming:
-        splits = hold_all_but_train(splits, {split: getattr(args, name) for split, name in _LIMITS.items()})
+        splits = hold_all_but_train(splits, {split: getattr(args, name) for split, name in LIMITS.items()})
         if stream in splits:  # decoded at the end, one by one, so that a corrupt image can be named
             splits[stream] = splits[stream].cast_column(image_column, datasets.Image(decode=False))
     splits, problem_type, label_names = resolve_labels(
@@ -180,7 +145,7 @@ def load_image_data(
         raise DataError(f"--mixup and --cutmix mix classes; column {label_column!r} holds numbers.")
     if cut:
         splits = cut_validation_split(splits, args.train_val_split, label_column, seed)
-    held = {split: limit_rows(splits[split], getattr(args, _LIMITS[split])) for split in needed if split != stream}
+    held = {split: limit_rows(splits[split], getattr(args, LIMITS[split])) for split in needed if split != stream}
     splits |= {
         split: whole_images(rows, image_column, args.skip_corrupt, f"{source}, split {split!r}")
         for split, rows in held.items()
@@ -191,7 +156,7 @@ def load_image_data(
         label_names=label_names,
         input_columns=[image_column],
         label_column=label_column,
-        dataset=_dataset_name(args),
+        dataset=args.name_for_tables(),
         task_name=None,
         metrics=["accuracy"] if problem_type == SINGLE_LABEL else ["mse"],
     )
@@ -219,7 +184,7 @@ def _load_splits(args: ImageDataArguments, cache_dir: str | None, token: str | N
 
 
 def _load_source(args: ImageDataArguments, cache_dir: str | None, token: str | None) -> tuple[str, dict]:
-    folders = args.folders()
+    folders = args.paths()
     if folders:
         source = " ".join(f"--{split}_dir {path}" for split, path in folders.items())
         splits = {split: _load_folder(path, source, cache_dir, args.streaming) for split, path in folders.items()}
@@ -254,12 +219,6 @@ def _image_column(args: ImageDataArguments, rows: datasets.Dataset, source: str)
             f"{', '.join(rows.column_names)}."
         )
     return columns[0]
-
-
-def _dataset_name(args: ImageDataArguments) -> str:
-    """A name for files and tables."""
-    path = args.dataset_name or args.partition_dir or next(iter(args.folders().values()))
-    return Path(path).resolve().name if os.path.isdir(path) else path
 
 
 # What the script needs

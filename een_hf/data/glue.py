@@ -10,8 +10,9 @@ from typing import Any
 import datasets
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
+from .arguments import LIMITS, DataArguments
 from .labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, model_label_ids, resolve_labels
-from .partition import check_partition_flags, load_partition
+from .partition import load_partition
 from .samples import load_bbc_news
 from .sources import FILE_FORMATS, ROW_ID, check_columns, limit_rows, load_files, load_hub, parquet_files
 from .streaming import hold_all_but_train
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 _HUB_GLUE = "nyu-mll/glue"
 _BBC_NEWS = "bbc_news"
-_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 # MNLI's matched halves are the splits that every task has.
 _SPLIT_NAMES = {"validation_matched": "validation", "test_matched": "test"}
 
@@ -68,7 +68,7 @@ _DEFAULT_METRICS = {SINGLE_LABEL: ["accuracy"], MULTI_LABEL: ["f1"], REGRESSION:
 
 
 @dataclass
-class TextDataArguments:
+class TextDataArguments(DataArguments):
     """Which text is trained on and evaluated, and how it becomes tokens."""
 
     task_name: str | None = field(
@@ -105,27 +105,8 @@ class TextDataArguments:
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad all rows to --max_seq_length instead of to the longest of their batch."}
     )
-    train_val_split: float | None = field(
-        default=None,
-        metadata={"help": "Share of the training rows that become the validation split where there is none."},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first N training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first N evaluation rows."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Take only the first N rows to predict."})
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that turn text into tokens. Default: this one."}
-    )
-    partition_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Train on a part of a data set that `een-hf partition` cut; with --dataset_name its evaluation "
-            "splits are taken, else the part's own."
-        },
-    )
-    partition_id: str | None = field(default=None, metadata={"help": "Number of the part, or `all` for their union."})
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read training rows as they are needed, for data that do not fit; with --max_steps."},
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Make tokens anew instead of from the cache."})
 
@@ -134,35 +115,18 @@ class TextDataArguments:
             self.task_name = self.task_name.lower()
             if self.task_name not in GLUE_TASKS:
                 raise DataError(f"--task_name {self.task_name!r} is not one of: {', '.join(sorted(GLUE_TASKS))}.")
-        files = self.files()
-        if self.dataset_name is not None and files:
-            raise DataError(f"--dataset_name and --{next(iter(files))}_file are two sources of data: give one.")
-        check_partition_flags(self, files)
-        if self.dataset_name is None and self.task_name is None and not files and self.partition_dir is None:
-            raise DataError("No data: give --task_name, --dataset_name, or --train_file and --validation_file.")
-        for split, path in files.items():
+        for split, path in self.paths().items():
             if Path(path).suffix not in FILE_FORMATS:
                 raise DataError(f"--{split}_file {path} must end in one of: {', '.join(sorted(FILE_FORMATS))}.")
-            if not os.path.isfile(path):
-                raise DataError(f"--{split}_file {path} is not there.")
+        super().__post_init__()
+        if not (self.dataset_name or self.task_name or self.paths() or self.partition_dir):
+            raise DataError("No data: give --task_name, --dataset_name, or --train_file and --validation_file.")
         if self.text_column_names is not None:
             given = [self.text_column_names] if isinstance(self.text_column_names, str) else self.text_column_names
             self.text_column_names = [name for names in given for name in names.split(",") if name]
             if not 1 <= len(self.text_column_names) <= 2:
                 raise DataError(f"--text_column_names takes one column or two, not {len(self.text_column_names)}.")
-        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
-            raise DataError(
-                f"--train_val_split is a share of the training rows, between 0 and 1, not {self.train_val_split}."
-            )
-        numbers = ("max_seq_length", "preprocessing_num_workers", *_LIMITS.values())
-        for name in numbers:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise DataError(f"--{name} must be at least 1, not {getattr(self, name)}.")
-
-    def files(self) -> dict[str, str]:
-        """The given files by split."""
-        paths = {split: getattr(self, f"{split}_file") for split in _LIMITS}
-        return {split: path for split, path in paths.items() if path is not None}
+        self.check_positive("max_seq_length", "preprocessing_num_workers")
 
 
 def load_text_data(
@@ -197,9 +161,9 @@ def load_text_data(
         logger.warning("--train_val_split is not used: %s has the splits %s.", source, ", ".join(splits))
     not_cut = [split for split in needed if not (cut and split == "validation")]
     check_splits(splits, not_cut, _missing_split_hints(args), source)
-    splits = {split: rows for split, rows in splits.items() if split.removesuffix("_mismatched") in _LIMITS}
+    splits = {split: rows for split, rows in splits.items() if split.removesuffix("_mismatched") in LIMITS}
     if args.streaming:
-        limits = {split: getattr(args, name) for split, name in _LIMITS.items()}
+        limits = {split: getattr(args, name) for split, name in LIMITS.items()}
         splits = hold_all_but_train(
             {split: splits[split] for split in splits if split.split("_")[0] in needed}, limits
         )
@@ -222,14 +186,14 @@ def load_text_data(
     wanted = {split: rows for split, rows in splits.items() if split.removesuffix("_mismatched") in needed}
     return TaskData(
         splits={
-            split: rows if args.streaming else limit_rows(rows, getattr(args, _LIMITS[split.split("_")[0]]))
+            split: rows if args.streaming else limit_rows(rows, getattr(args, LIMITS[split.split("_")[0]]))
             for split, rows in wanted.items()
         },
         problem_type=problem_type,
         label_names=label_names,
         input_columns=input_columns,
         label_column=label_column,
-        dataset=_dataset_name(args),
+        dataset=args.name_for_tables(_HUB_GLUE),
         task_name=args.task_name,
         metrics=list(task.metrics) if task else _DEFAULT_METRICS[problem_type],
     )
@@ -322,7 +286,7 @@ def _encode_rows(
 
 def _load_splits(args: TextDataArguments, cache_dir: str | None, token: str | None) -> tuple[str, dict]:
     """What the source is called in messages, and all its splits under the names of `TaskData`."""
-    files = args.files()
+    files = args.paths()
     if args.partition_dir is not None and args.dataset_name is None:
         source = f"--partition_dir {args.partition_dir}"
         return source, dict(load_partition(args.partition_dir, args.partition_id))
@@ -356,7 +320,7 @@ def _load_splits(args: TextDataArguments, cache_dir: str | None, token: str | No
 
 def _missing_split_hints(args: TextDataArguments) -> dict[str, str]:
     cut = "--train_val_split 0.1, which cuts one from the training rows"
-    if args.files():
+    if args.paths():
         return {
             "train": "--do_train needs --train_file",
             "validation": f"--do_eval needs --validation_file, or {cut}",
@@ -368,16 +332,6 @@ def _missing_split_hints(args: TextDataArguments) -> dict[str, str]:
         "validation": f"--do_eval needs {cut}, or {other}",
         "test": f"--do_predict needs {other}",
     }
-
-
-def _dataset_name(args: TextDataArguments) -> str:
-    """A name for files and tables."""
-    if args.dataset_name is not None:
-        return Path(args.dataset_name).resolve().name if os.path.isdir(args.dataset_name) else args.dataset_name
-    files = args.files()
-    if args.partition_dir is not None:
-        return Path(args.partition_dir).resolve().name
-    return Path(next(iter(files.values()))).stem if files else _HUB_GLUE
 
 
 # Columns

@@ -538,18 +538,6 @@ def load_partition(folder: str | os.PathLike, partition_id: int | str) -> datase
     return datasets.DatasetDict(splits)
 
 
-def check_partition_flags(args, files: dict[str, str]) -> None:
-    """Raise DataError for flags of a script that contradict --partition_dir and --partition_id."""
-    if (args.partition_dir is None) != (args.partition_id is None):
-        raise DataError("--partition_dir and --partition_id (a number, or `all`) belong together.")
-    if args.partition_dir is None:
-        return
-    if files:
-        raise DataError("--partition_dir and files or folders of rows are two sources of data: give one.")
-    if args.streaming:
-        raise DataError("--streaming reads a data set from its start: it has no parts (--partition_dir).")
-
-
 def _read_partition_file(folder: Path) -> dict:
     path = folder / PARTITION_FILE
     if not path.is_file():
