@@ -553,9 +553,11 @@ def budgeted_curve(
     criterion: str = "confidence",
     params: dict | None = None,
     problem_type: str = "single_label_classification",
-    num_budgets: int = 15,
+    num_budgets: int = 9,
 ) -> list[dict]:
     """The best policy at each of a sweep of budgets: chosen on `calibration`, measured on `report`.
+
+    What each exit costs is a budget, and so are 25, 50 and 75 %: models of fewer layers are compared at equal cost.
 
     Args:
         calibration: logits (num_rows, num_exits, num_labels) and labels (num_rows,).
@@ -564,13 +566,14 @@ def budgeted_curve(
         compute_metrics: called with the logits (num_rows, num_labels) that the policy answers with.
         criterion: a registered exit criterion, with its `params`.
         problem_type: as in transformers.
-        num_budgets: budgets from the cheapest possible (the first exit's cost, unless NaN scores keep rows from
-            leaving) to the last exit's cost.
+        num_budgets: further budgets, evenly from the cheapest possible (the first exit's cost, unless NaN scores
+            keep rows from leaving) to the last exit's cost.
     """
     scored = _scored(*calibration, costs, criterion, params, problem_type)
     cheapest, _ = scored.cost_and_gain(np.full(scored.num_exits, -NEVER))
+    named = [cost for cost in (0.25, 0.5, 0.75, *costs) if cheapest <= cost <= costs[-1]]
     rows = []
-    for target in np.unique(np.linspace(cheapest, costs[-1], num_budgets)).tolist():
+    for target in np.unique([*named, *np.linspace(cheapest, costs[-1], num_budgets)]).tolist():
         policy = _calibrate_cost(scored, target).policy
         rows.append({"target_cost": target, **policy_row(policy, *report, costs, compute_metrics)})
     return rows
