@@ -28,7 +28,8 @@ HEAD = """# Benchmarks
 Written by `python benchmarks/page.py` from `benchmarks/results/*.json`. ± is the standard deviation over seeds.
 Relative cost: multiply-accumulates divided by those of the plain model. A budget is set before the rows are seen that
 measure it: half of the evaluation rows calibrate, the other half is reported, at a cost that may miss the budget a
-little (plots show it). Differences are paired: both runs of a pair share seed and evaluation rows.
+little (plots show it). Differences are paired: both runs of a pair share seed and evaluation rows. `-warm`: a scheme
+after a warm start, the last exit trained alone for half of the epochs (`--warm_start_epochs`).
 """
 
 PAPERS = """## What the papers report

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
-from .models.policies import NEVER, get_criterion
+from .models.policies import NEVER
 
 
 TOLERANCE = 1e-4
@@ -51,8 +51,7 @@ class _FirstSureExit(nn.Module):
 
     def __init__(self, model: EarlyExitMixin, policy: ExitPolicy):
         super().__init__()
-        self.model, self.temperatures = model, policy.temperatures
-        self.criterion = get_criterion(policy.criterion, policy.params)
+        self.model, self.temperatures, self.criterion = model, policy.temperatures, policy.scorer
 
     def forward(self, thresholds, **inputs):
         hidden, attention_mask = self.model.embed(**inputs)
@@ -118,8 +117,7 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
             )
         if model.num_exits == 1:
             raise ExitConfigurationError("The model has one exit, nothing can be skipped: give --no_dynamic.")
-        policy = ExitPolicy.from_dict(config.exit_policy)
-        policy.validate(model.num_exits, config.problem_type, config.num_labels)
+        policy = model.get_exit_policy()
     model = copy.deepcopy(model).float().cpu().eval()
     # Its mask is finite: rows that are all padding stay numbers.
     model.set_attn_implementation("eager")

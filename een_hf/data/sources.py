@@ -25,7 +25,7 @@ def load_hub(
     except _LOAD_ERRORS as error:
         raise DataError(
             f"{source} cannot be loaded from the Hub ({error}). Without network give --dataset_name a local folder of "
-            "parquet files, or --train_file and --validation_file."
+            "parquet files, or the rows themselves: --train_file for text, --train_dir for images."
         ) from error
 
 
