@@ -510,6 +510,20 @@ def test_policy_object_or_dictionary(architecture, load_exits):
     assert model.config.exit_policy == stored
 
 
+def test_a_policy_changed_in_place_is_obeyed_at_once(architecture, load_exits):
+    """The parsed policy is kept between calls: thresholds edited in the config must not be passed over."""
+    model, inputs = load_exits(architecture, exit_layers=EXIT_LAYERS).eval(), architecture.inputs(3)
+    model.set_exit_policy(_policy("confidence", [2.0, 2.0, 0.0]))
+    assert model(**inputs).exit_index.tolist() == [2, 2, 2]
+    model.config.exit_policy["thresholds"][1] = 0.0
+    assert model(**inputs).exit_index.tolist() == [1, 1, 1]
+    model.config.exit_policy["thresholds"].pop()
+    with pytest.raises(ExitConfigurationError, match="3"):
+        model(**inputs)
+    model.config.exit_policy = None
+    assert model(**inputs).exit_index is None
+
+
 @pytest.mark.parametrize(
     ("policy", "word"),
     [
