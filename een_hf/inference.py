@@ -54,12 +54,22 @@ class _Rows:
         width = int(used.any(0).nonzero().max()) + 1
         return _Rows(self.ids, self.hidden[:, :width], self.attention_mask[:, :width], self.logits, self.state)
 
+    def with_mask(self) -> "_Rows":
+        """The same rows, with a mask of ones where they had none."""
+        if self.attention_mask is not None:
+            return self
+        mask = torch.ones(self.hidden.shape[:2], dtype=torch.int64, device=self.hidden.device)
+        return _Rows(self.ids, self.hidden, mask, self.logits, self.state)
+
     @staticmethod
     def join(parts: list["_Rows"]) -> "_Rows":
         """Stack rows of different length, the shorter padded on the right."""
         if len(parts) == 1:
             return parts[0]
         width = max(part.hidden.shape[1] for part in parts)
+        # No mask means no padding: that must be said once rows are padded, or stand beside rows that are.
+        if any(part.attention_mask is not None or part.hidden.shape[1] < width for part in parts):
+            parts = [part.with_mask() for part in parts]
 
         def stack(name: str, padding: Callable[[int], tuple] | None = None):
             tensors = [getattr(part, name) for part in parts]

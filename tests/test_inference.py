@@ -107,6 +107,27 @@ def test_every_row_is_answered_as_alone(kind, criterion, aggregation):
     assert len(taken) >= 3, "rows leave at too few exits to test anything"
 
 
+def test_masked_and_unmasked_batches_of_different_length_wait_together():
+    """Without a mask there is no padding: survivors that are padded beside longer ones must not attend to it."""
+    model = make_model("bert", exit_layers=[1, 2, 3], exit_pooling="mean")
+    rows = make_rows("bert", 12)
+
+    def equal_lengths(batch):
+        inputs = pad_rows(batch, model.config)
+        return inputs if inputs["attention_mask"].eq(0).any() else {"input_ids": inputs["input_ids"]}
+
+    scores = scores_of(model, all_exits(model, rows), "confidence")
+    model.set_exit_policy({"criterion": "confidence", "thresholds": scores.quantile(0.5, 0).tolist()})
+    wanted = one_by_one(model, rows)
+    for collator in (equal_lengths, lambda batch: pad_rows(batch, model.config)):
+        for sized in ([*rows], sorted(rows, key=lambda row: len(row["input_ids"]))):
+            found = predict(model, sized, 2, collator=collator)
+            for row, logits, exit_index in zip(sized, found.logits, found.exit_index, strict=True):
+                alone = wanted[rows.index(row)]
+                torch.testing.assert_close(logits, alone.logits[0], rtol=0, atol=1e-5)
+                assert exit_index == alone.exit_index[0]
+
+
 def test_no_policy_is_the_last_exit():
     model, rows = make_model("bert"), make_rows("bert")
     found = predict(model, rows, 8)

@@ -146,6 +146,31 @@ def test_evaluating_a_finished_model_again_gives_its_figures(finished, files, tm
     assert json.loads((finished / "config.json").read_text())["exit_policy"] is not None
 
 
+def test_a_boosted_model_is_evaluated_as_one(files, minilm_path, tmp_path):
+    """Without --method an evaluation must not take the boosting away: its exits would answer something else."""
+    trained, again = tmp_path / "trained", tmp_path / "again"
+    flags = [f"--validation_file={files['validation']}", "--do_eval", "--target_cost=0.8"]
+    main(
+        TEXT,
+        tiny(
+            minilm_path,
+            *flags,
+            f"--train_file={files['train']}",
+            "--do_train",
+            "--method=boosted",
+            "--boost_temperature=1.0",
+            "--learning_rate=0.01",
+            f"--output_dir={trained}",
+        ),
+    )
+    evaluate = [f"--model_name_or_path={trained}", *flags, "--max_seq_length=16", "--use_cpu", f"--output_dir={again}"]
+    main(TEXT, evaluate)
+    before, after = (json.loads((folder / "exit_results.json").read_text()) for folder in (trained, again))
+    assert [row["loss"] for row in after["anytime"]] == pytest.approx([row["loss"] for row in before["anytime"]])
+    config = json.loads((again / "config.json").read_text())
+    assert (config["exit_aggregation"], config["boost_temperature"]) == ("boosted", 1.0)
+
+
 def test_unlabelled_rows_calibrate(files, minilm_path, tmp_path):
     """`--calibration_file` with texts alone: consistency needs no labels."""
     calibration = write_csv(tmp_path / "calibration.csv", 300, 5, labels=False)

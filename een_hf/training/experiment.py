@@ -105,6 +105,8 @@ def parse_arguments(modality: Modality, argv: list[str]) -> RunArguments:
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         recipe, argv = argv[0], argv[1:]
     words = [*_recipe_words(recipe), *argv] if recipe else list(argv)
+    # `--method=boosted` is the same as `--method boosted`.
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--method=") else [word])]
     method = next(
         (words[i + 1] for i in reversed(range(len(words) - 1)) if words[i] == "--method"),
         EarlyExitTrainingArguments.method,
@@ -353,6 +355,8 @@ class Experiment:
             self.splits["train"] = EndlessStream(rows) if args.data.streaming else rows
         if self.modality.model_type != "bert":
             training.remove_unused_columns = False  # rows carry what seeds their mixing
+        of_scheme = ("exit_aggregation", "boost_temperature", "gradient_rescale")
+        kept = {name: getattr(self.model.config, name) for name in of_scheme}
         self.trainer: EarlyExitTrainer = get_scheme(training.method)(
             model=self.model,
             args=training,
@@ -363,7 +367,10 @@ class Experiment:
             processing_class=self.processor,
             data_collator=self.modality.make_collator(self.processor, args.data, self.model.config),
         )
-        if training.do_train and self.model.config.exit_policy is not None:
+        if not training.do_train:  # what is only evaluated answers as it was trained to, whatever --method says
+            for name, value in kept.items():
+                setattr(self.model.config, name, value)
+        elif self.model.config.exit_policy is not None:
             logger.warning("The checkpoint's exit policy is reset: training changes what its thresholds mean.")
             self.model.set_exit_policy(None)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict
@@ -26,6 +27,9 @@ from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from .arguments import EarlyExitTrainingArguments
 from .losses import exit_loss_weights
+
+
+logger = logging.getLogger(__name__)
 
 
 SCHEME_FILE = "scheme.json"
@@ -162,6 +166,10 @@ class EarlyExitTrainer(Trainer):
 
         Unless a scheme says otherwise, every exit predicts by itself.
         """
+        if model.config.exit_aggregation != "none" or model.config.gradient_rescale:
+            logger.warning(
+                "--method %s resets exit_aggregation and gradient_rescale of the checkpoint: no boosting.", self.method
+            )
         model.config.exit_aggregation = "none"
         model.config.gradient_rescale = False
 
