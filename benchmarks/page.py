@@ -313,10 +313,11 @@ def plain_table(rows: list[dict]) -> str:
 
 
 def planted(data: dict, name: str, plots: Path | None) -> str:
-    lines, runs = [], np.array([row["learned"]["easy_minus_hard"] for row in data["rows"]])
-    for plant in dict.fromkeys(row["plant"] for row in data["rows"]):
+    found = [row for row in data["rows"] if "seed" in row]  # the others are means over seeds
+    lines, runs = [], np.array([row["learned"]["easy_minus_hard"] for row in found])
+    for plant in dict.fromkeys(row["plant"] for row in found):
         for measure in ("final", "learned"):
-            rows = [row[measure]["easy_minus_hard"] for row in data["rows"] if row["plant"] == plant]
+            rows = [row[measure]["easy_minus_hard"] for row in found if row["plant"] == plant]
             lines.append([f"{plant}, {measure}", *(spread([*at], signed=True) for at in zip(*rows, strict=True))])
     text = (
         "Weight of easy less hard training rows at each exit, after `--method l2w` on BBC News; hard ones planted: "
