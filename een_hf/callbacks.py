@@ -137,7 +137,7 @@ class EarlyExitWandbCallback(WandbCallback):
 
     def setup(self, args, state, model=None, **kwargs):
         if state.is_world_process_zero and self._wandb.run is None and state.trial_name is None:
-            name = args.run_name or f"{getattr(args, 'method', 'run')}-seed{args.seed}"
+            name = args.run_name or f"{getattr(args, 'method', None) or 'run'}-seed{args.seed}"
             self._wandb.init(project=os.getenv("WANDB_PROJECT") or args.project, name=name)
         super().setup(args, state, model, **kwargs)
 

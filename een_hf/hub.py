@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -77,12 +78,13 @@ def write_model_card(
     folder = Path(folder)
     repo_id = repo_id or folder.resolve().name
     tag = _KINDS[results["model_type"]][0]
+    scheme = None if results["method"] == "unknown" else results["method"]
     name = _last_part(results["dataset"]) + (f" {results['task_name']}" if results["task_name"] else "")
     data = ModelCardData(
         model_name=repo_id,
         library_name="transformers",
         pipeline_tag=tag,
-        tags=[_TAG, results["method"].rsplit(":", 1)[-1], results["model_type"]],
+        tags=[_TAG, *([] if scheme is None else [results["method"].rsplit(":", 1)[-1]]), results["model_type"]],
         base_model=base_model,
         datasets=[dataset_id] if dataset_id else None,
         metrics=[_METRIC_TYPES.get(metric, metric) for metric in results["anytime"][0]["metrics"]],
@@ -91,11 +93,11 @@ def write_model_card(
     )
     sections = [
         f"# {repo_id.split('/')[-1]}",
-        _introduction(results, name, base_model or _started_from(settings)),
+        _introduction(results, name if settings else None, base_model or _started_from(settings)),
         "## Load",
         _loading(results, repo_id),
         "## Exits",
-        _exit_table(results, (settings or {}).get("cost") == "latency"),
+        _exit_table(results),
         "## Exit policy",
         _policy(results, config),
         _changing(results, repo_id),
@@ -165,12 +167,13 @@ def _eval_results(results: dict, task: str, dataset_id: str | None, name: str) -
     ]
 
 
-def _introduction(results: dict, name: str, base_model: str | None) -> str:
+def _introduction(results: dict, name: str | None, base_model: str | None) -> str:
     layers = results["exit_layers"]
     network = {"bert": "BERT", "vit": "ViT"}[results["model_type"]]
+    origin = f", trained on {_text(name)}" if name else ""
+    origin += f" from {_text(base_model)}" if name and base_model else ""
     return (
-        f"A {network} classifier with early exits, trained on {_text(name)}"
-        f"{f' from {_text(base_model)}' if base_model else ''}. After {_numbers('layer', layers)} stands an exit: a "
+        f"A {network} classifier with early exits{origin}. After {_numbers('layer', layers)} stands an exit: a "
         "classifier on what the network knows by then. An easy input is answered at an early exit and the layers "
         "behind it do not run; only a hard one pays for the whole network. In a batch, rows that have left make room: "
         "the others go on in a smaller batch."
@@ -192,7 +195,7 @@ and what it saved. The model leaves early in eval mode; `model(**inputs, early_e
 its `exit_logits` has shape (batch, {len(results["exit_layers"])}, labels)."""
 
 
-def _exit_table(results: dict, in_seconds: bool) -> str:
+def _exit_table(results: dict) -> str:
     policy, metrics = results["policy"], list(results["anytime"][0]["metrics"])
     header = ["exit", "layer", "relative cost", *metrics, "loss", *(["share leaving"] if policy else [])]
     rows = [
@@ -204,7 +207,7 @@ def _exit_table(results: dict, in_seconds: bool) -> str:
         ]
         for index, row in enumerate(results["anytime"])
     ]
-    unit = "Time" if in_seconds else "Multiply-accumulates"
+    unit = "Time" if results.get("cost_unit") == "latency" else "Multiply-accumulates"
     text = (
         f"{unit} up to and with the exit, divided by those of the plain model without exits, are its relative cost. "
         f"The metrics are each exit's on all {results['num_eval_samples']} rows of the evaluation split."
@@ -243,34 +246,42 @@ def _threshold(value: float) -> str:
 
 
 def _changing(results: dict, repo_id: str) -> str:
-    lines = []
-    if results["budgeted"]:
-        metrics = list(results["budgeted"][0]["metrics"])
-        rows = [
-            [
-                _figure(row["target_cost"]),
-                _figure(row["relative_cost"]),
-                *(_figure(row["metrics"][m]) for m in metrics),
-            ]
-            for row in results["budgeted"]
-        ]
-        lines += ["Other budgets, on the same rows:", _table(["budget", "relative cost", *metrics], rows)]
-    lines.append(f"""To change the policy, set another, or `None` for no early exit:
+    budgets = results["budgeted"]
+    if not budgets:
+        return "No exit criterion fits this problem, so that there is no other policy to choose."
+    metrics = list(budgets[0]["metrics"])
+    rows = [
+        [_figure(row["target_cost"]), _figure(row["relative_cost"]), *(_figure(row["metrics"][m]) for m in metrics)]
+        for row in budgets
+    ]
+    costs = [row["target_cost"] for row in budgets]
+    target = 0.5 if min(costs) <= 0.5 else math.ceil(min(costs) * 1000) / 1000
+    chosen = budgets[costs.index(max(cost for cost in costs if cost <= target))]
+    policy = {name: chosen[name] for name in ("criterion", "thresholds", "temperatures", "params") if chosen.get(name)}
+    return f"""Budgets, measured on the rows that calibrated nothing:
+
+{_table(["budget", "relative cost", *metrics], rows)}
+
+To change the policy, set another, or `None` for no early exit:
 
 ```python
 from een_hf import ExitPolicy
 from huggingface_hub import hf_hub_download
 
 path = hf_hub_download("{repo_id}", "exit_results.json")
-model.set_exit_policy(ExitPolicy.from_results(path, target_cost=0.5))
+model.set_exit_policy(ExitPolicy.from_results(path, target_cost={target:g}))
 ```
 
-Without `een_hf`, give other thresholds:
-`model.set_exit_policy({{**model.config.exit_policy, "thresholds": [...]}})`.""")
-    return "\n\n".join(lines)
+Without `een_hf`, the same by hand:
+
+```python
+model.set_exit_policy({policy})
+```"""
 
 
 def _training(results: dict, settings: dict | None) -> list[str]:
+    if results["method"] == "unknown":
+        return ["What trained the exits is not recorded."]
     if not settings:
         return [f"Trained by the scheme `{results['method']}`."]
     own = _scheme_class(results["method"])

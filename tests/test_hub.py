@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
+from een_hf.evaluation import write_exit_results
 from een_hf.hub import (
     choose_examples,
     guarantee_in_words,
@@ -21,7 +22,7 @@ from een_hf.hub import (
     write_examples,
     write_model_card,
 )
-from een_hf.models import EarlyExitBertConfig
+from een_hf.models import EarlyExitBertConfig, ExitPolicy
 
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,24 @@ torch.save(found, sys.argv[1] + "/found.pt")
 """
 
 
+CARD = """
+import json
+import re
+import sys
+
+from huggingface_hub import hf_hub_download
+
+with open(hf_hub_download("someone/digits-run", "README.md")) as file:
+    blocks = re.findall(r"```python\\n(.*?)```", file.read(), re.DOTALL)
+names, policies = {}, []
+for block in blocks:
+    exec(block, names)
+    policies.append(names["model"].config.exit_policy)
+with open(sys.argv[1] + "/policies.json", "w") as file:
+    json.dump(policies, file)
+"""
+
+
 def run_python(code, folder, endpoint, **environment):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_")) and k != "PYTHONPATH"}
     hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -145,6 +164,7 @@ def hub(tmp_path_factory):
             endpoint = server.stdout.readline().strip()
             run_python(PUSH, folder, endpoint, HF_HOME=str(folder / "pusher"), PYTHONPATH=str(ROOT))
             run_python(LOAD, folder, endpoint, HF_HOME=str(folder / "loader"))
+            run_python(CARD, folder, endpoint, HF_HOME=str(folder / "reader"), PYTHONPATH=str(ROOT))
         finally:
             server.terminate()
     return {"folder": folder, "store": store / "someone", "commits": store / "commits.jsonl"}
@@ -267,6 +287,17 @@ def test_the_card_says_nothing_of_the_machine(hub, card_of_run):
     assert "(exit_curves.png)" in text
 
 
+def test_the_code_of_the_card_runs(hub, card_of_run):
+    """Load, another budget from the results file, the same by hand: the reader's first three steps."""
+    loaded, budget, by_hand = json.loads((hub["folder"] / "policies.json").read_text())
+    results = card_of_run[1]
+    assert loaded["thresholds"] == results["policy"]["thresholds"]
+    wanted = max((row for row in results["budgeted"] if row["target_cost"] <= 0.5), key=lambda row: row["target_cost"])
+    for policy in (budget, by_hand):
+        assert (policy["criterion"], policy["thresholds"]) == (wanted["criterion"], wanted["thresholds"])
+        assert policy["temperatures"] == wanted["temperatures"]
+
+
 RESULTS = {
     "method": "l2w",
     "model_type": "bert",
@@ -320,6 +351,24 @@ def test_a_new_policy_keeps_the_rest_of_the_card(tmp_path):
         assert getattr(after.data, name) == getattr(before.data, name)
     assert "`margin`" in after.text and "0.2500" in after.text
     assert guarantee_in_words(GUARANTEE) in after.text and "No exit policy" in before.text
+
+
+def test_a_card_without_a_policy_says_only_what_works(tmp_path):
+    """No budget below one half, or none at all (several labels per row): code that raises helps nobody."""
+    text = write_model_card(tmp_path, RESULTS, EarlyExitBertConfig()).read_text()
+    assert "no other policy" in text and "set_exit_policy" not in text
+    budget = {"target_cost": 0.7123, "relative_cost": 0.7, "metrics": {"accuracy": 0.8}, "exit_fractions": [0.6, 0.4]}
+    budget |= {"criterion": "margin", "thresholds": [0.25, 0.0]}
+    results = {**RESULTS, "budgeted": [budget, {**budget, "target_cost": 1.0, "thresholds": [1e30, 0.0]}]}
+    text = write_model_card(tmp_path, results, EarlyExitBertConfig()).read_text()
+    path = write_exit_results(tmp_path, results)
+    target = float(re.search(r"target_cost=([\d.]+)", text)[1])
+    assert ExitPolicy.from_results(path, target_cost=target).thresholds == budget["thresholds"]
+
+
+def test_the_card_of_an_evaluation_claims_no_training(tmp_path):
+    text = write_model_card(tmp_path, {**RESULTS, "method": "unknown"}, EarlyExitBertConfig()).read_text()
+    assert "trained on" not in text and "scheme" not in text and "- unknown" not in text
 
 
 def test_what_counts_as_a_hub_name(tmp_path, monkeypatch):

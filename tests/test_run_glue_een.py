@@ -171,6 +171,124 @@ def test_a_boosted_model_is_evaluated_as_one(files, minilm_path, tmp_path):
     assert (config["exit_aggregation"], config["boost_temperature"]) == ("boosted", 1.0)
 
 
+def test_the_scheme_of_a_checkpoint_is_told_from_the_checkpoint(finished, files, tmp_path):
+    """An evaluation that names no --method, or another, must not write that it trained the exits."""
+    copy = shutil.copytree(finished, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    assert config["training_scheme"] == "joint"
+    (copy / "config.json").write_text(json.dumps({**config, "training_scheme": "l2w"}))
+    flags = [f"--model_name_or_path={copy}", f"--validation_file={files['validation']}", "--do_eval", "--use_cpu"]
+    main(TEXT, [*flags, "--max_seq_length=16", f"--output_dir={tmp_path / 'again'}"])
+    assert json.loads((tmp_path / "again" / "exit_results.json").read_text())["method"] == "l2w"
+    assert "Learning to Weight Samples" in (tmp_path / "again" / "README.md").read_text()
+
+
+# Rows that have chosen something certify nothing
+
+LEAKS = {
+    "rows of the validation split": ({}, [], None),
+    "best checkpoint": ({"load_best_model_at_end": True}, [], "the checkpoint"),
+    "best checkpoint, other rows": ({"load_best_model_at_end": True}, ["--calibration_file=new"], None),
+    "best checkpoint by the calibration file": (
+        {"load_best_model_at_end": True},
+        ["--calibration_file=validation"],
+        "the checkpoint",
+    ),
+    "a file that was trained on": ({}, ["--calibration_file=train"], "the weights"),
+    "rows that were trained on": ({}, ["--calibration_samples=60"], "the weights, for all that is known"),
+    "rows that were held out": ({"calibration_samples": 60}, ["--calibration_samples=60"], None),
+    "a checkpoint without a record": (None, ["--calibration_samples=60"], "the weights, for all that is known"),
+}
+
+
+@pytest.mark.parametrize("case", LEAKS)
+def test_rows_that_chose_the_model_certify_nothing(case, finished, files, tmp_path):
+    """A certificate from rows that the model was fitted to, here or in the run before, promises too much."""
+    before, flags, reason = LEAKS[case]
+    model, places = shutil.copytree(finished, tmp_path / "model"), {**files, "new": tmp_path / "new.csv"}
+    write_csv(places["new"], 60, 7)
+    flags = [f"{flag.split('=')[0]}={places.get(flag.split('=')[1], flag.split('=')[1])}" for flag in flags]
+    record = json.loads((model / "_run_arguments.json").read_text())
+    if before is None:
+        (model / "_run_arguments.json").unlink()
+    else:
+        record["settings"] |= {**before, "test_file": None}
+        (model / "_run_arguments.json").write_text(json.dumps(record))
+    (model / "checkpoint-1").mkdir()
+    for file in model.iterdir():
+        if file.is_file() and file.name != "_run_arguments.json":
+            file.rename(model / "checkpoint-1" / file.name)
+    flags += [f"--train_file={files['train']}", f"--validation_file={files['validation']}", "--do_eval"]
+    flags += [f"--model_name_or_path={model / 'checkpoint-1'}", "--max_risk=0.3", "--max_seq_length=16", "--use_cpu"]
+    main(TEXT, [*flags, f"--output_dir={tmp_path / 'out'}"])
+    results = json.loads((tmp_path / "out" / "exit_results.json").read_text())
+    assert results["calibration_rows_chose"] == reason
+    if results["policy"] is not None and reason is not None:
+        assert results["policy"]["guarantee"] is None
+        assert reason in results["policy"]["calibrated_for"]["no_guarantee"]
+
+
+# Cost in seconds
+
+
+def test_a_budget_may_be_time_on_this_machine(finished, files, tmp_path):
+    """Measured once for the whole run: results, policy and predictions must tell of the same costs."""
+    flags = [f"--model_name_or_path={finished}", "--do_eval", "--do_predict", "--cost=latency", "--max_seq_length=16"]
+    flags += [f"--validation_file={files['validation']}", f"--test_file={files['test']}", "--target_cost=0.95"]
+    main(TEXT, [*flags, "--use_cpu", f"--output_dir={tmp_path}"])
+    results = json.loads((tmp_path / "exit_results.json").read_text())
+    costs = [row["relative_cost"] for row in results["anytime"]]
+    counted = json.loads((finished / "exit_results.json").read_text())
+    assert costs == sorted(costs) and costs != [row["relative_cost"] for row in counted["anytime"]]
+    assert results["policy"]["relative_cost"] == pytest.approx(np.dot(results["policy"]["exit_fractions"], costs))
+    lines = [json.loads(line) for line in (tmp_path / "predict_exits_dev.jsonl").read_text().splitlines()]
+    assert all(line["relative_cost"] == costs[line["exit"] - 1] for line in lines)
+    assert "Time up to and with the exit" in (tmp_path / "README.md").read_text()
+
+
+# Mixed precision
+
+
+def test_bf16_predictions_agree_with_what_the_exits_say(finished, files, tmp_path):
+    """Calibrated under bfloat16, answered in float32: the two files of predictions would contradict each other."""
+    flags = [f"--model_name_or_path={finished}", "--do_predict", "--bf16", "--use_cpu", "--max_seq_length=16"]
+    main(TEXT, [*flags, f"--test_file={files['train']}", f"--output_dir={tmp_path}"])
+    answers = [line.split("\t")[1] for line in (tmp_path / "predict_results_train.txt").read_text().splitlines()[1:]]
+    exits = [json.loads(line) for line in (tmp_path / "predict_exits_train.jsonl").read_text().splitlines()]
+    assert answers == [line["predictions"][line["exit"] - 1] for line in exits]
+    assert len({line["exit"] for line in exits}) > 1
+
+
+# What a run without a policy is told
+
+
+def test_a_run_of_several_labels_is_told_that_no_criterion_fits(minilm_path, tmp_path, capsys):
+    rows = {"text": sentences(40, 1)[0], "label": [[0, 1], [1], [], [0]] * 10}
+    kind = datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    features = datasets.Features({"text": datasets.Value("string"), "label": kind})
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows.parquet")
+    flags = [f"--{split}_file={tmp_path / 'rows.parquet'}" for split in ("train", "validation")]
+    flags += ["--do_train", "--do_eval", "--max_steps=1", f"--output_dir={tmp_path / 'run'}"]
+    main(TEXT, tiny(minilm_path, *flags))
+    told = capsys.readouterr().out
+    assert "No criterion fits this problem" in told and "een-hf calibrate" not in told
+
+
+def test_idle_exits_are_named_whatever_the_metric(minilm_path, tmp_path, caplog):
+    """CoLA reports no accuracy; an exit that answers one class for all rows is still worth a word."""
+    flags = [f"--dataset_name={write_task(tmp_path / 'glue', 'cola')}", "--task_name=cola", "--do_train", "--do_eval"]
+    with caplog.at_level("WARNING"):
+        main(
+            TEXT,
+            tiny(minilm_path, *flags, "--max_steps=1", "--learning_rate=1e-9", f"--output_dir={tmp_path / 'run'}"),
+        )
+    saved = np.load(tmp_path / "run" / "exit_logits.npz")
+    majority = np.bincount(saved["labels"]).max() / len(saved["labels"])
+    right = (saved["logits"].argmax(-1) == saved["labels"][:, None]).mean(0)
+    idle = [k + 1 for k in range(3) if right[k] <= majority]
+    assert idle and f"Exits {', '.join(map(str, idle))} are no better than always answering" in caplog.text
+
+
 def test_unlabelled_rows_calibrate(files, minilm_path, tmp_path):
     """`--calibration_file` with texts alone: consistency needs no labels."""
     calibration = write_csv(tmp_path / "calibration.csv", 300, 5, labels=False)
@@ -282,6 +400,36 @@ BAD = {
     "layer twice": (["--do_train", "--exit_layers", "2", "2"], "exit_layers"),
     "weights": (["--do_train", "--exit_loss_weights", "1", "2"], "--exit_loss_weights has 2 numbers.*3 exits"),
     "cost": (["--do_train", "--do_eval", "--target_cost=0.05"], "--target_cost 0.05 is below the cost of the first"),
+    "cost in seconds": (["--do_train", "--do_eval", "--target_cost=0.001", "--cost=latency"], "below the cost of the"),
+    "risk of numbers": (
+        ["--do_train", "--do_eval", "--task_name=stsb", "--exit_criterion=patience", "--max_risk=0.1"],
+        "--max_risk .* does not fit regression",
+    ),
+    "risk without labels": (
+        ["--do_train", "--do_eval", "--max_risk=0.1", "--risk=accuracy_gap", "--calibration_file=UNLABELLED"],
+        "accuracy_gap needs labels",
+    ),
+    "long warm start": (
+        ["--do_train", "--warm_start_epochs=2", "--num_train_epochs=2"],
+        "--warm_start_epochs 2 leaves the early exits no step",
+    ),
+    "warm start in steps": (
+        ["--do_train", "--warm_start_epochs=2", "--max_steps=10", "--per_device_train_batch_size=16"],
+        "--warm_start_epochs 2 leaves the early exits no step: this run trains 1 epochs",
+    ),
+    "warm start of a stream": (
+        ["--do_train", "--warm_start_epochs=1", "--max_steps=10", "--streaming", "--do_eval"],
+        "--warm_start_epochs 1 leaves the early exits no step",
+    ),
+    "re-entrant checkpoints": (
+        [
+            "--do_train",
+            "--method=l2w",
+            "--activation_checkpointing",
+            '--activation_checkpointing_kwargs={"use_reentrant": true}',
+        ],
+        "use_reentrant",
+    ),
     "no evaluation": (["--do_train", "--target_cost=0.5"], "add --do_eval"),
     "criterion": (["--do_eval", "--exit_criterion=sure"], "sure.*confidence"),
     "scheme": (["--do_train", "--method=best"], "--method 'best' is not one of: base, boosted, joint, l2w"),
@@ -305,7 +453,10 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_before_any_work(case, files, minilm_path, tmp_path):
     flags, message = BAD[case]
+    flags = [flag.replace("UNLABELLED", str(files["test"])) for flag in flags]
     rows = [f"--{split}_file={files[split]}" for split in ("train", "validation")]
+    if "--task_name=stsb" in flags:
+        rows = [f"--dataset_name={write_task(tmp_path / 'glue', 'stsb')}"]
     with pytest.raises(SystemExit, match=message):
         main(TEXT, [*tiny(minilm_path, *rows), *flags, f"--output_dir={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())

@@ -8,7 +8,6 @@ others measure it. A certified risk (--max_risk) holds for one choice of flags m
 several tries on the same rows.
 """
 
-import json
 import zipfile
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from ..hub import guarantee_in_words, refresh_model_card
 from ..models import ExitConfigurationError
 from ..models.configuration_een import is_early_exit_config
 from ..training.arguments import CalibrationArguments, Risk
-from ..training.experiment import CALIBRATION_PARTS, RUN_FILE
+from ..training.experiment import CALIBRATION_PARTS, fitting_criterion, run_settings
 
 
 def add_arguments(parser) -> None:
@@ -54,17 +53,18 @@ def run(args) -> None:
     folder = Path(args.run)
     results = read_exit_results(folder)
     config = _load_config(folder)
-    settings = _run_settings(folder)
+    settings = run_settings(folder) or {}
+    problem_type = config.problem_type or "single_label_classification"
+    criterion = settings.get("exit_criterion", CalibrationArguments.exit_criterion)
     wanted = CalibrationArguments(
-        exit_criterion=args.exit_criterion or settings.get("exit_criterion", CalibrationArguments.exit_criterion),
+        exit_criterion=args.exit_criterion or fitting_criterion(criterion, problem_type, required=False) or criterion,
         target_cost=args.target_cost,
         max_risk=args.max_risk,
         risk=args.risk,
         risk_confidence=args.risk_confidence,
     )
-    calibration, reported, held_out = _load_rows(folder)
+    calibration, reported = _load_rows(folder)
     costs = [entry["relative_cost"] for entry in results["anytime"]]
-    problem_type = config.problem_type or "single_label_classification"
     report = calibrate(
         *calibration,
         costs,
@@ -75,7 +75,7 @@ def run(args) -> None:
         risk_confidence=wanted.risk_confidence,
         problem_type=problem_type,
         seed=settings.get("seed", 42) if args.seed is None else args.seed,
-        chosen_by="the checkpoint" if settings.get("load_best_model_at_end") and not held_out else None,
+        chosen_by=results.get("calibration_rows_chose"),
     )
     print(f"Calibration: {report.message}")
     if report.policy is None:
@@ -116,14 +116,8 @@ def _load_config(folder: Path):
     return config
 
 
-def _run_settings(folder: Path) -> dict:
-    """The flags that the run was given; empty where it trained nothing."""
-    path = folder / RUN_FILE
-    return json.loads(path.read_text())["settings"] if path.is_file() else {}
-
-
-def _load_rows(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], bool]:
-    """Logits and labels that calibrate, those that are reported, and whether the former are no evaluation rows."""
+def _load_rows(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Logits and labels that calibrate, and those that are reported."""
     try:
         saved = load_exit_logits(folder)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -134,5 +128,4 @@ def _load_rows(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.nd
             f"{folder}/exit_logits.npz holds no calibration rows: those of its run had no labels and were not saved. "
             "Give --target_cost or --max_risk to a run."
         )
-    parts = [(saved["logits"][rows], saved["labels"][rows]) for rows in (calibrates, ~calibrates)]
-    return *parts, "held_out" in saved["part"]
+    return tuple((saved["logits"][rows], saved["labels"][rows]) for rows in (calibrates, ~calibrates))

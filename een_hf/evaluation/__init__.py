@@ -1,6 +1,13 @@
 """Evaluation: metrics, costs, the results of a run and their picture."""
 
-from .calibration import CalibrationReport, budgeted_curve, calibrate, policy_row
+from .calibration import (
+    CalibrationReport,
+    budgeted_curve,
+    calibrate,
+    check_risk,
+    check_target_cost,
+    policy_row,
+)
 from .cost import cost_inputs, mean_length, relative_costs
 from .metrics import (
     F1,
@@ -41,6 +48,8 @@ __all__ = [
     "anytime_table",
     "budgeted_curve",
     "calibrate",
+    "check_risk",
+    "check_target_cost",
     "cost_inputs",
     "curve_area",
     "expected_calibration_error",

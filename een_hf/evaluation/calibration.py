@@ -63,7 +63,8 @@ def calibrate(
         exit_logits: (num_rows, num_exits, num_labels), raw.
         labels: class indices or numbers, (num_rows,); `None`: the last exit's own predictions.
         costs: relative cost of leaving at each exit.
-        criterion: a registered exit criterion, with its `params`.
+        criterion: a registered exit criterion.
+        params: its parameters; those left open may be chosen too (the tolerance of `patience` in regression).
         target_cost: set the best policy whose average cost is at most this.
         max_risk: set the cheapest policy with P(risk <= max_risk) >= risk_confidence (give one of the two).
         risk: `accuracy_gap` (default with labels), `consistency`, or a function of (exit_logits, exit_index, labels)
@@ -80,7 +81,7 @@ def calibrate(
         raise ExitConfigurationError("Give one of target_cost (--target_cost) and max_risk (--max_risk).")
     scored = _scored(exit_logits, labels, costs, criterion, params, problem_type)
     if target_cost is not None:
-        return _calibrate_cost(scored, target_cost)
+        return _calibrate_cost(scored.choices(), target_cost)
     return _calibrate_risk(scored, max_risk, risk, risk_confidence, seed, chosen_by)
 
 
@@ -118,11 +119,15 @@ class _Scored:
             self.gains[~whole] = self.gains[whole].min(initial=0.0)
             self.right = self.gains
 
-    def select(self, rows: np.ndarray, temperatures=None) -> "_Scored":
+    def select(self, rows: np.ndarray | slice, temperatures=None, params: dict | None = None) -> "_Scored":
         labels = None if self.labels is None else self.labels[rows]
-        return _Scored(
-            self.logits[rows], labels, self.costs, self.criterion, self.params, self.problem_type, temperatures
-        )
+        params = self.params if params is None else params
+        return _Scored(self.logits[rows], labels, self.costs, self.criterion, params, self.problem_type, temperatures)
+
+    def choices(self) -> list["_Scored"]:
+        """The same rows under each setting of the criterion that is worth trying, where none is given."""
+        tried = [{}] if self.params else get_criterion(self.criterion).choices(self.logits)
+        return [self if params == {} else self.select(slice(None), self.temperatures, params) for params in tried]
 
     def exits(self, thresholds: np.ndarray) -> np.ndarray:
         """The 0-based exit, (num_rows,), that each row takes."""
@@ -281,8 +286,9 @@ def geometric_policy(
 
     The baseline that `calibrate` improves on; arguments as there.
     """
-    scored = _scored(exit_logits, labels, costs, criterion, params, problem_type)
-    return scored.policy(_geometric_start(scored, target_cost), calibrated_for={"target_cost": float(target_cost)})
+    choices = _scored(exit_logits, labels, costs, criterion, params, problem_type).choices()
+    scored, thresholds = _best_choice(choices, _geometric_start, target_cost)
+    return scored.policy(thresholds, calibrated_for={"target_cost": float(target_cost)})
 
 
 def _geometric_start(scored: _Scored, target_cost: float) -> np.ndarray:
@@ -292,20 +298,29 @@ def _geometric_start(scored: _Scored, target_cost: float) -> np.ndarray:
     return max(splits, key=lambda candidate: _rank(scored, candidate, target_cost))
 
 
-def _calibrate_cost(scored: _Scored, target_cost: float) -> CalibrationReport:
-    costs = scored.costs
+def check_target_cost(target_cost: float, costs: Sequence[float]) -> None:
+    """Raise ExitConfigurationError for a budget that not even the first exit keeps."""
     if target_cost < costs[0]:
         raise ExitConfigurationError(
             f"--target_cost {target_cost:g} is below the cost of the first exit, {costs[0]:.4g}: no policy is so "
-            f"cheap. Give at least {math.ceil(costs[0] * 1000) / 1000:g}, or an earlier first exit."
+            f"cheap. Give at least {math.ceil(costs[0] * 1000) / 1000:g}, or an earlier first exit (--exit_layers)."
         )
+
+
+def _calibrate_cost(choices: list[_Scored], target_cost: float) -> CalibrationReport:
+    scored = choices[0]
+    costs = scored.costs
+    check_target_cost(target_cost, costs)
     about = {"calibrated_for": {"target_cost": float(target_cost)}}
     thresholds = np.full(scored.num_exits, NEVER)
     if target_cost >= costs[-1]:
         message = f"A cost of {target_cost:g} pays for every layer: no row needs to leave early."
         return scored.report(scored.policy(thresholds, **about), thresholds, message)
 
-    best = _improve(scored, _geometric_start(scored, target_cost), target_cost)
+    def find(scored: _Scored, target_cost: float) -> np.ndarray:
+        return _improve(scored, _geometric_start(scored, target_cost), target_cost)
+
+    scored, best = _best_choice(choices, find, target_cost)
     cost, _ = scored.cost_and_gain(best)
     if cost > target_cost:
         raise ExitConfigurationError(
@@ -317,6 +332,12 @@ def _calibrate_cost(scored: _Scored, target_cost: float) -> CalibrationReport:
     score = scored.score(best)
     message = f"At {cost:.3f} of the full cost: {name} {score:.4f} on {scored.num_rows} calibration rows."
     return scored.report(scored.policy(best, **about), best, message)
+
+
+def _best_choice(choices: list[_Scored], find: Callable, target_cost: float) -> tuple[_Scored, np.ndarray]:
+    """The best of what `find` makes of the rows under each setting of the criterion, with its thresholds."""
+    found = [(scored, find(scored, target_cost)) for scored in choices]
+    return max(found, key=lambda one: _rank(*one, target_cost))
 
 
 def _rank(scored: _Scored, thresholds: np.ndarray, target_cost: float) -> tuple[bool, float, float]:
@@ -429,17 +450,7 @@ def risk_p_value(losses: np.ndarray, limit: float, binary: bool = True) -> float
 def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> CalibrationReport:
     if not (0 < max_risk < 1 and 0 < confidence < 1):
         raise ExitConfigurationError("--max_risk and --risk_confidence must lie between 0 and 1.")
-    if risk is None:
-        risk = "consistency" if scored.labels is None else "accuracy_gap"
-    if not callable(risk):
-        if risk not in RISKS:
-            raise ExitConfigurationError(f"--risk {risk!r} is not one of: {', '.join(RISKS)}.")
-        if scored.regression:
-            raise ExitConfigurationError(
-                f"--risk {risk} counts classes and does not fit regression: use --target_cost."
-            )
-        if risk == "accuracy_gap" and scored.labels is None:
-            raise ExitConfigurationError("--risk accuracy_gap needs labels; without them use --risk consistency.")
+    risk = check_risk(risk, scored.problem_type, labelled=scored.labels is not None)
     name = getattr(risk, "__name__", risk)
     never = np.full(scored.num_exits, NEVER)
     num_search = _num_search_rows(scored.num_rows)
@@ -455,8 +466,9 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
         return scored.report(None, never, message)
 
     order = np.random.default_rng(seed).permutation(scored.num_rows)
-    search = scored.select(order[:num_search])
-    certify = scored.select(order[num_search:], search.temperatures)
+    choices = scored.select(order[:num_search]).choices()
+    search = choices[len(choices) // 2]
+    certify = scored.select(order[num_search:], search.temperatures, search.params)
     certified = None
     for level in range(1, _PATH_LEVELS + 1):
         leaving = round(level * num_search / _PATH_LEVELS)
@@ -494,6 +506,27 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
         else f"At {cost:.3f} of the full cost; no guarantee, because the calibration rows also chose {chosen_by}."
     )
     return certify.report(policy, thresholds, message)
+
+
+def check_risk(risk: str | Callable | None, problem_type: str, labelled: bool) -> str | Callable:
+    """The risk, or its default.
+
+    Raises:
+        ExitConfigurationError: an unknown risk, or one that does not fit the problem or needs labels.
+    """
+    if risk is None:
+        risk = "accuracy_gap" if labelled else "consistency"
+    if callable(risk):
+        return risk
+    if risk not in RISKS:
+        raise ExitConfigurationError(f"--risk {risk!r} is not one of: {', '.join(RISKS)}.")
+    if problem_type == "regression":
+        raise ExitConfigurationError(
+            f"--max_risk with --risk {risk} counts classes and does not fit regression: use --target_cost."
+        )
+    if risk == "accuracy_gap" and not labelled:
+        raise ExitConfigurationError("--risk accuracy_gap needs labels; without them use --risk consistency.")
+    return risk
 
 
 def rows_needed(max_risk: float, confidence: float) -> tuple[int, int]:
@@ -570,10 +603,11 @@ def budgeted_curve(
             keep rows from leaving) to the last exit's cost.
     """
     scored = _scored(*calibration, costs, criterion, params, problem_type)
+    choices = scored.choices()
     cheapest, _ = scored.cost_and_gain(np.full(scored.num_exits, -NEVER))
     named = [cost for cost in (0.25, 0.5, 0.75, *costs) if cheapest <= cost <= costs[-1]]
     rows = []
     for target in np.unique([*named, *np.linspace(cheapest, costs[-1], num_budgets)]).tolist():
-        policy = _calibrate_cost(scored, target).policy
+        policy = _calibrate_cost(choices, target).policy
         rows.append({"target_cost": target, **policy_row(policy, *report, costs, compute_metrics)})
     return rows

@@ -59,6 +59,7 @@ class EarlyExitConfigMixin:
         boost_temperature: t in F_k = f_k + t * stop_gradient(F_{k-1}).
         gradient_rescale: scale hidden states in the backward pass as the boosted scheme does.
         exit_policy: criterion and thresholds as a plain dict (`ExitPolicy.to_dict`), or `None`: no early exit.
+        training_scheme: what trained the exits (`--method`), written when training begins; `None`: nothing did.
 
     Raises:
         ExitConfigurationError: a field outside its choices, or exit layers that do not fit the network.
@@ -71,6 +72,7 @@ class EarlyExitConfigMixin:
     boost_temperature: float | int = 0.5
     gradient_rescale: bool = False
     exit_policy: dict | None = None
+    training_scheme: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -51,7 +51,7 @@ class EarlyExitMixin:
     accepts_loss_kwargs = False
     head_class: type[torch.nn.Module]
 
-    _backbone_frozen = False
+    backbone_frozen = False
     _policy: tuple = (None, None)  # what the config said, and the policy made of it
     # Names of the parameters that the loaded checkpoint did not bring; None: no checkpoint was loaded.
     newly_initialized: frozenset[str] | None = None
@@ -197,12 +197,12 @@ class EarlyExitMixin:
             )
         self.requires_grad_(False)
         self.exit_heads.requires_grad_(True)
-        self._backbone_frozen = True
+        self.backbone_frozen = True
         self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self._backbone_frozen:
+        if self.backbone_frozen:
             for child in self.children():
                 child.train(mode and child is self.exit_heads)
         return self

@@ -10,6 +10,7 @@ import numbers
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from .configuration_een import ExitConfigurationError
@@ -92,6 +93,11 @@ class ExitCriterion:
             columns.append(scores)
         return torch.stack(columns, 1)
 
+    @classmethod
+    def choices(cls, exit_logits: torch.Tensor) -> list[dict]:
+        """Parameters that calibration tries on its rows (num_rows, num_exits, num_labels) where none are given."""
+        return [{}]
+
     def check(self, problem_type: str) -> None:
         """Raise ExitConfigurationError where the criterion cannot score this kind of problem."""
         if problem_type not in self.problem_types:
@@ -134,13 +140,22 @@ class Margin(ExitCriterion):
 class Patience(ExitCriterion):
     """Exits in a row, before and with this one, that agree with the exit before (PABEE, Zhou et al., NeurIPS 2020).
 
-    Two exits agree if they predict the same class; in regression, if the prediction moves by less than `tolerance`.
-    The first exit scores 0.
+    Two exits agree if they predict the same class; in regression, if the prediction moves by less than `tolerance`, in
+    units of the labels: calibration tries the deciles of how far predictions move. The first exit scores 0.
     """
 
     defaults = {"tolerance": 0.5}
     problem_types = ("single_label_classification", "regression")
     scores_probabilities = False
+
+    @classmethod
+    def choices(cls, exit_logits):
+        moves = exit_logits[..., 0].double().diff(dim=1).abs()
+        moves = moves[moves.isfinite()]
+        if exit_logits.shape[-1] > 1 or len(moves) == 0:
+            return [{}]
+        deciles = np.quantile(moves.numpy(), np.arange(1, 10) / 10)
+        return [{"tolerance": float(tolerance)} for tolerance in np.unique(deciles)]
 
     def step(self, logits, state):
         regression = logits.shape[-1] == 1

@@ -41,6 +41,11 @@ class BoostedExitTrainer(EarlyExitTrainer):
     citation = "https://arxiv.org/abs/2211.16726"
 
     def check_model(self, model) -> None:
+        if model.backbone_frozen:
+            raise ExitConfigurationError(
+                "--method boosted changes what the last exit predicts, which --freeze_backbone keeps: use --method "
+                "joint."
+            )
         model.config.exit_aggregation = "boosted"
         model.config.boost_temperature = self.scheme_args.boost_temperature
         model.config.gradient_rescale = self.scheme_args.gradient_rescale

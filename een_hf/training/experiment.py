@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from sklearn.model_selection import train_test_split
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
@@ -23,6 +24,8 @@ from ..evaluation import (
     anytime_table,
     budgeted_curve,
     calibrate,
+    check_risk,
+    check_target_cost,
     cost_inputs,
     format_exit_table,
     make_compute_metrics,
@@ -38,7 +41,7 @@ from ..evaluation import (
 )
 from ..evaluation.calibration import CalibrationReport
 from ..hub import choose_examples, hub_name, write_examples, write_model_card
-from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError, ExitPolicy
+from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
 from ..models.policies import fitting_criteria, get_criterion
 from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
 from .trainer import EarlyExitTrainer, get_scheme, last_whole_checkpoint, scheme_arguments
@@ -47,6 +50,18 @@ from .trainer import EarlyExitTrainer, get_scheme, last_whole_checkpoint, scheme
 logger = logging.get_logger(__name__)
 
 RUN_FILE = "_run_arguments.json"  # holds local paths; what begins with an underscore is never pushed
+# Flags that say where a run lies, how it is watched and how fast it loads, but not what it computes.
+_WATCHING = ("log", "hub_", "card_", "save_", "resume_")
+_WHERE = (
+    "output_dir report_to run_name project push_to_hub disable_tqdm token do_eval do_predict local_rank cache_dir "
+    "overwrite_cache preprocessing_num_workers measure_speed dataloader_num_workers dataloader_pin_memory "
+    "dataloader_persistent_workers dataloader_prefetch_factor"
+).split()
+# Flags that say which training rows --calibration_samples holds out.
+_HELD_OUT_BY = (
+    "calibration_samples seed dataset_name dataset_config_name task_name train_file train_dir train_val_split "
+    "max_train_samples partition_dir partition_id"
+).split()
 # `part` of exit_logits.npz: rows that calibrate, out of the evaluation split or beside it; all others are "report".
 CALIBRATION_PARTS = ("calibration", "held_out")
 
@@ -69,27 +84,11 @@ class RunArguments:
         return self._settings
 
     def _read_settings(self) -> dict:
-        watching = (
-            "output_dir",
-            "resume",
-            "log",
-            "report_to",
-            "run_name",
-            "project",
-            "push_to_hub",
-            "hub_",
-            "card_",
-            "disable_tqdm",
-            "token",
-        )
-        watching += ("do_eval", "do_predict", "save_", "dataloader_", "local_rank", "cache_dir", "overwrite_cache")
-        parts = (self.model, self.data, self.training, self.calibration, self.scheme)
-        merged = {}
-        for part in filter(None, parts):
-            for field in fields(part):
-                if not field.name.startswith(watching):
-                    merged[field.name] = getattr(part, field.name)
-        return json.loads(json.dumps(merged, default=str))
+        parts = filter(None, (self.model, self.data, self.training, self.calibration, self.scheme))
+        merged = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
+        where = {*_WHERE} - ({"dataloader_num_workers"} if self.data.streaming else set())  # workers share a stream
+        kept = {name: value for name, value in merged.items() if name not in where and not name.startswith(_WATCHING)}
+        return json.loads(json.dumps(kept, default=str))
 
 
 # Arguments
@@ -274,6 +273,15 @@ def split_for_calibration(labels: np.ndarray, problem_type: str, seed: int) -> n
     return np.isin(rows, chosen)
 
 
+class Evaluator(EarlyExitTrainer):
+    """Evaluates a model as it is: no scheme is asked, and none changes how its exits answer."""
+
+    method = None
+
+    def check_model(self, model):
+        pass
+
+
 class Experiment:
     """One run: everything between the parsed flags and the files in the output folder."""
 
@@ -281,6 +289,7 @@ class Experiment:
         self.modality, self.args = modality, args
         self.training = args.training
         self.folder = Path(args.training.output_dir)
+        self._latencies: list[float] | None = None
 
     def run(self) -> dict:
         """Train, evaluate, calibrate and predict as the flags say; return the metrics."""
@@ -346,7 +355,6 @@ class Experiment:
         self.processor = self.modality.load_processor(source, args.data, self.model.config, **hub)
         self.splits = self.modality.encode_data(self.data, self.processor, args.data, self.model.config)
         self._take_calibration_rows()
-        self._check_calibration()
         if training.project == type(training).project:
             training.project = "-".join(re.findall(r"[\w.]+", " ".join(self._names_of_data())))
         if training.do_train:
@@ -355,22 +363,18 @@ class Experiment:
             self.splits["train"] = EndlessStream(rows) if args.data.streaming else rows
         if self.modality.model_type != "bert":
             training.remove_unused_columns = False  # rows carry what seeds their mixing
-        of_scheme = ("exit_aggregation", "boost_temperature", "gradient_rescale")
-        kept = {name: getattr(self.model.config, name) for name in of_scheme}
-        self.trainer: EarlyExitTrainer = get_scheme(training.method)(
+        self.trainer: EarlyExitTrainer = (get_scheme(training.method) if training.do_train else Evaluator)(
             model=self.model,
             args=training,
-            scheme_args=args.scheme,
+            scheme_args=args.scheme if training.do_train else None,
             compute_metrics=make_compute_metrics(self.data.metrics, self.data.problem_type),
             train_dataset=self.splits.get("train") if training.do_train else None,
             eval_dataset=self.splits.get("validation"),
             processing_class=self.processor,
             data_collator=self.modality.make_collator(self.processor, args.data, self.model.config),
         )
-        if not training.do_train:  # what is only evaluated answers as it was trained to, whatever --method says
-            for name, value in kept.items():
-                setattr(self.model.config, name, value)
-        elif self.model.config.exit_policy is not None:
+        self._check_calibration()
+        if training.do_train and self.model.config.exit_policy is not None:
             logger.warning("The checkpoint's exit policy is reset: training changes what its thresholds mean.")
             self.model.set_exit_policy(None)
 
@@ -418,16 +422,15 @@ class Experiment:
         asked = wanted.target_cost is not None or wanted.max_risk is not None
         if asked and not self.training.do_eval:
             raise ExitConfigurationError("--target_cost and --max_risk calibrate on evaluated rows: add --do_eval.")
-        if self.training.do_eval:
-            _fitting_criterion(wanted.exit_criterion, self.data.problem_type, required=asked)
-        rows = self.calibration_rows or self.splits.get("validation")
-        if wanted.target_cost is not None and wanted.cost == CostUnit.OPERATIONS:
-            first = self._costs(rows)[0]
-            if wanted.target_cost < first:
-                raise ExitConfigurationError(
-                    f"--target_cost {wanted.target_cost:g} is below the cost of the first exit, {first:.4g}: give "
-                    "more, or an earlier first exit (--exit_layers)."
-                )
+        if not self.training.do_eval:
+            return
+        fitting_criterion(wanted.exit_criterion, self.data.problem_type, required=asked)
+        rows = self.calibration_rows or self.splits["validation"]
+        if wanted.max_risk is not None:
+            labelled = self.calibration_rows is None or _has_labels(rows)
+            check_risk(wanted.risk and wanted.risk.value, self.data.problem_type, labelled)
+        if wanted.target_cost is not None:
+            check_target_cost(wanted.target_cost, self._costs(rows))
 
     def _save_metrics(self, split: str, metrics: dict) -> None:
         self.trainer.log_metrics(split, metrics)
@@ -459,7 +462,7 @@ class Experiment:
             if self.args.calibration.measure_speed and self.model.config.exit_policy is not None:
                 self._print_speed(results)
             print(f"Results, logits, plot (exit_curves.png), card (README.md) and model: {self.folder}")
-        self._warn_of_idle_exits(results, labels)
+        self._warn_of_idle_exits(logits, labels)
         return prediction.metrics
 
     def _write_card(self, results: dict, logits: np.ndarray, labels: np.ndarray) -> None:
@@ -495,13 +498,13 @@ class Experiment:
         reported = logits[~chooses], labels[~chooses]
         compute_metrics, problem_type = self.trainer.task_metrics, data.problem_type
         asked = wanted.target_cost is not None or wanted.max_risk is not None
-        criterion = _fitting_criterion(wanted.exit_criterion, problem_type, required=asked)
+        criterion = fitting_criterion(wanted.exit_criterion, problem_type, required=asked)
         settings = {"criterion": criterion, "problem_type": problem_type}
         budgeted, report, policy = [], None, None
+        chosen_by = self._calibration_rows_chose()
         if criterion is not None:
             budgeted = budgeted_curve(calibration, reported, costs, compute_metrics, **settings)
         if asked:
-            chosen_by = "the checkpoint" if self._calibration_chose_checkpoint() else None
             report = calibrate(
                 *calibration,
                 costs,
@@ -531,7 +534,7 @@ class Experiment:
             "problem_type": problem_type,
         }
         results = {
-            "method": self.trainer.method,
+            "method": config.training_scheme or "unknown",
             "model_type": self.modality.model_type,
             "dataset": data.dataset,
             "task_name": data.task_name,
@@ -539,6 +542,8 @@ class Experiment:
             "exit_layers": config.exit_layers,
             "num_eval_samples": len(labels),
             "num_calibration_samples": len(calibration[0]),
+            "calibration_rows_chose": chosen_by,
+            "cost_unit": wanted.cost.value,
             "anytime": anytime_table(logits, labels, **table),
             "anytime_report": anytime_table(*reported, **table),
             "budgeted": budgeted,
@@ -556,18 +561,41 @@ class Experiment:
             shape = (1, inputs["sequence_length"])
             batch = {"input_ids": torch.zeros(shape, dtype=torch.int64), "attention_mask": torch.ones(shape)}
         batch = {name: value.to(self.model.device) for name, value in batch.items() if name != "labels"}
-        return relative_latencies(self.model, batch)
+        if self._latencies is None:
+            with self.trainer.accelerator.autocast():
+                measured = [relative_latencies(self.model, batch)]
+            self._latencies = broadcast_object_list(measured)[0]  # all processes set the first one's policy
+        return self._latencies
 
-    def _calibration_chose_checkpoint(self) -> bool:
-        return self.training.load_best_model_at_end and self.calibration_rows is None
+    def _calibration_rows_chose(self) -> str | None:
+        """What the calibration rows chose already, here or in the run that made the checkpoint: no guarantee then."""
+        now, earlier = self.args.settings(), _earlier_runs(self.args.model.model_name_or_path)
+        runs = [*earlier, now] if self.training.do_train else earlier
+        file, count = now["calibration_file"], now["calibration_samples"]
+        if file is not None:
+            for run in runs:
+                if _same_path(file, run.get("train_file") or run.get("train_dir")):
+                    return "the weights"
+                validates = _same_path(file, run.get("validation_file") or run.get("validation_dir"))
+                if run["load_best_model_at_end"] and validates:
+                    return "the checkpoint"
+            return None
+        if count is None:
+            return "the checkpoint" if any(run["load_best_model_at_end"] for run in runs) else None
+        # Rows of the training split: whatever was trained before must have held out the same.
+        if self.model.is_new_head(self.model.num_exits - 1):
+            return None
+        held_out = earlier and all(run.get(name) == now.get(name) for run in earlier for name in _HELD_OUT_BY)
+        return None if held_out else "the weights, for all that is known"
 
-    def _warn_of_idle_exits(self, results: dict, labels: np.ndarray) -> None:
+    def _warn_of_idle_exits(self, logits: np.ndarray, labels: np.ndarray) -> None:
         """Name the exits that learned no more than the majority class."""
         if not self.training.do_train or self.data.problem_type != "single_label_classification":
             return
         majority = np.bincount(labels).max() / len(labels)
-        idle = [row["exit"] for row in results["anytime"] if row["metrics"].get("accuracy", 1) <= majority]
-        if idle:
+        accuracies = (logits.argmax(-1) == labels[:, None]).mean(0)
+        idle = np.flatnonzero(accuracies <= majority) + 1
+        if len(idle):
             logger.warning(
                 f"Exits {', '.join(map(str, idle))} are no better than always answering the majority class "
                 f"({majority:.3f}): train longer, raise --head_learning_rate or their --exit_loss_weights."
@@ -589,29 +617,28 @@ class Experiment:
 
     def _predict(self) -> None:
         """Write `predict_results_<task>.txt` and, with what every exit says, `predict_exits_<task>.jsonl`."""
-        data, config = self.data, self.model.config
+        data = self.data
         task = data.task_name or Path(data.dataset).stem
         for split, rows in self.splits.items():
             if not split.startswith("test"):
                 continue
             name = task + split.removeprefix("test").replace("_mismatched", "-mm")
-            answers = predict_labels(self.trainer.predict(rows).predictions, data.problem_type)
-            logits = self.trainer.predict_exits(rows).predictions
+            taken = self.trainer.predict_dynamic(rows)
+            logits, exits = self.trainer.predict_exits(rows).predictions, taken.exit_index.numpy()
+            # Batches of other rows round differently: what an exit answered is what a row left with.
+            logits[np.arange(len(logits)), exits] = taken.logits.numpy()
             costs = self._costs(rows)
-            taken = np.full(len(logits), len(costs) - 1)
-            if config.exit_policy is not None:
-                taken = ExitPolicy.from_dict(config.exit_policy).exits_of(torch.from_numpy(logits)).numpy()
             predictions = predict_labels(logits, data.problem_type)
             if not self.training.should_save:
                 continue
-            answers = [self._label(answer) for answer in answers]
+            answers = [self._label(row[exit_index]) for row, exit_index in zip(predictions, exits, strict=True)]
             with open(self.folder / f"predict_results_{name}.txt", "w") as file:
                 file.write("index\tprediction\n")
                 for index, answer in enumerate(answers):
                     file.write(f"{index}\t{answer}\n")
             self.modality.write_submission(self.folder, data, split, answers)
             with open(self.folder / f"predict_exits_{name}.jsonl", "w") as file:
-                for row_id, row, exit_index in zip(data.row_ids(split), predictions, taken, strict=True):
+                for row_id, row, exit_index in zip(data.row_ids(split), predictions, exits, strict=True):
                     line = {
                         "row_id": row_id.item(),
                         "predictions": [self._label(prediction) for prediction in row],
@@ -630,7 +657,7 @@ class Experiment:
         return names[int(prediction)]
 
 
-def _fitting_criterion(name: str, problem_type: str, required: bool) -> str | None:
+def fitting_criterion(name: str, problem_type: str, required: bool) -> str | None:
     """The criterion, if it fits the problem; else an error where it is required, or one that fits, or `None`."""
     criterion, fitting = get_criterion(name), fitting_criteria(problem_type)
     if required or name in fitting:
@@ -639,8 +666,37 @@ def _fitting_criterion(name: str, problem_type: str, required: bool) -> str | No
     return fitting[0] if fitting else None
 
 
+def _has_labels(rows) -> bool:
+    """Whether encoded rows, text or images, carry labels."""
+    return "labels" in getattr(rows, "column_names", rows[0])
+
+
+def run_settings(folder: str | os.PathLike) -> dict | None:
+    """The flags that the run in a folder was given; `None` where nothing was trained there."""
+    path = Path(folder, RUN_FILE)
+    return json.loads(path.read_text())["settings"] if path.is_file() else None
+
+
+def _earlier_runs(source: str | None) -> list[dict]:
+    """The flags of the run that made a checkpoint, of the one that this run began from, and so on."""
+    runs = []
+    while source is not None:
+        found = run_settings(source) or run_settings(Path(source).parent)  # a run, or one of its checkpoints
+        if found is None or found in runs:
+            break
+        runs.append(found)
+        source = found["model_name_or_path"]
+    return runs
+
+
+def _same_path(one: str, other: str | None) -> bool:
+    return other is not None and os.path.realpath(one) == os.path.realpath(other)
+
+
 def _budget_hint(results: dict, folder: Path) -> str:
     """The table of budgets, for a run that set no policy."""
+    if not results["budgeted"]:
+        return "No criterion fits this problem: every input runs through the whole network."
     lines = ["No policy was asked for. These budgets were measured on the rows that calibrated nothing:"]
     for row in results["budgeted"]:
         lines.append(f"  cost {row['relative_cost']:.3f}  {results['metric']} {row['metrics'][results['metric']]:.4f}")

@@ -344,9 +344,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
                 f"--method l2w needs parameters in float32, not {', '.join(sorted(dtypes))}: load the checkpoint with "
                 "dtype=torch.float32, and give --bf16 for speed."
             )
-        if model.config.exit_aggregation != "none" or model.config.gradient_rescale:
-            logger.warning("--method l2w resets exit_aggregation and gradient_rescale of the checkpoint: no boosting.")
-            model.config.exit_aggregation, model.config.gradient_rescale = "none", False
+        super().check_model(model)
 
     def _check_settings(self, own_optimizer: bool) -> None:
         sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
@@ -359,6 +357,11 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             _check_optimizer(self.optimizer)
         elif not own_optimizer and self.args.optim not in _OPTIMIZERS:
             raise ExitConfigurationError(_unknown_optimizer(self.args.optim.value))
+        if (getattr(self.args, "activation_checkpointing_kwargs", None) or {}).get("use_reentrant"):
+            raise ExitConfigurationError(
+                "--method l2w takes gradients that re-entrant checkpointing does not give: leave use_reentrant out of "
+                "--activation_checkpointing_kwargs."
+            )
         if self.scheme_args.meta_gradient == "exact":
             kernel = self.model.config._attn_implementation
             if kernel not in ("eager", "sdpa"):

@@ -23,6 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from ..callbacks import use_early_exit_callbacks
 from ..hub import CARD_NAME, is_run_card
+from ..inference import ExitPredictions, predict
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from .arguments import EarlyExitTrainingArguments
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 SCHEME_FILE = "scheme.json"
+LABEL_COLUMNS = ("labels", "label", "label_ids")  # what the collators of transformers make `labels` of
 _SCHEMES: dict[str, type["EarlyExitTrainer"]] = {}
 
 
@@ -152,11 +154,13 @@ class EarlyExitTrainer(Trainer):
         self.scheme_args = scheme_args or (self.arguments_class and self.arguments_class())
         self.task_metrics = compute_metrics
         self.exit_loss_weights = exit_loss_weights(args.exit_loss_weights, model.num_exits)
-        self.check_model(model)
         if args.freeze_backbone:
-            model.freeze_backbone()
+            model.freeze_backbone()  # first: it refuses a boosted model, which a scheme may make a plain one
+        self.check_model(model)
         super().__init__(model=model, args=args, compute_metrics=self._metrics_of_exits, **kwargs)
         self._unlogged_losses = []
+        self._new_heads: list[int] | None = None
+        self._check_warm_start()
         use_early_exit_callbacks(self)
 
     # What a scheme may change
@@ -176,6 +180,20 @@ class EarlyExitTrainer(Trainer):
     def sample_weights(self, losses: torch.Tensor, exit_logits: torch.Tensor) -> torch.Tensor | None:
         """w, (batch, num_exits), for these losses (batch, num_exits) and logits; `None` weighs all by 1."""
         return None
+
+    def _check_warm_start(self) -> None:
+        """Refuse a warm start that leaves the early exits no step."""
+        args, rows = self.args, self.train_dataset
+        epochs = args.num_train_epochs
+        if args.max_steps > 0:
+            per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            # A stream counts as one epoch.
+            epochs = args.max_steps * per_step / len(rows) if hasattr(rows, "__len__") else 1.0
+        if rows is not None and args.warm_start_epochs and args.warm_start_epochs >= epochs:
+            raise ExitConfigurationError(
+                f"--warm_start_epochs {args.warm_start_epochs:g} leaves the early exits no step: this run trains "
+                f"{epochs:.3g} epochs; give less."
+            )
 
     # Loss
 
@@ -241,36 +259,45 @@ class EarlyExitTrainer(Trainer):
             predictions (num_rows, num_labels); labels, where the rows have them; metrics, with `exit_fractions` where
             rows leave early.
         """
-        from ..inference import predict
-
-        network, accelerator = self.accelerator.unwrap_model(self.model), self.accelerator
         if isinstance(test_dataset, datasets.Dataset):
             test_dataset = self._remove_unused_columns(test_dataset, "test")
-        rows = range(accelerator.process_index, len(test_dataset), accelerator.num_processes)
-        own = predict(
-            network.to(self.args.device),
-            (test_dataset[row] for row in rows),
-            self.args.per_device_eval_batch_size,
-            collator=self.data_collator,
-            window=max(len(rows), 1),
-            progress=not self.args.disable_tqdm and accelerator.is_main_process,
-            total=len(rows),
-        )
-        parts = gather_object([(list(rows), own.logits, own.exit_index)])
-        order = np.argsort([row for ids, *_ in parts for row in ids])
-        logits = torch.cat([part[1] for part in parts]).numpy()[order]
-        exit_index = torch.cat([part[2] for part in parts]).numpy()[order]
-        labels, metrics = None, {}
-        if len(test_dataset) and "labels" in getattr(test_dataset, "column_names", test_dataset[0]):
-            columns = hasattr(test_dataset, "column_names")
-            labels = np.array(test_dataset["labels"] if columns else [row["labels"] for row in test_dataset])
+        answers = self.predict_dynamic(test_dataset)
+        logits, labels, metrics = answers.logits.numpy(), None, {}
+        columns = getattr(test_dataset, "column_names", None) or (test_dataset[0] if len(test_dataset) else ())
+        label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
+        if label_column is not None:
+            held = hasattr(test_dataset, "column_names")
+            labels = np.array(test_dataset[label_column] if held else [row[label_column] for row in test_dataset])
             if self.task_metrics is not None:
                 metrics = self.task_metrics(EvalPrediction(predictions=logits, label_ids=labels))
-        if network.config.exit_policy is not None:
-            fractions = np.bincount(exit_index, minlength=network.num_exits) / max(len(exit_index), 1)
-            metrics = {**metrics, "exit_fractions": fractions.tolist()}
+        config = self.accelerator.unwrap_model(self.model).config
+        if config.exit_policy is not None:
+            counts = np.bincount(answers.exit_index, minlength=len(config.exit_layers))
+            metrics = {**metrics, "exit_fractions": (counts / max(len(logits), 1)).tolist()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return PredictionOutput(predictions=logits, label_ids=labels, metrics=metrics)
+
+    def predict_dynamic(self, dataset) -> ExitPredictions:
+        """Each row's answer and exit by `een_hf.inference.predict`, spread over the processes, in input order.
+
+        Under the precision of the evaluation (`--bf16`, `--fp16`), as the thresholds were calibrated.
+        """
+        accelerator = self.accelerator
+        rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        with accelerator.autocast():
+            own = predict(
+                accelerator.unwrap_model(self.model).to(self.args.device),
+                (dataset[row] for row in rows),
+                self.args.per_device_eval_batch_size,
+                collator=self.data_collator,
+                window=max(len(rows), 1),
+                progress=not self.args.disable_tqdm and accelerator.is_main_process,
+                total=len(rows),
+            )
+        parts = gather_object([(list(rows), own.logits, own.exit_index)])
+        order = torch.tensor([row for ids, *_ in parts for row in ids], dtype=torch.int64).argsort()
+        logits, exit_index = (torch.cat([part[index] for part in parts])[order] for index in (1, 2))
+        return ExitPredictions(logits, exit_index)
 
     def calibrate(self, calibration_data, **settings):
         """Choose an exit policy on rows that nothing else has chosen; it is returned, not set.
@@ -327,6 +354,13 @@ class EarlyExitTrainer(Trainer):
 
     # Optimizer
 
+    def new_heads(self) -> list[int]:
+        """The 0-based exits whose heads were newly made when training began, be it before an interruption."""
+        if self._new_heads is None:
+            network = self.accelerator.unwrap_model(self.model)
+            self._new_heads = [k for k in range(network.num_exits) if network.is_new_head(k)]
+        return self._new_heads
+
     def head_learning_rate(self) -> float:
         """Learning rate of newly made heads: `--head_learning_rate` or its default."""
         if self.args.head_learning_rate is not None:
@@ -341,10 +375,8 @@ class EarlyExitTrainer(Trainer):
             return self.optimizer
         optimizer = super().create_optimizer(model)
         network = self.accelerator.unwrap_model(self.model if model is None else model)
-        new_heads = nn.ModuleList(
-            [part for k in range(network.num_exits) if network.is_new_head(k) for part in network.exit_head_modules(k)]
-        )
-        new = {id(parameter) for parameter in new_heads.parameters()}
+        heads = nn.ModuleList([part for k in self.new_heads() for part in network.exit_head_modules(k)])
+        new = {id(parameter) for parameter in heads.parameters()}
         groups = []
         for group in optimizer.param_groups:
             for is_new, rate in ((False, group["lr"]), (True, self.head_learning_rate())):
@@ -384,15 +416,18 @@ class EarlyExitTrainer(Trainer):
                     "leave the flag out to go on from the last whole one."
                 )
         if checkpoint:
-            self._check_scheme(checkpoint)
+            self._read_scheme(checkpoint)
+        self.accelerator.unwrap_model(self.model).config.training_scheme = self.method
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
-    def _check_scheme(self, checkpoint: str) -> None:
+    def _read_scheme(self, checkpoint: str) -> None:
+        """Refuse a checkpoint of another scheme; go on with its division into new and old heads."""
         path = os.path.join(checkpoint, SCHEME_FILE)
         if not os.path.exists(path):
             return
         with open(path) as file:
-            found = json.load(file)["method"]
+            written = json.load(file)
+        found, self._new_heads = written["method"], written.get("new_heads")
         if found != self.method:
             raise ExitConfigurationError(
                 f"--resume_from_checkpoint {checkpoint} was trained with --method {found}, not {self.method}: go on "
@@ -426,7 +461,7 @@ class EarlyExitTrainer(Trainer):
         if self.args.should_save:
             settings = asdict(self.scheme_args) if self.scheme_args else {}
             with open(os.path.join(output_dir, SCHEME_FILE), "w") as file:
-                json.dump({"method": self.method, **settings}, file, indent=2)
+                json.dump({"method": self.method, "new_heads": self.new_heads(), **settings}, file, indent=2)
 
     # Hub
 

@@ -129,6 +129,21 @@ def test_the_hint_of_a_run_is_a_command_that_works(train_run, run, capsys):
     assert AutoConfig.from_pretrained(run).exit_policy["calibrated_for"] == {"target_cost": float(words[3])}
 
 
+def test_numbers_are_calibrated_by_patience(train_run, tmp_path, capsys):
+    """Fails if a regression run's hint names a command that refuses it: the default criterion scores classes."""
+    rows = tmp_path / "numbers.csv"
+    rng = np.random.default_rng(0)
+    rows.write_text(
+        "text,label\n" + "".join(f"{' '.join(rng.choice(WORDS, 4))},{rng.random():.3f}\n" for _ in range(80))
+    )
+    trained = train_run("--train_file", str(rows), "--validation_file", str(rows))
+    hint = next(line for line in capsys.readouterr().out.splitlines() if "een-hf calibrate" in line)
+    run = _copy(trained, tmp_path)
+    words = hint.split("een-hf ")[1].split()
+    main([words[0], str(run), *words[2:]])
+    assert AutoConfig.from_pretrained(run).exit_policy["criterion"] == "patience"
+
+
 def test_too_few_rows_change_nothing(run, capsys):
     """Fails if a risk that cannot be certified removes the policy that the run has."""
     main(["calibrate", str(run), "--target_cost", "0.6", "--save"])

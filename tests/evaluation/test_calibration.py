@@ -257,6 +257,12 @@ def test_regression_does_not_depend_on_the_unit_or_on_broken_rows(unit):
     assert report.exit_fractions == expected.exit_fractions
     assert 0.4 < report.relative_cost <= 0.6
     assert math.isfinite(report.score)
+    # Left open, the tolerance follows the unit, is written into the policy and costs nothing in score.
+    open_ = calibrate(unit * logits, unit * labels, _costs(5), **settings)
+    assert 0.01 < open_.policy.params["tolerance"] / unit < 10
+    assert open_.relative_cost <= 0.6 and open_.score >= 1.05 * report.score
+    deciles = np.quantile(np.abs(np.diff(logits[1:, :, 0], axis=1)), np.arange(1, 10) / 10)
+    assert np.isclose(open_.policy.params["tolerance"] / unit, deciles, rtol=1e-3).any()
 
 
 def test_broken_rows_stay_and_are_charged():

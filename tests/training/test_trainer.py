@@ -1,5 +1,6 @@
 """What all schemes share: the loss, the heads' learning rate, a frozen backbone, metrics; and a plain Trainer."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -155,6 +156,14 @@ def test_freezing_what_cannot_be_frozen(fine_tuned, tmp_path, scheme):
         trainer_on(model, tmp_path, scheme, freeze_backbone=True)
 
 
+def test_a_boosted_model_cannot_be_frozen_as_a_plain_one(fine_tuned, tmp_path):
+    """`joint` drops the boosted sum and so changes what the last exit says, which the flag promises to keep."""
+    trainer_on(scratch(), tmp_path, "boosted").save_model(str(tmp_path / "boosted"))
+    model = EarlyExitBertForSequenceClassification.from_pretrained(tmp_path / "boosted")
+    with pytest.raises(ExitConfigurationError, match="--freeze_backbone keeps"):
+        trainer_on(model, tmp_path, "joint", freeze_backbone=True)
+
+
 # Evaluation
 
 
@@ -210,6 +219,47 @@ def test_a_batch_without_labels_is_named(tmp_path):
     trainer = trainer_on(scratch(), tmp_path)
     with pytest.raises(ExitConfigurationError, match="needs `labels`.*input_ids"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.ones(2, 3, dtype=torch.int64)})
+
+
+# Prediction
+
+
+def test_predictions_are_made_in_the_precision_of_the_evaluation(tmp_path):
+    """Thresholds are calibrated under --bf16; answers in float32 would leave at other exits than these promise."""
+    model = scratch(initializer_range=0.5)
+    with torch.no_grad():
+        plain = model.eval()(torch.stack([row["input_ids"] for row in make_rows()])).logits.numpy()
+    trainer = trainer_on(model, tmp_path, bf16=True, per_device_eval_batch_size=8)
+    every = trainer.predict_exits(trainer.eval_dataset).predictions
+    assert np.abs(every[:, -1] - plain).max() > 1e-4  # bfloat16 shows
+    assert np.array_equal(trainer.predict(trainer.eval_dataset).predictions, every[:, -1])
+
+
+@pytest.mark.parametrize("column", ["labels", "label"])
+def test_prediction_finds_labels_under_the_names_that_collators_know(tmp_path, column):
+    """`label` is what most data sets call it; predict would report no metric."""
+    rows = {"input_ids": [row["input_ids"].tolist() for row in make_rows()]}
+    labels = [int(row["labels"]) for row in make_rows()]
+    metrics = make_compute_metrics(["accuracy"], "single_label_classification")
+    trainer = trainer_on(scratch(), tmp_path, compute_metrics=metrics)
+    found = trainer.predict(datasets.Dataset.from_dict({**rows, column: labels}))
+    assert found.label_ids.tolist() == labels
+    assert found.metrics["test_accuracy"] == accuracy_score(labels, found.predictions.argmax(-1))
+
+
+def test_a_run_resumes_from_the_checkpoint_that_the_model_came_from(fine_tuned, tmp_path):
+    """Loaded from it, no head is new any more; the optimizer's groups must be those of the interrupted run."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    whole = trainer_on(
+        EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned), tmp_path / "run", **settings
+    )
+    whole.train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    model = EarlyExitBertForSequenceClassification.from_pretrained(checkpoint)
+    again = trainer_on(model, tmp_path / "again", **settings)
+    again.train(resume_from_checkpoint=checkpoint)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
 
 
 def test_base_is_joint():
