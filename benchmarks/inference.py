@@ -155,7 +155,6 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--rows", type=int, default=512, help="of the data set")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile each layer of both models")
     parser.add_argument("--name", help="of the results file; default: the model's")
     add_results_argument(parser)
     args = parser.parse_args()
@@ -163,9 +162,6 @@ def main() -> None:
 
     model, tokenizer = load(args.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype))
-    if args.compile:
-        for layer in model.backbone_layers:
-            layer.compile(dynamic=True)
     lengths = args.lengths if tokenizer else [None]
     rows = []
     with torch.inference_mode():

@@ -93,8 +93,8 @@ class ExitEngine:
 
     Survivors of several batches wait before each stage and run together once `batch_size` of them have gathered, the
     deepest full stage first. Fewer than `batch_size` rows wait before each stage between two steps, and one step adds
-    at most `batch_size`: at most num_exits * batch_size rows of hidden states are held at any time, plus one window
-    of inputs.
+    at most `batch_size`, before the first stage or the next: at most (num_exits + 1) * batch_size rows of hidden
+    states are held at any time, plus one window of inputs.
 
     Args:
         model: an early-exit model; its `config.exit_policy` decides who leaves, without one every row runs through.

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,24 @@ def test_evaluating_a_finished_model_again_gives_its_figures(finished, files, tm
     before, after = (json.loads((folder / "exit_results.json").read_text()) for folder in (finished, tmp_path))
     assert [row["metrics"] for row in after["anytime"]] == [row["metrics"] for row in before["anytime"]]
     assert json.loads((finished / "config.json").read_text())["exit_policy"] is not None
+
+
+@pytest.mark.parametrize("blocks", [100, 2], ids=["weights", "results"])
+def test_a_full_disk_is_told_in_one_line(blocks, finished, files, minilm_path, tmp_path):
+    """After training, outside checkpoints: a traceback of safetensors or NumPy would not say what to do."""
+    flags = [f"--validation_file={files['validation']}", "--do_eval", f"--output_dir={tmp_path / 'run'}"]
+    if blocks == 100:
+        flags += [f"--train_file={files['train']}", "--do_train", "--max_steps=1", "--save_strategy=no"]
+        words = tiny(minilm_path, *flags)
+    else:
+        words = [f"--model_name_or_path={finished}", *flags, "--use_cpu", "--max_seq_length=16"]
+    command = shlex.join([sys.executable, str(ROOT / "run_glue_een.py"), *words, "--report_to=none"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    limited = ["bash", "-c", f"ulimit -f {blocks}; exec {command}"]
+    done = subprocess.run(limited, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: a file could not be written" in done.stderr and "make room" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_boosted_model_is_evaluated_as_one(files, minilm_path, tmp_path):

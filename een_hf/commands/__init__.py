@@ -7,7 +7,7 @@ import argparse
 import importlib
 import sys
 
-from ..models import ExitConfigurationError
+from ..errors import one_line_errors
 
 
 COMMANDS = {
@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `een-hf` and `python -m een_hf`: bad input is answered with one line instead of a traceback."""
+    """Entry point of `een-hf` and `python -m een_hf`."""
     argv = sys.argv[1:] if argv is None else argv
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items())
@@ -37,7 +37,5 @@ def main(argv: list[str] | None = None) -> None:
         f"een-hf {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_arguments(parser)
-    try:
+    with one_line_errors():
         command.run(parser.parse_args(argv[1:]))
-    except ExitConfigurationError as error:
-        sys.exit(f"error: {error}")

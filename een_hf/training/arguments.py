@@ -75,8 +75,8 @@ class EarlyExitTrainingArguments(TrainingArguments):
     head_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of newly made heads. Default: 20 x --learning_rate with AdamW on a pretrained "
-            "backbone, equal to it with SGD or from scratch."
+            "help": "Learning rate of heads whose classifier is newly made, their pooler or norm included. Default: "
+            "20 x --learning_rate with AdamW on a pretrained backbone, equal to it with SGD or from scratch."
         },
     )
     freeze_backbone: bool = field(
@@ -179,7 +179,7 @@ class CalibrationArguments:
 
     measure_speed: bool = field(
         default=False,
-        metadata={"help": "Time the rows that calibrated nothing with exits off, on, and in the stock pipeline."},
+        metadata={"help": "Time the evaluation split (texts) with exits off, on, and in the stock pipeline."},
     )
 
     def __post_init__(self):

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..data.samples import sample_model_path
 from ..data.streaming import EndlessStream
 from ..data.task import Modality, TaskData
+from ..errors import one_line_errors
 from ..evaluation import (
     anytime_table,
     budgeted_curve,
@@ -708,8 +709,6 @@ def _budget_hint(results: dict, folder: Path) -> str:
 
 
 def main(modality: Modality, argv: list[str] | None = None) -> None:
-    """Entry point of a script: run it, and answer bad input with one line instead of a traceback."""
-    try:
+    """Entry point of a script."""
+    with one_line_errors():
         Experiment(modality, parse_arguments(modality, sys.argv[1:] if argv is None else argv)).run()
-    except ExitConfigurationError as error:
-        sys.exit(f"error: {error}")
