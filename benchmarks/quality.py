@@ -66,15 +66,16 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
     for checkpoint in experiment.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     results = json.loads((experiment.folder / "exit_results.json").read_text())
-    script = {"bert": "run_glue_een.py", "vit": "run_cifar_een.py"}[modality.model_type]
+    script = "run_glue_een.py" if modality is TEXT else "run_cifar_een.py"
     row = {"method": method, "seed": seed, "command": shlex.join(["python", script, *words]), "machine": machine()}
     row |= {name: results[name] for name in ("dataset", "task_name", "metric", "num_eval_samples")}
     if baseline:
         # The cost of the first layers and one head, out of the whole network's.
-        config = MODEL_CLASSES[modality.model_type].config_class.from_dict(
-            {**stock.to_dict(), "model_type": f"een_{modality.model_type}"}, exit_layers=[num_layers]
+        model_class = MODEL_CLASSES[stock.model_type]
+        config = model_class.config_class.from_dict(
+            {**stock.to_dict(), "model_type": model_class.config_class.model_type}, exit_layers=[num_layers]
         )
-        full = MODEL_CLASSES[modality.model_type](config)
+        full = model_class(config)
         row["relative_cost"] = relative_costs(full, **cost_inputs(experiment.splits["validation"]))[0]
         row["metrics"] = results["anytime"][-1]["metrics"]
         row["metrics_report"] = results["anytime_report"][-1]["metrics"]

@@ -15,6 +15,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from .models import MODEL_CLASSES, ExitConfigurationError
+
 
 CARD_NAME = "README.md"
 # What stays in the run folder: a Trainer never pushes names that begin with an underscore.
@@ -22,8 +24,8 @@ PRIVATE_EXAMPLES = "_examples"
 SHARED_EXAMPLES = "examples"
 _TAG = "early-exit"
 _KINDS = {
-    "bert": ("text-classification", "AutoModelForSequenceClassification", "AutoTokenizer"),
-    "vit": ("image-classification", "AutoModelForImageClassification", "AutoImageProcessor"),
+    "input_ids": ("text-classification", "AutoModelForSequenceClassification", "AutoTokenizer"),
+    "pixel_values": ("image-classification", "AutoModelForImageClassification", "AutoImageProcessor"),
 }
 _PAPERS = {
     "joint": "BranchyNet: Fast Inference via Early Exiting from Deep Neural Networks (ICPR 2016)",
@@ -77,7 +79,7 @@ def write_model_card(
     """
     folder = Path(folder)
     repo_id = repo_id or folder.resolve().name
-    tag = _KINDS[results["model_type"]][0]
+    tag = _kind(results)[0]
     scheme = None if results["method"] == "unknown" else results["method"]
     name = _last_part(results["dataset"]) + (f" {results['task_name']}" if results["task_name"] else "")
     data = ModelCardData(
@@ -145,6 +147,10 @@ def hub_name(name: str | None, installed: tuple[str, ...] = ()) -> str | None:
     return name if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else None
 
 
+def _kind(results: dict) -> tuple[str, str, str]:
+    return _KINDS[MODEL_CLASSES[results["model_type"]].main_input_name]
+
+
 def _eval_results(results: dict, task: str, dataset_id: str | None, name: str) -> list[EvalResult]:
     """The metrics of every exit and of the policy, for the card's header."""
     measured = [(f"exit {row['exit']} (layer {row['layer']})", row["metrics"]) for row in results["anytime"]]
@@ -169,7 +175,7 @@ def _eval_results(results: dict, task: str, dataset_id: str | None, name: str) -
 
 def _introduction(results: dict, name: str | None, base_model: str | None) -> str:
     layers = results["exit_layers"]
-    network = {"bert": "BERT", "vit": "ViT"}[results["model_type"]]
+    network = {"bert": "BERT", "vit": "ViT"}.get(results["model_type"], results["model_type"])
     origin = f", trained on {_text(name)}" if name else ""
     origin += f" from {_text(base_model)}" if name and base_model else ""
     return (
@@ -181,7 +187,7 @@ def _introduction(results: dict, name: str | None, base_model: str | None) -> st
 
 
 def _loading(results: dict, repo_id: str) -> str:
-    task, auto_class, processor = _KINDS[results["model_type"]]
+    task, auto_class, processor = _kind(results)
     return f"""```python
 from transformers import {auto_class}, {processor}
 
@@ -312,7 +318,6 @@ def _paper(method: str) -> list[str]:
 
 
 def _scheme_class(method: str) -> type | None:
-    from .models import ExitConfigurationError
     from .training.trainer import get_scheme
 
     try:

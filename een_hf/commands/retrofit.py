@@ -195,18 +195,18 @@ def load_model(args) -> PreTrainedModel:
         found, _ = PreTrainedConfig.get_config_dict(args.model)
     except (OSError, ValueError) as error:
         raise ExitConfigurationError(f"MODEL {args.model} cannot be loaded: {error}") from error
-    known = {name: kind for kind in MODEL_CLASSES.values() for name in _type_names(kind.config_class)}
+    known = {kind.config_class.model_type: kind for kind in MODEL_CLASSES.values()} | MODEL_CLASSES
     model_class = known.get(found.get("model_type"))
     if model_class is None:
         raise ExitConfigurationError(
             f"MODEL {args.model} is of type {found.get('model_type')!r}; exits exist for {', '.join(MODEL_CLASSES)}. "
             "Another architecture is one adapter file: see 'Add an architecture' in README.md."
         )
-    text = model_class.config_class.stock_model_type == "bert"
+    text = model_class.main_input_name == "input_ids"
     if text != (args.train_file is not None):
         flag, kind = ("--train_file", "text") if text else ("--train_dir", "images")
         raise ExitConfigurationError(f"MODEL {args.model} reads {kind}: give {flag}.")
-    pooling = args.exit_pooling or ("mean" if text else "cls")
+    pooling = args.exit_pooling or ("mean" if "mean" in model_class.config_class.exit_poolings else "cls")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the exits' heads are missing is as it should be
     try:
@@ -230,10 +230,6 @@ def load_model(args) -> PreTrainedModel:
     if model.num_exits == 1:
         raise ExitConfigurationError("--exit_layers names only the last layer: name earlier ones.")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _type_names(config_class) -> tuple[str, str]:
-    return config_class.model_type, config_class.stock_model_type
 
 
 def split_rows(num_rows: int, args) -> np.ndarray:

@@ -275,7 +275,7 @@ def _make_collator(processor: Any, args: ImageDataArguments, config: Any) -> Cal
 
 
 IMAGES = Modality(
-    model_type="vit",
+    main_input_name="pixel_values",
     data_arguments=ImageDataArguments,
     load_data=load_image_data,
     load_processor=_load_processor,

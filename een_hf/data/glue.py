@@ -417,7 +417,7 @@ def _write_submission(folder: Path, data: TaskData, split: str, predictions: lis
 
 
 TEXT = Modality(
-    model_type="bert",
+    main_input_name="input_ids",
     data_arguments=TextDataArguments,
     load_data=load_text_data,
     load_processor=_load_tokenizer,

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..models.configuration_een import ExitConfigurationError
+from ..models import MODEL_CLASSES, ExitConfigurationError
 
 
 class DataError(ExitConfigurationError):
@@ -53,7 +53,7 @@ class Modality:
     """What differs between text and images.
 
     Args:
-        model_type: `bert` or `vit`, the architecture of this kind of data.
+        main_input_name: what models of this kind of data read, `input_ids` or `pixel_values`.
         data_arguments: dataclass of the script's data flags.
         load_data: `(data_args, *, splits_needed, seed, cache_dir, token, like) -> TaskData`.
         load_processor: `(name or path or None, data_args, config, **hub) -> tokenizer or image processor`.
@@ -65,7 +65,7 @@ class Modality:
         augment: `(rows, processor, data_args, config, seed) -> rows`, of the training split alone.
     """
 
-    model_type: str
+    main_input_name: str
     data_arguments: type
     load_data: Callable[..., TaskData]
     load_processor: Callable[..., Any]
@@ -74,6 +74,11 @@ class Modality:
     fit_model: Callable[..., None] = lambda *_: None
     augment: Callable[..., Any] = lambda rows, *_: rows
     write_submission: Callable[..., None] = lambda *_: None
+
+    @property
+    def model_classes(self) -> dict[str, type]:
+        """The early-exit classes of this kind of data, by the type of the stock model."""
+        return {name: kind for name, kind in MODEL_CLASSES.items() if kind.main_input_name == self.main_input_name}
 
 
 def cut_validation_split(splits: dict, share: float, label_column: str, seed: int) -> dict:

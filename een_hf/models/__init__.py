@@ -9,19 +9,25 @@ from .modeling_een_vit import EarlyExitViTForImageClassification
 from .policies import ExitPolicy
 
 
-MODEL_CLASSES = {
-    "bert": EarlyExitBertForSequenceClassification,
-    "vit": EarlyExitViTForImageClassification,
-}
-for _model_class, _auto_class in (
-    (EarlyExitBertForSequenceClassification, AutoModelForSequenceClassification),
-    (EarlyExitViTForImageClassification, AutoModelForImageClassification),
-):
-    AutoConfig.register(_model_class.config_class.model_type, _model_class.config_class, exist_ok=True)
-    _auto_class.register(_model_class.config_class, _model_class, exist_ok=True)
+MODEL_CLASSES: dict[str, type[EarlyExitMixin]] = {}  # by the type of the stock model
+
+
+def register_architecture(model_class: type[EarlyExitMixin]) -> type[EarlyExitMixin]:
+    """Class decorator: make an early-exit class known to the scripts, the commands and transformers' Auto classes."""
+    config_class = model_class.config_class
+    images = model_class.main_input_name == "pixel_values"
+    auto_class = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    MODEL_CLASSES[config_class.stock_model_type] = model_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    auto_class.register(config_class, model_class, exist_ok=True)
     # What is saved takes the files of this folder along, and so runs where een_hf is not installed.
-    _model_class.config_class.register_for_auto_class()
-    _model_class.register_for_auto_class(_auto_class)
+    config_class.register_for_auto_class()
+    model_class.register_for_auto_class(auto_class)
+    return model_class
+
+
+for _model_class in (EarlyExitBertForSequenceClassification, EarlyExitViTForImageClassification):
+    register_architecture(_model_class)
 
 __all__ = [
     "MODEL_CLASSES",
@@ -33,4 +39,5 @@ __all__ = [
     "EarlyExitViTForImageClassification",
     "ExitConfigurationError",
     "ExitPolicy",
+    "register_architecture",
 ]

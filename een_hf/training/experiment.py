@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from sklearn.model_selection import train_test_split
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, PreTrainedConfig, set_seed
 from transformers.utils import logging
 
 from ..data.samples import sample_model_path
@@ -203,15 +203,16 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> Earl
         ExitConfigurationError: an architecture that this script does not train, a config field that is not there, or
             a fine-tuned head with other labels than the data.
     """
-    model_class = MODEL_CLASSES[modality.model_type]
-    config_class = model_class.config_class
+    model_classes = modality.model_classes
     given = {name: getattr(args, name) for name in ("exit_layers", "exit_pooling") if getattr(args, name) is not None}
     given["problem_type"] = data.problem_type
     if args.model_type is not None:
-        if args.model_type != modality.model_type:
+        if args.model_type not in model_classes:
             raise ExitConfigurationError(
-                f"--model_type {args.model_type} does not fit this script, which trains {modality.model_type}."
+                f"--model_type {args.model_type} does not fit this script, which trains {', '.join(model_classes)}."
             )
+        model_class = model_classes[args.model_type]
+        config_class = model_class.config_class
         overrides = dict(pair.split("=") for pair in (args.config_overrides or "").split(",") if pair)
         unknown = sorted(overrides.keys() - config_class.__dataclass_fields__.keys())
         if unknown:
@@ -223,13 +224,16 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> Earl
 
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
     name = _model_source(args)
-    found, _ = config_class.get_config_dict(name, **hub)
-    if found.get("model_type") not in (config_class.model_type, config_class.stock_model_type):
+    found, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    known = {kind.config_class.model_type: kind for kind in model_classes.values()} | model_classes
+    if found.get("model_type") not in known:
         raise ExitConfigurationError(
             f"--model_name_or_path {args.model_name_or_path} is of type {found.get('model_type')!r}. This script "
-            f"trains {config_class.stock_model_type!r}; exits exist for {', '.join(MODEL_CLASSES)}. Another "
+            f"trains {', '.join(model_classes)}; exits exist for {', '.join(MODEL_CLASSES)}. Another "
             "architecture is one adapter file: see 'Add an architecture' in README.md."
         )
+    model_class = known[found["model_type"]]
+    config_class = model_class.config_class
     config = config_class.from_dict({**found, "model_type": config_class.model_type}, **given)
     fine_tuned = any(str(kind).endswith("Classification") for kind in found.get("architectures") or [])
     if not fine_tuned or args.ignore_mismatched_sizes:
@@ -297,7 +301,7 @@ class Experiment:
         args, training = self.args, self.training
         if not (training.do_train or training.do_eval or training.do_predict):
             raise ExitConfigurationError("Nothing to do: give --do_train, --do_eval or --do_predict.")
-        if args.calibration.measure_speed and self.modality.model_type != "bert":
+        if args.calibration.measure_speed and self.modality.main_input_name != "input_ids":
             raise ExitConfigurationError("--measure_speed is for text; benchmarks/inference.py times images.")
         if args.data.streaming:
             self._check_streaming()
@@ -356,13 +360,14 @@ class Experiment:
         self.processor = self.modality.load_processor(source, args.data, self.model.config, **hub)
         self.splits = self.modality.encode_data(self.data, self.processor, args.data, self.model.config)
         self._take_calibration_rows()
+        self._check_calibration()
         if training.project == type(training).project:
             training.project = "-".join(re.findall(r"[\w.]+", " ".join(self._names_of_data())))
         if training.do_train:
             made_of = self.processor, args.data, self.model.config, training.seed
             rows = self.modality.augment(self.splits["train"], *made_of)
             self.splits["train"] = EndlessStream(rows) if args.data.streaming else rows
-        if self.modality.model_type != "bert":
+        if self.modality.main_input_name != "input_ids":
             training.remove_unused_columns = False  # rows carry what seeds their mixing
         self.trainer: EarlyExitTrainer = (get_scheme(training.method) if training.do_train else Evaluator)(
             model=self.model,
@@ -374,7 +379,8 @@ class Experiment:
             processing_class=self.processor,
             data_collator=self.modality.make_collator(self.processor, args.data, self.model.config),
         )
-        self._check_calibration()
+        if args.calibration.cost == CostUnit.LATENCY:
+            self._check_budget()  # measured where the trainer has put the model
         if training.do_train and self.model.config.exit_policy is not None:
             logger.warning("The checkpoint's exit policy is reset: training changes what its thresholds mean.")
             self.model.set_exit_policy(None)
@@ -426,12 +432,16 @@ class Experiment:
         if not self.training.do_eval:
             return
         fitting_criterion(wanted.exit_criterion, self.data.problem_type, required=asked)
-        rows = self.calibration_rows or self.splits["validation"]
         if wanted.max_risk is not None:
-            labelled = self.calibration_rows is None or _has_labels(rows)
+            labelled = self.calibration_rows is None or _has_labels(self.calibration_rows)
             check_risk(wanted.risk and wanted.risk.value, self.data.problem_type, labelled)
-        if wanted.target_cost is not None:
-            check_target_cost(wanted.target_cost, self._costs(rows))
+        if wanted.cost == CostUnit.OPERATIONS:
+            self._check_budget()
+
+    def _check_budget(self) -> None:
+        target = self.args.calibration.target_cost
+        if target is not None and self.training.do_eval:
+            check_target_cost(target, self._costs(self.calibration_rows or self.splits["validation"]))
 
     def _save_metrics(self, split: str, metrics: dict) -> None:
         self.trainer.log_metrics(split, metrics)
@@ -536,7 +546,7 @@ class Experiment:
         }
         results = {
             "method": config.training_scheme or "unknown",
-            "model_type": self.modality.model_type,
+            "model_type": config.stock_model_type,
             "dataset": data.dataset,
             "task_name": data.task_name,
             "metric": data.metrics[0],
