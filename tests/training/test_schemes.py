@@ -38,7 +38,7 @@ def make_model(model_type, problem_type, dropout=0.1):
     torch.manual_seed(0)
     model_class = MODEL_CLASSES[model_type]
     shape = {"vocab_size": 60, "max_position_embeddings": 12}
-    if model_type == "vit":
+    if model_class.main_input_name == "pixel_values":
         shape = {"image_size": 8, "patch_size": 4}
     config = model_class.config_class(
         hidden_size=16,
@@ -56,7 +56,7 @@ def make_model(model_type, problem_type, dropout=0.1):
 
 def make_rows(model_type, problem_type):
     generator = torch.Generator().manual_seed(7)
-    if model_type == "bert":
+    if MODEL_CLASSES[model_type].main_input_name == "input_ids":
         features = {"input_ids": torch.randint(1, 60, (NUM_ROWS, 10), generator=generator)}
         features["attention_mask"] = torch.ones(NUM_ROWS, 10, dtype=torch.int64)
     else:
