@@ -12,11 +12,10 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
-
-from .evaluation.plots import plot_exit_curves
 
 
 logger = logging.get_logger(__name__)
@@ -118,6 +117,11 @@ def _result_rows(results: dict) -> dict[str, list[dict]]:
     return {"exits": exits, **({"budgets": budgets} if budgets else {})}
 
 
+def _pictures(folder: str) -> list[Path]:
+    """Of a run: the curves of its exits and, of l2w, weights against losses."""
+    return [path for name in ("exit_curves", "l2w_weights") if (path := Path(folder, f"{name}.png")).exists()]
+
+
 def _policy_scalars(results: dict) -> dict[str, float]:
     policy = results["policy"]
     if not policy:
@@ -156,15 +160,13 @@ class EarlyExitWandbCallback(WandbCallback):
                 content["results/budgeted_curve"] = wandb.plot.line(
                     table, "relative_cost", results["metric"], title=title
                 )
-        for picture in ("exit_curves", "l2w_weights"):
-            path = Path(args.output_dir) / f"{picture}.png"
-            if path.exists():
-                content[f"results/{picture}"] = wandb.Image(str(path))
+        for path in _pictures(args.output_dir):
+            content[f"results/{path.stem}"] = wandb.Image(str(path))
         wandb.log({**content, "train/global_step": state.global_step})
 
 
 class EarlyExitTensorBoardCallback(TensorBoardCallback):
-    """The stock callback, with exits: the final tables as text, the policy's figures and the picture."""
+    """The stock callback, with exits: the final tables as text, the policy's figures and the pictures."""
 
     def on_exit_results(self, args, state, control, results=None, **kwargs):
         if not state.is_world_process_zero:
@@ -179,8 +181,8 @@ class EarlyExitTensorBoardCallback(TensorBoardCallback):
             head = [f"|{'|'.join(rows[0])}|", "|" + "---|" * len(rows[0])]
             body = ["|" + "|".join("" if v is None else f"{v:.4g}" for v in row.values()) + "|" for row in rows]
             self.tb_writer.add_text(f"results/{name}", "\n".join(head + body), step)
-        figure = plot_exit_curves(results, Path(args.output_dir) / "exit_curves.png")
-        self.tb_writer.add_figure("results/exit_curves", figure, step)
+        for path in _pictures(args.output_dir):
+            self.tb_writer.add_image(f"results/{path.stem}", imread(path), step, dataformats="HWC")
         self.tb_writer.flush()
 
 

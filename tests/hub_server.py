@@ -12,10 +12,38 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 
 USER = "someone"
+PIPELINE_TYPES = ("text-classification", "image-classification")
 COMMIT = "0" * 40
 ROOT = Path(sys.argv[1]).resolve() if __name__ == "__main__" else None
+
+
+def header_errors(card):
+    """What the Hub would refuse in the header of a card, by its published rules for models."""
+    try:
+        header = yaml.safe_load(card.split("---")[1])
+    except (IndexError, yaml.YAMLError) as error:
+        return [f"no header: {error}"]
+    errors = []
+    if header.get("pipeline_tag") not in (None, *PIPELINE_TYPES):
+        errors.append(f"pipeline_tag {header['pipeline_tag']!r} is not known")
+    for name in ("tags", "datasets", "metrics"):
+        if not all(isinstance(one, str) and one for one in header.get(name) or []):
+            errors.append(f"{name} must be names")
+    for model in header.get("model-index") or []:
+        if not model.get("name"):
+            errors.append("model-index needs a name")
+        for result in model.get("results") or []:
+            task, dataset = result.get("task") or {}, result.get("dataset") or {}
+            if not (task.get("type") in PIPELINE_TYPES and dataset.get("type") and dataset.get("name")):
+                errors.append("model-index needs the task's type and the data set's type and name")
+            for metric in result.get("metrics") or [{}]:
+                if not metric.get("type") or not isinstance(metric.get("value"), (int, float)):
+                    errors.append("model-index needs each metric's type and value")
+    return errors
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -81,7 +109,8 @@ class Hub(BaseHTTPRequestHandler):
             (ROOT / repo).mkdir(parents=True, exist_ok=True)
             return self.reply(body={"url": f"{self.address}/{repo}", "name": repo, "id": repo})
         if path == "/api/validate-yaml":
-            return self.reply(body={"errors": [], "warnings": []})
+            found = [{"message": message} for message in header_errors(json.loads(data)["content"])]
+            return self.reply(400 if found else 200, {"errors": found, "warnings": []})
         if "/preupload/" in path:
             files = json.loads(data)["files"]
             large = (".safetensors", ".bin", ".png", ".npz")

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 
 from een_hf.callbacks import EarlyExitWandbCallback, ExitHistoryCallback, ExitTableCallback, exit_curves
-from een_hf.evaluation import make_compute_metrics
+from een_hf.evaluation import make_compute_metrics, plot_exit_curves
 from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
 from een_hf.training import EarlyExitTrainingArguments, get_scheme
 
@@ -164,10 +164,12 @@ WANDB_RUN = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
+from een_hf.evaluation import plot_exit_curves
 from test_callbacks import RESULTS, make_trainer
 folder, scheme = sys.argv[1:3]
 trainer = make_trainer(Path(folder) / "out", scheme, report_to="wandb", project="words")
 trainer.train()
+plot_exit_curves(RESULTS, Path(folder) / "out" / "exit_curves.png")
 trainer.report_results(RESULTS)
 Path(folder, "log.json").write_text(json.dumps(trainer.state.log_history))
 """
@@ -194,9 +196,9 @@ def wandb_records(path):
 
 
 def read_offline_run(folder):
-    """(history rows, project, name, tables by key) of the only offline run below `folder`, from wandb's own files."""
+    """(history rows, project, name, tables, panels) of the only offline run below `folder`, from wandb's own files."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    rows, run = [], None
+    rows, run, panels = [], None, {}
     deadline = time.monotonic() + 60
     while not any(record.WhichOneof("record_type") == "exit" for record in wandb_records(path)):
         assert time.monotonic() < deadline, "wandb's own process has not closed the file"
@@ -208,10 +210,17 @@ def read_offline_run(folder):
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
         elif kind == "run":
             run = record.run
+        elif kind == "config":
+            updates = {"/".join(item.nested_key): item.value_json for item in record.config.update}
+            panels |= {
+                name.removeprefix("_wandb/visualize/"): json.loads(value)
+                for name, value in updates.items()
+                if name.startswith("_wandb/visualize/")
+            }
     tables = {}
     for table in path.parent.glob("files/media/table/results/*.table.json"):
         tables[table.name.split("_")[0]] = json.loads(table.read_text())
-    return rows, run.project, run.display_name, tables
+    return rows, run.project, run.display_name, tables, panels
 
 
 @pytest.mark.parametrize("scheme", ["joint", "l2w"])
@@ -229,7 +238,7 @@ def test_an_offline_wandb_run_reads_back(tmp_path, scheme):
         [sys.executable, "-c", WANDB_RUN, str(tmp_path), scheme, here], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    rows, project, name, tables = read_offline_run(tmp_path)
+    rows, project, name, tables, panels = read_offline_run(tmp_path)
     assert (project, name) == ("words", f"{scheme}-seed42")
     log = json.loads((tmp_path / "log.json").read_text())
     for k in (1, 2):
@@ -246,6 +255,19 @@ def test_an_offline_wandb_run_reads_back(tmp_path, scheme):
     budgets = tables["budgets"]
     found = [dict(zip(budgets["columns"], row, strict=True))["accuracy"] for row in budgets["data"]]
     assert found == [point["metrics"]["accuracy"] for point in RESULTS["budgeted"]]
+    # The pictures are those of the run's folder, the budgeted curve draws the table of budgets.
+    names = ["exit_curves", "l2w_weights"] if scheme == "l2w" else ["exit_curves"]
+    media = sorted((tmp_path / "wandb").glob("offline-run-*/files/media/images/results/*.png"))
+    assert [path.name.rsplit("_", 2)[0] for path in media] == names
+    for path, name in zip(media, names, strict=True):
+        assert path.read_bytes() == (tmp_path / "out" / f"{name}.png").read_bytes()
+    assert panels["results/budgeted_curve"]["panel_config"]["fieldSettings"] | {"stroke": None} == {
+        "x": "relative_cost",
+        "y": "accuracy",
+        "stroke": None,
+    }
+    (drawn,) = [row for row in rows if "results/budgeted_curve_table/sha256" in row]
+    assert drawn["results/budgeted_curve_table/sha256"] == drawn["results/budgets/sha256"]
     last = [row for row in rows if "policy/accuracy" in row]
     assert [(row["policy/accuracy"], row["policy/relative_cost"]) for row in last] == [(0.88, 0.68)]
 
@@ -265,7 +287,7 @@ def test_the_callback_works_alone_with_a_plain_trainer(tmp_path, monkeypatch):
     )
     plain.train()
     wandb.finish()
-    rows, project, _, _ = read_offline_run(tmp_path)
+    rows, project, *_ = read_offline_run(tmp_path)
     assert project == trainer.args.project
     losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
     assert losses == [logs["eval_loss"] for logs in plain.state.log_history if "eval_loss" in logs]
@@ -276,8 +298,9 @@ def test_tensorboard_has_curves_tables_and_the_picture(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    trainer = make_trainer(tmp_path / "out", report_to="tensorboard")
+    trainer = make_trainer(tmp_path / "out", "l2w", report_to="tensorboard")
     trainer.train()
+    plot_exit_curves(RESULTS, tmp_path / "out" / "exit_curves.png")
     trainer.report_results(RESULTS)
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
@@ -287,5 +310,7 @@ def test_tensorboard_has_curves_tables_and_the_picture(tmp_path, monkeypatch):
         wanted = [logs[f"eval_exit{k}_loss"] for logs in trainer.state.log_history if f"eval_exit{k}_loss" in logs]
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
     assert [event.value for event in events.Scalars("policy/accuracy")] == pytest.approx([0.88])
-    assert "results/exit_curves" in tags["images"]
+    for name in ("exit_curves", "l2w_weights"):
+        (shown,) = events.Images(f"results/{name}")
+        assert (shown.height, shown.width) == imread(tmp_path / "out" / f"{name}.png").shape[:2]
     assert {"results/exits/text_summary", "results/budgets/text_summary"} <= set(tags["tensors"])

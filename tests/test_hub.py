@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import header_errors
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
@@ -263,6 +264,19 @@ def test_the_header_is_what_the_hub_reads(card_of_run):
     wanted = [row["metrics"]["accuracy"] for row in results["anytime"]] + [results["policy"]["metrics"]["accuracy"]]
     assert [result.metric_value for result in measured] == [round(value, 4) for value in wanted]
     assert {result.metric_type for result in measured} == {"accuracy"}
+
+
+def test_the_server_refuses_a_header_that_the_hub_would_refuse(card_of_run):
+    """Otherwise that the pushes went through would say nothing about the card."""
+    card, _ = card_of_run
+    assert header_errors(card.content) == []
+    assert header_errors("no header") and header_errors("---\n: [\n---\n")
+    for before, after in (
+        ("pipeline_tag: image-classification", "pipeline_tag: classification"),
+        ("type: image-classification", "kind: image-classification"),
+        ("- early-exit", "- 3"),
+    ):
+        assert before in card.content and header_errors(card.content.replace(before, after))
 
 
 def test_figures_are_those_of_the_results(card_of_run):
