@@ -4,7 +4,10 @@ een-hf compare runs/joint runs/boosted runs/l2w --output compare.png
 
 All numbers are measured on the rows that calibrated nothing. "at 50 %": under the largest budget that is at most half
 of the plain model's cost. "area": the mean of that over the budgets from where every run can answer up to 1.
-Baselines of the results files are points of the plot.
+
+A run with one exit is a baseline: plain fine-tuning (--exit_layers names the last layer), or that of a smaller model.
+It has one cost, its operations over those of the plain model of the first run with several exits; from there on it
+answers in the table, and in the plot it is a point.
 """
 
 import os
@@ -27,6 +30,7 @@ def run(args) -> None:
         raise ExitConfigurationError(f"--output {args.output} must name a .png file in a folder that is there.")
     runs = dict(zip(_names(args.runs), map(read_exit_results, args.runs), strict=True))
     _check_comparable(args.runs, list(runs.values()))
+    _place_baselines(args.runs, runs)
     print(comparison_table(runs))
     if args.output is not None:
         plot_comparison(runs, args.output)
@@ -38,14 +42,17 @@ def comparison_table(runs: dict[str, dict]) -> str:
     metric = next(iter(runs.values()))["metric"]
     cheapest = [min((entry["target_cost"] for entry in results["budgeted"]), default=1) for results in runs.values()]
     start = max((cost for cost in cheapest if cost < 1), default=None)
-    header = ["run", "method", *(f"at {share:.0%}" for share in SHARES), "area", "last exit"]
+    header = ["run", "method", "cost", *(f"at {share:.0%}" for share in SHARES), "area", "last exit"]
     rows = []
     for name, results in runs.items():
-        curve = results["budgeted"]
+        last = (results["anytime_report"] or results["anytime"])[-1]
+        curve = [last | {"target_cost": last["relative_cost"]}] if is_baseline(results) else results["budgeted"]
         scores = [metric_at_cost(curve, share, metric) for share in SHARES]
         scores.append(None if start is None else curve_area(curve, metric, start))
-        scores.append((results["anytime_report"] or results["anytime"])[-1]["metrics"].get(metric))
-        rows.append([name, results["method"], *("-" if score is None else f"{score:.4f}" for score in scores)])
+        scores.append(last["metrics"].get(metric))
+        method = "plain" if is_baseline(results) else results["method"]
+        cells = ["-" if score is None else f"{score:.4f}" for score in scores]
+        rows.append([name, method, f"{last['relative_cost']:.3f}", *cells])
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     aligned = [str.ljust] * 2 + [str.rjust] * (len(header) - 2)
     lines = [
@@ -54,6 +61,23 @@ def comparison_table(runs: dict[str, dict]) -> str:
     ]
     area = "no run leaves early" if start is None else f"area over relative costs {start:.3f} to 1"
     return "\n".join([f"{metric} at a share of the plain model's cost; {area}", *lines])
+
+
+def is_baseline(results: dict) -> bool:
+    """Whether a run has no early exit."""
+    return len(results["exit_layers"]) == 1
+
+
+def _place_baselines(paths: list[str], runs: dict[str, dict]) -> None:
+    """Change a baseline's relative cost from that of its own network to that of the network it is compared with."""
+    whole = next((results for results in runs.values() if not is_baseline(results)), None)
+    for path, results in zip(paths, runs.values(), strict=True):
+        if whole is None or not is_baseline(results):
+            continue
+        if not (results.get("plain_operations") and whole.get("plain_operations")):
+            raise ExitConfigurationError(f"{path} does not say what its network costs: evaluate it again (--do_eval).")
+        for row in (*results["anytime"], *results["anytime_report"]):
+            row["relative_cost"] = results["plain_operations"] / whole["plain_operations"]
 
 
 def _names(paths: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from .calibration import (
     check_target_cost,
     policy_row,
 )
-from .cost import cost_inputs, mean_length, relative_costs
+from .cost import cost_inputs, count_operations, mean_length, relative_costs
 from .metrics import (
     F1,
     METRICS,
@@ -51,6 +51,7 @@ __all__ = [
     "check_risk",
     "check_target_cost",
     "cost_inputs",
+    "count_operations",
     "curve_area",
     "expected_calibration_error",
     "format_exit_table",

@@ -30,6 +30,17 @@ def relative_costs(
     Raises:
         ValueError: a text model without a `sequence_length`, or with one that its positions do not reach.
     """
+    spent, plain = count_operations(model, sequence_length=sequence_length, image_size=image_size)
+    return [operations / plain for operations in spent]
+
+
+def count_operations(
+    model: nn.Module, *, sequence_length: int | None = None, image_size: int | tuple[int, int] | None = None
+) -> tuple[list[int], int]:
+    """Operations up to and with each exit, and those of the plain model, for one input; arguments as above.
+
+    They are counted as torch's `FlopCounterMode` does: two for a multiply-accumulate.
+    """
     twin = _meta_copy(model).eval()
     inputs = _dummy_inputs(twin, sequence_length, image_size)
     layers = list(twin.backbone_layers)
@@ -53,10 +64,11 @@ def relative_costs(
     up_to_layer = list(accumulate((spent[layer] for layer in layers), initial=embedding))
     head_costs = [sum(spent[part] for part in head) for head in heads]
     plain = up_to_layer[-1] + head_costs[-1]
-    return [
-        (up_to_layer[layer] + heads_so_far) / plain
+    up_to_exit = [
+        up_to_layer[layer] + heads_so_far
         for layer, heads_so_far in zip(twin.config.exit_layers, accumulate(head_costs), strict=True)
     ]
+    return up_to_exit, plain
 
 
 def mean_length(attention_masks: Iterable[Sequence[int]]) -> int:

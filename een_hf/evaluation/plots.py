@@ -67,7 +67,8 @@ def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure
 def plot_comparison(runs: dict[str, dict[str, Any]], path: str | os.PathLike) -> Figure:
     """Draw the budgets of several runs, by name, and their baselines into one PNG file.
 
-    A point is joined to the next by a step: nothing is claimed between two measured costs.
+    A point is joined to the next by a step: nothing is claimed between two measured costs. A run with one exit is a
+    baseline, and so a point.
 
     Args:
         runs: results dicts (as `write_exit_results` takes them) of one data set and metric.
@@ -86,6 +87,10 @@ def plot_comparison(runs: dict[str, dict[str, Any]], path: str | os.PathLike) ->
     axes.spines[["top", "right"]].set_visible(False)
     baselines = {}
     for index, (name, results) in enumerate(runs.items()):
+        if len(results["exit_layers"]) == 1:
+            (cost,), (score,) = _points((results["anytime_report"] or results["anytime"])[-1:], metric)
+            baselines[name, cost, score] = None
+            continue
         costs, scores = _points(sorted(results["budgeted"], key=lambda entry: entry["relative_cost"]), metric)
         style = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":")[index // 10 % 3], "markersize": 4}
         axes.plot(costs, scores, "o", drawstyle="steps-post", label=f"{name} ({results['method']})", **style)

@@ -75,13 +75,31 @@ def test_the_table(write_run, tmp_path, capsys):
     main(["compare", first, second + "/exit_results.json", third])
     title, header, *rows = capsys.readouterr().out.splitlines()
     assert title == "accuracy at a share of the plain model's cost; area over relative costs 0.400 to 1"
-    assert header.split() == "run method at 25% at 50% at 75% area last exit".split()
+    assert header.split() == "run method cost at 25% at 50% at 75% area last exit".split()
     areas = [(0.1 * 0.8 + 0.1 * 0.7 + 0.4 * 0.9) / 0.6, (0.3 * 0.6 + 0.3 * 0.8) / 0.6]
     assert [row.split() for row in rows] == [
-        ["a/one", "joint", "0.5000", "0.7000", "0.9000", f"{areas[0]:.4f}", "1.2000"],
-        ["b/one", "boosted", "-", "0.6000", "0.8000", f"{areas[1]:.4f}", "1.2000"],
-        [f"{tmp_path.name}/stock", "joint", "-", "-", "-", "-", "1.2000"],
+        ["a/one", "joint", "1.000", "0.5000", "0.7000", "0.9000", f"{areas[0]:.4f}", "1.2000"],
+        ["b/one", "boosted", "1.000", "-", "0.6000", "0.8000", f"{areas[1]:.4f}", "1.2000"],
+        [f"{tmp_path.name}/stock", "joint", "1.000", "-", "-", "-", "-", "1.2000"],
     ]
+
+
+def test_a_run_with_one_exit_is_a_baseline(write_run, tmp_path, capsys):
+    """Fails if a smaller model is charged as the whole one, or answers below its own cost."""
+    joint = write_run("joint", CURVE, plain_operations=400)
+    last = {"exit": 1, "layer": 3, "relative_cost": 1.0, "loss": 0.1, "metrics": {"accuracy": 0.75}, "ece": 0.1}
+    single = {"exit_layers": [3], "anytime": [last], "anytime_report": [last]}
+    small = write_run("small", curve((1.0, 0.75)), plain_operations=180, **single)
+    plot = tmp_path / "compare.png"
+    main(["compare", small, joint, "--output", str(plot)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert rows[0] == ["small", "plain", "0.450", "-", "0.7500", "0.7500", "-", "0.7500"]
+    runs = {name: json.loads((tmp_path / name / "exit_results.json").read_text()) for name in ("joint", "small")}
+    runs["small"]["anytime_report"][0]["relative_cost"] = 0.45
+    lines = {line.get_label(): line.get_xydata().tolist() for line in plot_comparison(runs, plot).axes[0].lines}
+    assert lines["small"] == [[0.45, 0.75]]
+    with pytest.raises(SystemExit, match="does not say what its network costs"):
+        main(["compare", write_run("old", CURVE), small])
 
 
 def test_the_plot(write_run, tmp_path):

@@ -171,6 +171,23 @@ def _fast(policy, logits, labels):
     return (logits[np.arange(len(exits)), exits].argmax(-1) == labels).mean()
 
 
+@pytest.mark.parametrize("criterion", ["confidence", "entropy", "margin"])
+def test_the_budget_holds_on_new_rows_within_sampling_error(criterion):
+    """A budget that is kept only on the rows that calibrated it would be overdrawn in production."""
+    costs, overdrawn = _costs(4), []
+    for seed in range(30):
+        logits, labels = _rows(400, seed=seed)
+        policy = calibrate(logits, labels, costs, criterion=criterion, target_cost=0.55).policy
+        new, _ = _rows(4000, seed=1000 + seed)
+        spent = costs[policy.exits_of(torch.tensor(new)).numpy()]
+        error = spent.std() * math.sqrt(1 / 400 + 1 / 4000)
+        overdrawn.append(
+            (spent.mean() - policy_row(policy, logits, labels, costs, lambda _: {})["relative_cost"]) / error
+        )
+    # Differences in units of their standard error: no bias beyond a part of one, none far out.
+    assert abs(np.mean(overdrawn)) < 0.6 and np.abs(overdrawn).max() < 4
+
+
 def test_thresholds_lie_midway():
     """A threshold on a score itself is at the mercy of rounding on another device."""
     logits, labels = _rows(300)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from een_hf.evaluation import mean_length, relative_costs
+from een_hf.evaluation import count_operations, mean_length, relative_costs
 from een_hf.models import (
     EarlyExitBertConfig,
     EarlyExitBertForSequenceClassification,
@@ -51,6 +51,14 @@ def expected_costs(exit_layers, tokens, num_layers, embedding, head):
     layer = projections + attention + mlp
     plain = embedding + num_layers * layer + head
     return [(embedding + depth * layer + count * head) / plain for count, depth in enumerate(exit_layers, 1)]
+
+
+def test_operations_of_a_smaller_network():
+    """Fails if baselines of another size are placed at a wrong cost: two per multiply-accumulate, by hand."""
+    found, plain = count_operations(make_bert(exit_layers=[2, 4]), sequence_length=20)
+    layer = 4 * 20 * WIDTH * WIDTH + 2 * 20 * 20 * WIDTH + 2 * 20 * WIDTH * INNER
+    head = WIDTH * WIDTH + WIDTH * LABELS
+    assert plain == 2 * (4 * layer + head) and found == [2 * (2 * layer + head), 2 * (4 * layer + 2 * head)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
