@@ -257,7 +257,10 @@ def _encode_rows(data: TaskData, processor: Any, args: ImageDataArguments, confi
     encoded = {}
     for split, rows in data.splits.items():
         if isinstance(rows, datasets.IterableDataset):
-            encoded[split] = ImageStream(rows, image_column, data.label_column, ids, transform, args.skip_corrupt)
+            where = f"{data.dataset}, split {split!r}"
+            encoded[split] = ImageStream(
+                rows, image_column, data.label_column, ids, transform, args.skip_corrupt, where
+            )
             continue
         labels = rows[data.label_column][:] if data.label_column in rows.column_names else None
         if labels is not None and ids is not None:

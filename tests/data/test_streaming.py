@@ -1,6 +1,8 @@
 """A streamed training split gives the rows that a held one gives."""
 
 import json
+import logging
+import re
 from collections import Counter
 
 import datasets
@@ -128,18 +130,57 @@ def test_streamed_images_are_the_held_ones(tmp_path):
     assert content(streamed) == content(held)
 
 
-def test_a_corrupt_image_in_a_stream(tmp_path):
-    whole = load_digits()["train"].select(range(5)).cast_column("image", datasets.Image(decode=False))
+@pytest.fixture
+def spoilt_folder(tmp_path):
+    """Two training files of five images each; the fourth is cut short in both. The validation images are whole."""
+    whole = load_digits()["train"].select(range(10)).cast_column("image", datasets.Image(decode=False))
     rows = [
-        {**row, "image": {"bytes": row["image"]["bytes"][: 40 if k == 3 else None], "path": f"{k}.png"}}
+        {**row, "image": {"bytes": row["image"]["bytes"][: 40 if k % 5 == 3 else None], "path": f"{k}.png"}}
         for k, row in enumerate(whole)
     ]
-    for split in ("train", "validation"):
-        part = rows if split == "train" else rows[:3]
-        datasets.Dataset.from_list(part, features=whole.features).to_parquet(tmp_path / f"{split}.parquet")
-    with pytest.raises(DataError, match=r"3\.png is corrupt.*--skip_corrupt"):
-        list(image_rows(str(tmp_path), True)["train"])
-    assert len(list(image_rows(str(tmp_path), True, skip_corrupt=True)["train"])) == 4
+    parts = {"train-0": rows[:5], "train-1": rows[5:], "validation": rows[:3]}
+    for name, part in parts.items():
+        datasets.Dataset.from_list(part, features=whole.features).to_parquet(tmp_path / f"{name}.parquet")
+    return str(tmp_path)
+
+
+def test_a_corrupt_image_in_a_stream(spoilt_folder):
+    with pytest.raises(DataError, match=r"[38]\.png is corrupt.*--skip_corrupt"):
+        list(image_rows(spoilt_folder, True)["train"])
+
+
+def test_corrupt_images_of_a_stream_are_skipped_and_counted(spoilt_folder, caplog):
+    """What breaks: half of a data set goes missing and nobody hears of it."""
+    rows = image_rows(spoilt_folder, True, skip_corrupt=True)["train"]
+    for _ in range(2):
+        caplog.clear()
+        assert len(list(rows)) == 8
+        (record,) = caplog.records
+        counted = r"split 'train': 2 of 10 images are corrupt and left out, the first is .*[38]\.png\.$"
+        assert re.search(counted, record.getMessage())
+
+
+def test_a_run_that_stops_within_a_pass_counts_too(spoilt_folder, caplog):
+    rows = iter(image_rows(spoilt_folder, True, skip_corrupt=True)["train"])
+    for _ in range(7):
+        next(rows)
+    rows.close()
+    assert re.search(r"[12] of [89] images are corrupt", caplog.text)
+
+
+def test_each_worker_counts_its_own(spoilt_folder, tmp_path):
+    """What breaks: what a worker leaves out stays in its process, unsaid."""
+    handler, logger = logging.FileHandler(tmp_path / "log"), logging.getLogger("een_hf.data.images")
+    logger.addHandler(handler)
+    try:
+        rows = image_rows(spoilt_folder, True, skip_corrupt=True)["train"]
+        assert len(list(torch.utils.data.DataLoader(rows, batch_size=None, num_workers=2))) == 8
+    finally:
+        logger.removeHandler(handler)
+    lines = sorted((tmp_path / "log").read_text().splitlines())
+    assert len(lines) == 2
+    for number, line in enumerate(lines, 1):
+        assert f"worker {number} of 2: 1 of 5 images are corrupt" in line
 
 
 def test_random_transforms_of_a_stream_repeat(tmp_path):
