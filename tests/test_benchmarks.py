@@ -221,3 +221,16 @@ def test_targets_of_training_are_against_the_named_scheme(tmp_path):
     page = write_page(tmp_path, training_step_tiny=data)
     assert cells(page, "boosted")[0][5] == "time / plain fine-tuning ≤ 1.05: missed"
     assert cells(page, "l2w, interval 1")[0][5] == "time / joint ≤ 4.00: met; memory / joint ≤ 1.60: missed"
+
+
+def test_targets_of_partition(tmp_path):
+    """What breaks: milliseconds that are taken for seconds, or a target that was missed and is not called so."""
+    rows = [
+        {"format": name, "parts": 1000, "rows": 50000, "peak memory (GiB)": memory, "wall": {**MEASURED, **wall}}
+        for name, memory, wall in (("parquet", 1.5, {"median_ms": 61000.0}), ("npz", 2.5, {"median_ms": 59000.0}))
+    ]
+    page = write_page(
+        tmp_path, partition={"command": "python benchmarks/partition.py", "machine": MACHINE, "rows": rows}
+    )
+    assert cells(page, "parquet")[0][3::2] == ["61.0", "≤ 60.00: missed", "≤ 2.00: met"]
+    assert cells(page, "npz")[0][3::2] == ["59.0", "≤ 60.00: met", "≤ 2.00: missed"]
