@@ -2,7 +2,7 @@
 """Time and memory of cutting CIFAR-100 into 1,000 balanced non-IID parts, in both formats.
 
 Each run is `recipes/generate_cifar100.py noniid balance dir` in a process of its own and with an empty cache, from the
-first import to the last file. Peak memory is what the system counts as resident in that process, mapped files included.
+first import to the last file. Peak memory is what is resident in that process, mapped files included.
 
     python benchmarks/partition.py --dataset_name ../shared/data/cifar100
 """
