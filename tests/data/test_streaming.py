@@ -204,20 +204,6 @@ COMMON = ["--do_train", "--do_eval", "--use_cpu", "--streaming"]
 TINY = ["--model_type=vit", f"{SHAPE},patch_size=4", "--image_size=8", *COMMON]
 
 
-@pytest.fixture
-def tokens_read():
-    """Grows by the token ids of every batch that is trained on."""
-    read = []
-
-    def hook(module, inputs):
-        if isinstance(module, torch.nn.Embedding) and module.num_embeddings > 1000 and module.training:
-            read.extend(inputs[0].tolist())
-
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
-    yield read
-    handle.remove()
-
-
 def write_table(path, rows):
     table = datasets.Dataset.from_list(rows)
     (table.to_csv if path.suffix == ".csv" else table.to_parquet)(path)
