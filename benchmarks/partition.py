@@ -2,7 +2,8 @@
 """Time and memory of cutting CIFAR-100 into 1,000 balanced non-IID parts, in both formats.
 
 Each run is `recipes/generate_cifar100.py noniid balance dir` in a process of its own and with an empty cache, from the
-first import to the last file. Peak memory is what is resident in that process, mapped files included.
+first import to the last file. CPU time tells a busy machine from slow code. Peak memory is what is resident in that
+process, mapped files included.
 
     python benchmarks/partition.py --dataset_name ../shared/data/cifar100
 """
@@ -32,7 +33,7 @@ def main() -> None:
 
     results = []
     for format in args.formats:
-        seconds, kibibytes = [], []
+        seconds, computing, kibibytes = [], [], []
         for _ in range(args.repeats):
             with tempfile.TemporaryDirectory() as folder:
                 flags = ["--dataset_name", args.dataset_name, "--format", format]
@@ -45,11 +46,12 @@ def main() -> None:
                 seconds.append(time.perf_counter() - start)
                 if status:
                     sys.exit(f"{' '.join(process.args)} failed with status {os.waitstatus_to_exitcode(status)}")
+                computing.append(usage.ru_utime + usage.ru_stime)
                 kibibytes.append(usage.ru_maxrss)
                 about = json.loads(Path(folder, "parts", "partition.json").read_text())
         row = {"format": format, "parts": about["num_partitions"], "rows": sum(map(sum, about["sizes"].values()))}
         row["peak memory (GiB)"] = max(kibibytes) / 2**20
-        results.append({**row, "wall": summarize(seconds)})
+        results.append({**row, "wall": summarize(seconds), "cpu": summarize(computing)})
         print(results[-1])
     write_results(args.results, "partition", results)
 
