@@ -331,11 +331,44 @@ def planted(data: dict, name: str, plots: Path | None) -> str:
     return "\n".join(["## What the weight network of l2w learns\n", source(data), text, table(head, lines), word])
 
 
+def partition(data: dict, name: str, plots: Path | None) -> str:
+    lines = []
+    for row in data["rows"]:
+        seconds, low, high = (row["wall"][key] / 1000 for key in ("median_ms", "quartile_1_ms", "quartile_3_ms"))
+        memory = row["peak memory (GiB)"]
+        cells = [row["format"], str(row["parts"]), str(row["rows"]), f"{seconds:.1f}", target(seconds, 60)]
+        cells += [f"{low:.1f} to {high:.1f}", f"{row['cpu']['median_ms'] / 1000:.1f}"]
+        lines.append([*cells, f"{memory:.2f}", target(memory, 2)])
+    text = (
+        "CIFAR-100 in balanced non-IID parts (`recipes/generate_cifar100.py noniid balance dir`), from the first "
+        "import to the last file, with an empty cache; the largest peak of resident memory in all repeats. CPU time "
+        "under the wall's: the process waited, for a shared core or the disk.\n"
+    )
+    head = [
+        "format",
+        "parts",
+        "rows",
+        "median (s)",
+        "target",
+        "quartiles (s)",
+        "CPU (s)",
+        "peak memory (GiB)",
+        "target",
+    ]
+    return "\n".join(["## Partition\n", source(data), text, table(head, lines)])
+
+
 def generic(data: dict, name: str, plots: Path | None) -> str:
     return "\n".join([f"## {name.replace('_', ' ').capitalize()}\n", source(data), plain_table(data["rows"])])
 
 
-SECTIONS = {"quality_": quality, "planted_": planted, "inference_": inference, "training_step_": training_step}
+SECTIONS = {
+    "quality_": quality,
+    "planted_": planted,
+    "inference_": inference,
+    "training_step_": training_step,
+    "partition": partition,
+}
 
 
 def write_page(results: Path, plots: Path | None) -> str:

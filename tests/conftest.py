@@ -30,3 +30,19 @@ def minilm_path() -> Path:
         return sample_model_path("minilm")
     except DataError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def tokens_read():
+    """Grows by the token ids of every row that a text model is trained on."""
+    import torch
+
+    read = []
+
+    def hook(module, inputs):
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings > 1000 and module.training:
+            read.extend(inputs[0].tolist())
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    yield read
+    handle.remove()

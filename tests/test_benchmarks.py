@@ -221,3 +221,15 @@ def test_targets_of_training_are_against_the_named_scheme(tmp_path):
     page = write_page(tmp_path, training_step_tiny=data)
     assert cells(page, "boosted")[0][5] == "time / plain fine-tuning ≤ 1.05: missed"
     assert cells(page, "l2w, interval 1")[0][5] == "time / joint ≤ 4.00: met; memory / joint ≤ 1.60: missed"
+
+
+def test_targets_of_partition(tmp_path):
+    """What breaks: milliseconds that are taken for seconds, or a target that was missed and is not called so."""
+    rows = []
+    for name, seconds, memory in (("parquet", 61, 1.5), ("npz", 59, 2.5)):
+        times = {"wall": {**MEASURED, "median_ms": 1000.0 * seconds}, "cpu": {**MEASURED, "median_ms": 20_000.0}}
+        rows.append({"format": name, "parts": 1000, "rows": 50000, "peak memory (GiB)": memory, **times})
+    data = {"command": "python benchmarks/partition.py", "machine": MACHINE, "rows": rows}
+    page = write_page(tmp_path, partition=data)
+    assert cells(page, "parquet")[0][3:5] == ["61.0", "≤ 60.00: missed"]
+    assert cells(page, "npz")[0][3:] == ["59.0", "≤ 60.00: met", "0.0 to 0.0", "20.0", "2.50", "≤ 2.00: missed"]

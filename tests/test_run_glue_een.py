@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig
 
+from een_hf.commands import main as command_main
 from een_hf.data.cifar import IMAGES
 from een_hf.data.glue import GLUE_TASKS, TEXT
 from een_hf.training.experiment import Experiment, main, parse_arguments
@@ -383,6 +385,54 @@ def test_every_task_runs_with_its_own_metrics(task, minilm_path, tmp_path):
             assert {row[1] for row in rows} <= set(GLUE_TASKS[task].label_names)
         else:
             assert {row[1] for row in rows} <= {"0", "1"}
+
+
+# Parts
+
+
+def column_of(path, column):
+    return pq.read_table(path, columns=[column])[column].to_pylist()
+
+
+@pytest.mark.parametrize("part", ["1", "all"])
+@pytest.mark.parametrize("source", ["file", "task"])
+def test_a_part_is_trained_on(source, part, minilm_path, tmp_path, tokens_read):
+    """What breaks: rows of another part are trained on, or a part is evaluated on rows that it was trained on.
+
+    48 rows in 3 parts, a quarter of each for validation: two steps are one epoch. With --dataset_name the data set's
+    own validation split is evaluated, else the part's.
+    """
+    parts, folder, numbers = tmp_path / "parts", tmp_path / "glue", [part] if part != "all" else ["0", "1", "2"]
+    column, rows = "text", [{"text": f"text number {row}", "label": ("bad", "good")[row % 2]} for row in range(48)]
+    flags = [f"--partition_dir={parts}", f"--partition_id={part}", "--do_train", "--do_eval", "--max_steps=2"]
+    if source == "file":
+        datasets.Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+        words = ["--train_file", tmp_path / "rows.csv"]
+    else:
+        column = "sentence"
+        rows = [{"sentence": row["text"], "label": row["label"] == "good", "idx": k} for k, row in enumerate(rows)]
+        train = datasets.Dataset.from_list(rows).cast_column(
+            "label", datasets.ClassLabel(names=["negative", "positive"])
+        )
+        train.to_parquet(write_task(folder, "sst2") / "sst2" / "train-00000-of-00001.parquet")
+        words = ["--dataset_name", folder, "--dataset_config_name", "sst2"]
+        flags += [f"--dataset_name={folder}", "--task_name=sst2"]
+    settings = ["--num_partitions=3", "--scheme=iid", "--balance", f"--output_dir={parts}"]
+    command_main(["partition", *map(str, words), *settings])
+    flags += [f"--per_device_train_batch_size={6 * len(numbers)}", f"--output_dir={tmp_path / 'run'}"]
+    main(TEXT, tiny(minilm_path, *flags))
+
+    wanted = [text for number in numbers for text in column_of(parts / "train" / f"{number}.parquet", column)]
+    read = AutoTokenizer.from_pretrained(minilm_path).batch_decode(tokens_read, skip_special_tokens=True)
+    assert sorted(read) == sorted(wanted) and len(set(read)) == 12 * len(numbers)
+    results = json.loads((tmp_path / "run" / "exit_results.json").read_text())
+    labels = np.load(tmp_path / "run" / "exit_logits.npz")["labels"].tolist()
+    own = [name for number in numbers for name in column_of(parts / "valid" / f"{number}.parquet", "label")]
+    if source == "file":
+        assert labels == [("bad", "good").index(name) for name in own]
+    else:
+        assert labels == column_of(folder / "sst2" / "validation-00000-of-00001.parquet", "label")
+    assert results["num_eval_samples"] == len(labels) == (4 * len(numbers) if source == "file" else 40)
 
 
 # Recipes and bad input

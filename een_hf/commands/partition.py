@@ -2,6 +2,7 @@
 
 een-hf partition --dataset_name cifar100 --num_partitions 1000 --scheme dir --alpha 0.1 --balance \\
     --output_dir dataset/cifar100_noniid1000
+een-hf partition --train_file texts.csv --num_partitions 10 --scheme iid --output_dir parts
 
 iid: rows by chance. dir: each part draws its shares of the classes from a Dirichlet distribution. pat: each part sees
 a few classes. Sizes vary unless --balance makes them equal. Every row is in exactly one part, in OUT/train/<part> or
@@ -27,10 +28,12 @@ from ..data.task import DataError
 def add_arguments(parser) -> None:
     parser.add_argument(
         "--dataset_name",
-        required=True,
-        help="cifar100, cifar10, Hub name, local folder of parquet files, or an installed sample: digits, bbc_news",
+        help="cifar100, cifar10, Hub name, local folder of parquet files or of one folder of images per class, or an "
+        "installed sample: digits, bbc_news",
     )
     parser.add_argument("--dataset_config_name", help="configuration of --dataset_name")
+    parser.add_argument("--train_file", help="instead of --dataset_name: rows as csv, json, jsonl or parquet")
+    parser.add_argument("--train_dir", help="instead of --dataset_name: images, one folder per class")
     parser.add_argument("--label_column_name", help="default: label, else fine_label")
     parser.add_argument(
         "--input_column_names",
@@ -79,11 +82,14 @@ def run(args) -> None:
         args.dataset_name,
         args.dataset_config_name,
         args.label_column_name,
+        train_file=args.train_file,
+        train_dir=args.train_dir,
         cache_dir=args.cache_dir,
         token=args.token,
     )
     parts, shares = partition_indices(data.labels, args.num_partitions, **settings)
-    source = {"dataset_name": args.dataset_name, "dataset_config_name": args.dataset_config_name}
+    names = ("dataset_name", "dataset_config_name", "train_file", "train_dir")
+    source = {name: getattr(args, name) for name in names}
     about = write_partition(
         data,
         parts,

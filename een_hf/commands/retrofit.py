@@ -18,18 +18,23 @@ import math
 import os
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, PreTrainedConfig, set_seed
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..data.glue import TEXT, TextDataArguments, encode_text_data, prepare_rows, text_columns
+from ..data.images import EvaluationTransform, decode_image, whole_images
 from ..data.sources import limit_rows, load_files
 from ..data.task import DataError, TaskData
 from ..evaluation import (
@@ -42,14 +47,14 @@ from ..evaluation import (
     text_functions,
 )
 from ..evaluation.calibration import rows_needed
-from ..evaluation.results import _replacing
+from ..evaluation.results import LOGITS_NAME, _replacing
 from ..inference import pad_rows, predict
 from ..models import MODEL_CLASSES, ExitConfigurationError
 from ..models.policies import get_criterion
 from ..training.arguments import CalibrationArguments
 
 
-RECORD_NAME = "retrofit.json"
+RECORD_NAME, FEATURES_NAME = "retrofit.json", "features"
 SINGLE_LABEL = "single_label_classification"
 
 
@@ -58,6 +63,7 @@ def add_arguments(parser) -> None:
     data = parser.add_argument_group("data (no labels are read)")
     data.add_argument("--train_file", help="text: csv, json, jsonl or parquet file")
     data.add_argument("--train_dir", help="images: folder of image files, sub-folders included")
+    data.add_argument("--skip_corrupt", action="store_true", help="leave out images that cannot be decoded")
     data.add_argument(
         "--text_column_names", nargs="+", help="one text column, or two for pairs; default: the only one or two"
     )
@@ -121,9 +127,11 @@ def run(args) -> None:
         message = f"No early exit: the policy that could be certified costs {report.relative_cost:.3f} of your model."
         report = replace(report, policy=None, message=message)
     model.set_exit_policy(report.policy)
-    model.save_pretrained(folder)
-    rows.processor.save_pretrained(folder)
-    save_exit_logits(folder, exit_logits, exit_logits[:, -1].argmax(-1), calibration_rows, "calibration")
+    with _room_for(folder / SAFE_WEIGHTS_NAME):
+        model.save_pretrained(folder)
+        rows.processor.save_pretrained(folder)
+    with _room_for(folder / LOGITS_NAME):
+        save_exit_logits(folder, exit_logits, exit_logits[:, -1].argmax(-1), calibration_rows, "calibration")
     record = {
         "arguments": vars(args),
         "num_training_rows": len(training_rows),
@@ -140,7 +148,7 @@ def run(args) -> None:
         functions = rows.speed_functions(model, calibration_rows[: args.speed_samples], args.batch_size)
         seconds = {name: float(np.median(times)) for name, times in measure_seconds(functions, repeats=3).items()}
         record["seconds"] = seconds
-    with _replacing(folder / RECORD_NAME) as temporary:
+    with _room_for(folder / RECORD_NAME), _replacing(folder / RECORD_NAME) as temporary:
         temporary.write_text(json.dumps(record, indent=2))
     print(report.message)
     print(f"Model, {'tokenizer' if args.train_file else 'image processor'} and {RECORD_NAME}: {folder}")
@@ -160,6 +168,18 @@ def summary(record: dict) -> str:
     return line
 
 
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """Raise ExitConfigurationError where a file cannot be written: the disk is full, most often."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ExitConfigurationError(
+            f"{path} could not be written ({error}): make room below --output_dir, then give the same command again. "
+            "It goes on from the features that are there."
+        ) from error
+
+
 # Checks
 
 
@@ -167,6 +187,8 @@ def check_arguments(args) -> None:
     """Raise ExitConfigurationError for flags that contradict each other or the folders."""
     if (args.train_file is None) == (args.train_dir is None):
         raise DataError("Give the rows: either --train_file (text) or --train_dir (images).")
+    if args.skip_corrupt and args.train_dir is None:
+        raise DataError("--skip_corrupt leaves out images: it belongs to --train_dir.")
     CalibrationArguments(max_risk=args.max_risk, risk_confidence=args.risk_confidence)
     get_criterion(args.exit_criterion).check(SINGLE_LABEL)
     for name in ("batch_size", "chunk_size", "num_train_epochs", "train_batch_size", "max_train_samples"):
@@ -181,7 +203,8 @@ def check_arguments(args) -> None:
     folder = Path(args.output_dir)
     if folder.exists() and os.path.isdir(args.model) and folder.samefile(args.model):
         raise ExitConfigurationError(f"--output_dir {folder} is the model's own folder: give another.")
-    if (folder / "config.json").exists() and not (folder / RECORD_NAME).exists():
+    ours = (folder / RECORD_NAME).exists() or (folder / FEATURES_NAME).is_dir()
+    if (folder / "config.json").exists() and not ours:
         raise ExitConfigurationError(f"--output_dir {folder} holds a model of something else: give another.")
 
 
@@ -337,22 +360,25 @@ class ImageRows(Rows):
         found = sorted(path for path in Path(args.train_dir).rglob("*") if path.suffix.lower() in known)
         if not found:
             raise DataError(f"--train_dir {args.train_dir} holds no image files.")
-        self.paths = found[: args.max_train_samples]
         try:
             self.processor = AutoImageProcessor.from_pretrained(args.model)
         except (OSError, ValueError) as error:
             raise DataError(f"MODEL {args.model} has no image processor: {error}") from error
+        self.transform = EvaluationTransform(self.processor, config.num_channels)
+        paths = [str(path) for path in found[: args.max_train_samples]]
+        rows = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
+        rows = whole_images(rows, "image", args.skip_corrupt, f"--train_dir {args.train_dir}")
+        self.paths = [Path(image["path"]) for image in rows["image"]]
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        try:
-            with Image.open(self.paths[index]) as image:
-                pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{self.paths[index]} is no whole image: {error}. Take it out of --train_dir.") from error
-        return {"pixel_values": pixels[0]}
+        path = self.paths[index]
+        image, problem = decode_image({"bytes": None, "path": path})
+        if problem:
+            raise DataError(f"{path} is corrupt since this run began ({problem}).")
+        return {"pixel_values": self.transform(image)}
 
     def fingerprint(self):
         stats = [(path, path.stat()) for path in self.paths]
@@ -385,7 +411,7 @@ def compute_features(model, rows: Rows, args) -> tuple[np.ndarray, np.ndarray]:
         num_labels), float32.
     """
     config = model.config
-    folder = Path(args.output_dir) / "features" / _fingerprint(model, rows, args)
+    folder = Path(args.output_dir) / FEATURES_NAME / _fingerprint(model, rows, args)
     folder.mkdir(parents=True, exist_ok=True)
     shape = (len(rows), model.num_exits - 1, config.hidden_size)
     features = np.empty(shape, dtype=args.feature_dtype)
@@ -397,7 +423,7 @@ def compute_features(model, rows: Rows, args) -> tuple[np.ndarray, np.ndarray]:
             found = _read_chunk(path, (len(chunk), *shape[1:]), args.feature_dtype)
             if found is None:
                 found = _compute_chunk(model, rows, chunk, args)
-                with _replacing(path) as temporary, temporary.open("wb") as file:
+                with _room_for(path), _replacing(path) as temporary, temporary.open("wb") as file:
                     np.savez(file, features=found[0], logits=found[1])
                     file.flush()
                     os.fsync(file.fileno())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.exceptions import DatasetsError
 from timm.data import create_transform
 from transformers import AutoImageProcessor, ViTImageProcessor
 
@@ -16,7 +15,7 @@ from .images import EvaluationTransform, ImageCollator, ImageRows, TrainingTrans
 from .labels import MULTI_LABEL, SINGLE_LABEL, model_label_ids, resolve_labels
 from .partition import load_partition
 from .samples import load_digits
-from .sources import check_columns, limit_rows, load_files, load_hub, parquet_files
+from .sources import check_columns, limit_rows, load_files, load_hub, load_image_folder, parquet_files
 from .streaming import ImageStream, hold_all_but_train
 from .task import DataError, Modality, TaskData, check_splits, cut_validation_split
 
@@ -187,26 +186,18 @@ def _load_source(args: ImageDataArguments, cache_dir: str | None, token: str | N
     folders = args.paths()
     if folders:
         source = " ".join(f"--{split}_dir {path}" for split, path in folders.items())
-        splits = {split: _load_folder(path, source, cache_dir, args.streaming) for split, path in folders.items()}
+        splits = {split: load_image_folder(path, source, cache_dir, args.streaming) for split, path in folders.items()}
         return source, {split: found["train"] for split, found in splits.items()}
     source = f"--dataset_name {args.dataset_name}"
     if os.path.isdir(args.dataset_name):
         if any(Path(args.dataset_name).glob("*.parquet")) or any(Path(args.dataset_name, "data").glob("*.parquet")):
             found = parquet_files(Path(args.dataset_name), args.dataset_config_name, source)
             return source, load_files(found, source, cache_dir, args.streaming)
-        return source, _load_folder(args.dataset_name, source, cache_dir, args.streaming)
+        return source, load_image_folder(args.dataset_name, source, cache_dir, args.streaming)
     if args.dataset_name == _DIGITS:
         return source, dict(load_digits())
     name = HUB_NAMES.get(args.dataset_name, args.dataset_name)
     return source, load_hub(name, args.dataset_config_name, source, cache_dir, token, args.streaming)
-
-
-def _load_folder(path: str, source: str, cache_dir: str | None, streaming: bool) -> dict:
-    """Images in one folder per class, below one folder per split where these are named so."""
-    try:
-        return dict(datasets.load_dataset("imagefolder", data_dir=path, cache_dir=cache_dir, streaming=streaming))
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"{source} cannot be read as images in folders: {error.__cause__ or error}") from error
 
 
 def _image_column(args: ImageDataArguments, rows: datasets.Dataset, source: str) -> str:
@@ -257,7 +248,10 @@ def _encode_rows(data: TaskData, processor: Any, args: ImageDataArguments, confi
     encoded = {}
     for split, rows in data.splits.items():
         if isinstance(rows, datasets.IterableDataset):
-            encoded[split] = ImageStream(rows, image_column, data.label_column, ids, transform, args.skip_corrupt)
+            where = f"{data.dataset}, split {split!r}"
+            encoded[split] = ImageStream(
+                rows, image_column, data.label_column, ids, transform, args.skip_corrupt, where
+            )
             continue
         labels = rows[data.label_column][:] if data.label_column in rows.column_names else None
         if labels is not None and ids is not None:

@@ -187,10 +187,13 @@ def whole_images(rows: datasets.Dataset, column: str, skip: bool, where: str) ->
             f"{where}: {count} images are corrupt, the first is {named} ({problem}). Mend or "
             "remove them, or give --skip_corrupt to leave them out."
         )
-    logger.warning(
-        "%s: %d of %d images are corrupt and left out, the first is %s.", where, len(broken), len(rows), named
-    )
+    warn_of_skipped(where, len(broken), len(rows), named)
     return rows.select([row for row in range(len(rows)) if row not in broken])
+
+
+def warn_of_skipped(where: str, num_broken: int, num_rows: int, first: str) -> None:
+    text = "%s: %d of %d images are corrupt and left out, the first is %s."
+    logger.warning(text, where, num_broken, num_rows, first)
 
 
 def decode_image(image: dict) -> tuple[Image.Image | None, str]:

@@ -107,8 +107,12 @@ def _labelled_stream(
         raise DataError(f"{source} has no column {column!r}: name one by --label_column_name.")
     feature = stream.features[column]
     problem_type = problem_type_of(feature, task_labels, column, source)
+    # Without them a mapped stream no longer knows its columns.
+    features = stream.features.copy()
     if problem_type == REGRESSION:
-        return _shuffled(stream.map(_as_float, fn_kwargs={"column": column}), seed), problem_type, None
+        features[column] = datasets.Value("float32")
+        kwargs = {"column": column, "source": source}
+        return _shuffled(stream.map(_as_float, fn_kwargs=kwargs, features=features), seed), problem_type, None
     names = getattr(feature, "names", None) or task_labels or label_names
     if names is None or isinstance(feature, datasets.List):
         raise DataError(
@@ -116,7 +120,6 @@ def _labelled_stream(
             "labels have names (one class per row), or --do_eval with a validation split that holds them all."
         )
     kwargs = {"column": column, "declared": getattr(feature, "names", None), "names": list(names), "source": source}
-    features = stream.features.copy()
     features[column] = datasets.Value("int64")
     return _shuffled(stream.map(_number_label, fn_kwargs=kwargs, features=features), seed), problem_type, list(names)
 
@@ -125,7 +128,9 @@ def _shuffled(stream: datasets.IterableDataset, seed: int) -> datasets.IterableD
     return stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
-def _as_float(row: dict, column: str) -> dict:
+def _as_float(row: dict, column: str, source: str) -> dict:
+    if _is_missing(row[column]):
+        raise DataError(f"{source} has a row without a label in column {column!r}.")
     return {column: float(row[column])}
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from .labels import SINGLE_LABEL, resolve_labels
 from .samples import load_bbc_news, load_digits
-from .sources import check_columns, load_files, load_hub, parquet_files
+from .sources import FILE_FORMATS, check_columns, load_files, load_hub, load_image_folder, parquet_files
 from .task import DataError, check_splits
 
 
@@ -248,30 +248,40 @@ class LabelledRows:
 
 
 def load_labelled_rows(
-    dataset_name: str,
+    dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     label_column_name: str | None = None,
     *,
+    train_file: str | None = None,
+    train_dir: str | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> LabelledRows:
-    """Load the train split of a Hub data set, a folder of parquet files (also below it), or an installed sample.
+    """Load the train split of a data set from one of three sources.
+
+    Args:
+        dataset_name: Hub name, folder of parquet files (also below it) or of images, or an installed sample.
+        dataset_config_name: configuration of it.
+        label_column_name: default: `label`, else `fine_label`.
+        train_file: csv, json, jsonl or parquet.
+        train_dir: images, one folder per class.
+        cache_dir: where downloads are kept.
+        token: for private Hub repositories.
 
     Raises:
         DataError: a source, split or column that is missing, or labels that are no classes.
     """
-    source = f"--dataset_name {dataset_name}"
-    if os.path.isdir(dataset_name):
-        files = _parquet_files_below(Path(dataset_name), dataset_config_name, source)
-        check_splits(files, ["train"], _HINTS, source)
-        splits = load_files({"train": files["train"]}, source, cache_dir)
-    elif dataset_name in _SAMPLES:
-        splits = _SAMPLES[dataset_name]()
-    else:
-        from .cifar import HUB_NAMES
-
-        splits = load_hub(HUB_NAMES.get(dataset_name, dataset_name), dataset_config_name, source, cache_dir, token)
-        check_splits(splits, ["train"], _HINTS, source)
+    given = {"dataset_name": dataset_name, "train_file": train_file, "train_dir": train_dir}
+    given = {flag: value for flag, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise DataError(
+            "Give the rows by one of --dataset_name, --train_file and --train_dir, not by "
+            f"{' and '.join(f'--{flag}' for flag in given) or 'none'}."
+        )
+    ((flag, name),) = given.items()
+    source = f"--{flag} {name}"
+    splits = _load_splits(flag, name, dataset_config_name, source, cache_dir, token)
+    check_splits(splits, ["train"], _HINTS, source)
     rows = splits["train"]
     known = next((name for name in _LABEL_COLUMNS if name in rows.column_names), _LABEL_COLUMNS[0])
     column = label_column_name or known
@@ -286,6 +296,31 @@ def load_labelled_rows(
 
 
 _HINTS = {"train": "the parts are cut from it; give another --dataset_name"}
+
+
+def _load_splits(
+    flag: str, name: str, config: str | None, source: str, cache_dir: str | None, token: str | None
+) -> dict:
+    if flag != "dataset_name":
+        if not (os.path.isfile if flag == "train_file" else os.path.isdir)(name):
+            raise DataError(f"{source} is not there.")
+        if flag == "train_dir":
+            return load_image_folder(name, source, cache_dir)
+        if Path(name).suffix not in FILE_FORMATS:
+            raise DataError(f"{source} must end in one of: {', '.join(sorted(FILE_FORMATS))}.")
+        return load_files({"train": [name]}, source, cache_dir)
+    if not os.path.isdir(name):
+        from .cifar import HUB_NAMES
+
+        if name in _SAMPLES:
+            return _SAMPLES[name]()
+        return load_hub(HUB_NAMES.get(name, name), config, source, cache_dir, token)
+    folder = Path(name)
+    if config is None and any(folder.iterdir()) and not any(folder.rglob("*.parquet")):
+        return load_image_folder(name, source, cache_dir)
+    files = _parquet_files_below(folder, config, source)
+    check_splits(files, ["train"], _HINTS, source)
+    return load_files({"train": files["train"]}, source, cache_dir)
 
 
 def _parquet_files_below(folder: Path, config: str | None, source: str) -> dict[str, list[str]]:

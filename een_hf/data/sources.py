@@ -51,6 +51,14 @@ def load_files(files: dict[str, list[str]], source: str, cache_dir: str | None, 
         raise DataError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
 
 
+def load_image_folder(path: str, source: str, cache_dir: str | None, streaming: bool = False) -> dict:
+    """Images in one folder per class, below one folder per split where these are named so."""
+    try:
+        return dict(datasets.load_dataset("imagefolder", data_dir=path, cache_dir=cache_dir, streaming=streaming))
+    except _LOAD_ERRORS as error:
+        raise DataError(f"{source} cannot be read as images in folders: {error.__cause__ or error}") from error
+
+
 def check_columns(rows: datasets.Dataset, columns: Sequence[str], flag: str, where: str) -> None:
     missing = [column for column in columns if column not in rows.column_names]
     if missing:

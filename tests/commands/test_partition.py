@@ -1,7 +1,9 @@
 """`een-hf partition` from its flags to its files, and the recipe that calls it with 1,000 parts of CIFAR-100."""
 
+import csv
 import json
 import runpy
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from PIL import Image
 
 from een_hf.commands import main
 from een_hf.data import load_digits, load_partition, partition_indices
@@ -93,6 +96,49 @@ def test_only_the_train_split_is_cut(text_folder, tmp_path):
         assert sorted(texts) == [f"train {text}" for text in "abcdefghijkl"]
 
 
+@pytest.mark.parametrize("format", ["parquet", "npz"])
+def test_a_csv_file(format, tmp_path):
+    """Breaks if a row of a file is lost, doubled or relabelled."""
+    rows = [(f"text, number {number}", "good" if number % 3 else "bad") for number in range(24)]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    flags = {"dataset_name": None, "train_file": tmp_path / "rows.csv", "cache_dir": tmp_path / "cache"}
+    partition(tmp_path / "out", **flags, num_partitions=3, scheme="iid", balance=True, format=format)
+    found = []
+    for number in range(3):
+        loaded = load_partition(tmp_path / "out", number)
+        assert {split: len(part) for split, part in loaded.items()} == {"train": 6, "validation": 2}
+        for part in loaded.values():
+            found += zip(part["text"], part["label"], strict=True)
+    assert sorted(found) == sorted(rows)
+    assert json.loads((tmp_path / "out" / "partition.json").read_text())["train_file"] == str(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("format", ["parquet", "npz"])
+@pytest.mark.parametrize("flag", ["train_dir", "dataset_name"])
+def test_a_folder_of_images(flag, format, tmp_path):
+    """Breaks if an image gets into another class, or if parts still need the folder that they were cut from."""
+    rng, wanted = np.random.default_rng(0), []
+    for number in range(24):
+        kind, image = ("cat", "dog")[number % 2], rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+        path = tmp_path / "images" / kind / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        wanted.append((image.tobytes(), kind))
+    flags = {"dataset_name": None, flag: tmp_path / "images", "cache_dir": tmp_path / "cache"}
+    settings = {"scheme": "pat", "classes_per_partition": 1, "balance": True, "format": format}
+    partition(tmp_path / "out", **flags, **settings, num_partitions=2)
+    shutil.rmtree(tmp_path / "images")
+    found = []
+    for number in range(2):
+        loaded = load_partition(tmp_path / "out", number)
+        names = loaded["train"].features["label"].names
+        part = [(image, names[label]) for rows in loaded.values() for image, label in pixels(rows)]
+        assert len({kind for _, kind in part}) == 1
+        found += part
+    assert sorted(found) == sorted(wanted)
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -107,6 +153,11 @@ def test_only_the_train_split_is_cut(text_folder, tmp_path):
         ({"label_column_name": "image"}, "column 'image'.*holds no labels"),
         ({"dataset_name": "./nowhere"}, r"--dataset_name \./nowhere: there is no such folder"),
         ({"dataset_name": "cifar10"}, "--dataset_name cifar10 cannot be loaded from the Hub"),
+        ({"dataset_name": None}, "one of --dataset_name, --train_file and --train_dir, not by none"),
+        ({"train_dir": "images"}, "not by --dataset_name and --train_dir"),
+        ({"dataset_name": None, "train_dir": "images"}, "--train_dir images is not there"),
+        ({"dataset_name": None, "train_file": "rows.csv"}, "--train_file rows.csv is not there"),
+        ({"dataset_name": None, "train_file": __file__}, "must end in one of: .csv, .json"),
         ({"format": "npz", "input_column_names": "pixels"}, "no column 'pixels'.*--input_column_names"),
     ],
 )

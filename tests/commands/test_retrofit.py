@@ -1,11 +1,15 @@
 """`een-hf retrofit`: exits on a fine-tuned model without labels, from one pass of the model over the rows."""
 
 import argparse
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +77,11 @@ def sources(tmp_path_factory):
 
 
 def words_of(source, out, **flags):
+    """The command; a flag of None stands alone."""
     settings = {"max_risk": 0.3, "num_train_epochs": 2, "chunk_size": CHUNK, "batch_size": 8, "speed_samples": 0}
     settings |= {"output_dir": out, **flags}
-    return ["retrofit", *source, *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
+    words = [word for name, value in settings.items() for word in (f"--{name}", value) if word is not None]
+    return ["retrofit", *source, *map(str, words)]
 
 
 @pytest.fixture(scope="module", params=["bert", "vit"])
@@ -285,18 +291,104 @@ def test_a_half_written_chunk_is_passed_over(sources, tmp_path, rows_read):
     assert weights(tmp_path) == wanted
 
 
-def test_an_exception_keeps_the_finished_chunks(sources, tmp_path, rows_read):
-    """Fails if a broken image in a later chunk throws away the chunks before it, or is not named."""
+FULL_DISK = """
+import resource, sys
+import torch
+from een_hf.commands import main
+
+seen, (rows, size) = [], map(int, sys.argv[1:3])
+
+def hook(module, inputs):
+    if type(module).__name__ == "BertLayer":
+        seen.append(len(inputs[0]))
+        if sum(seen) > 3 * rows:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+torch.nn.modules.module.register_module_forward_pre_hook(hook)
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "kept", "named"), [(100, 1_000, 3, "chunk-00003.npz"), (0, 15_000, 7, "model.safetensors")]
+)
+def test_a_full_disk_says_so_and_keeps_the_finished_chunks(rows, size, kept, named, sources, tmp_path, rows_read):
+    """Fails if a disk that is full, in the 4th chunk or when the model is saved, is a traceback or costs more rows.
+
+    After some rows no file can grow beyond some bytes.
+    """
+    words = words_of(sources["bert"], tmp_path / "full")
+    environment = {**os.environ, "PYTHONPATH": str(Path(retrofit.__file__).parents[2])}
+    command = [sys.executable, "-c", FULL_DISK, str(rows), str(size), *words]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    line = ended.stderr.splitlines()[-1]
+    assert re.match(f"error: .*{named} could not be written .*: make room below --output_dir, .* goes on from", line)
+    assert len(chunks(tmp_path / "full")) == kept and not list((tmp_path / "full").rglob(".*.tmp"))
+    main(words)
+    assert rows_read() == NUM_ROWS - min(kept * CHUNK, NUM_ROWS)
+    main(words_of(sources["bert"], tmp_path / "whole"))
+    assert weights(tmp_path / "full") == weights(tmp_path / "whole")
+
+
+# Images
+
+
+@pytest.fixture
+def spoilt_images(sources, tmp_path):
+    """The images, four of them spoilt: no image, cut short, with rubbish between two chunks of pixels, and empty."""
     folder, flag, path = sources["vit"]
-    images = tmp_path / "images"
-    images.mkdir()
-    for image in Path(path).iterdir():
-        os.link(image, images / image.name)
-    (images / "070.png").unlink()
-    (images / "070.png").write_bytes(b"no image")
-    with pytest.raises(SystemExit, match="070.png is no whole image"):
-        main(words_of((folder, flag, str(images)), tmp_path / "out"))
-    assert len(chunks(tmp_path / "out")) == 2
+    images = shutil.copytree(path, tmp_path / "images")
+    whole = (images / "071.png").read_bytes()
+    start = whole.index(b"IDAT") - 4
+    half = int.from_bytes(whole[start : start + 4], "big") // 2
+    chunk = b"IDAT" + whole[start + 8 : start + 8 + half]
+    first = half.to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    rubbish = whole[:start] + first + bytes(16) + whole[start + 8 + half :]
+    with pytest.raises(SyntaxError), Image.open(io.BytesIO(rubbish)) as image:
+        image.load()
+    for name, content in {"070": b"no image", "071": whole[: len(whole) // 2], "072": rubbish, "073": b""}.items():
+        (images / f"{name}.png").write_bytes(content)
+    return folder, flag, str(images)
+
+
+def test_corrupt_images_are_named_before_any_work(spoilt_images, tmp_path):
+    """Fails if one broken image of many ends an hour's work, or in a traceback."""
+    with pytest.raises(SystemExit, match="4 of 200 images are corrupt, the first is .*070.png.*--skip_corrupt"):
+        main(words_of(spoilt_images, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_corrupt_images_are_left_out_and_counted(spoilt_images, tmp_path, caplog):
+    """Fails if a run without four images is not the run on a folder that never held them."""
+    main(words_of(spoilt_images, tmp_path / "skipped", skip_corrupt=None))
+    assert "4 of 200 images are corrupt and left out, the first is" in caplog.text
+    for number in range(70, 74):
+        (tmp_path / "images" / f"{number:03d}.png").unlink()
+    main(words_of(spoilt_images, tmp_path / "whole"))
+    assert weights(tmp_path / "skipped") == weights(tmp_path / "whole")
+    record = json.loads((tmp_path / "skipped" / "retrofit.json").read_text())
+    assert record["num_training_rows"] + record["num_calibration_rows"] == NUM_ROWS - 4
+
+
+def test_a_model_of_grey_images_reads_grey(sources, tmp_path):
+    """Fails if a model with one channel is given three."""
+    config = ViTConfig(**SHAPE, image_size=16, patch_size=8, num_labels=NUM_LABELS, num_channels=1)
+    torch.manual_seed(0)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "grey")
+    size = {"height": 16, "width": 16}
+    ViTImageProcessor(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(tmp_path / "grey")
+    _, flag, path = sources["vit"]
+    main(words_of((str(tmp_path / "grey"), flag, path), tmp_path / "out"))
+    stock, saved = (
+        ViTForImageClassification.from_pretrained(tmp_path / "grey").eval(),
+        load_exit_logits(tmp_path / "out"),
+    )
+    for row, logits in zip(saved["row_ids"][:10], saved["logits"], strict=False):
+        grey = np.asarray(Image.open(f"{path}/{row:03d}.png").convert("L"), dtype=np.float32)
+        with torch.no_grad():
+            wanted = stock(torch.from_numpy(grey / 127.5 - 1)[None, None]).logits[0]
+        np.testing.assert_allclose(logits[-1], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit"])
@@ -386,6 +478,7 @@ def test_help_says_what_every_flag_is():
         ({"text_column_names": "body"}, "no column 'body'"),
         ({"tokenizer_name": "nowhere/at/all"}, "tokenizer"),
         ({"train_dir": "images"}, "either --train_file"),
+        ({"skip_corrupt": None}, "--skip_corrupt.*belongs to --train_dir"),
     ],
 )
 def test_bad_flags(sources, tmp_path, flags, named):

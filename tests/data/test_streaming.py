@@ -1,15 +1,21 @@
 """A streamed training split gives the rows that a held one gives."""
 
 import json
+import logging
+import re
+from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score
+from transformers import AutoTokenizer
 
 from een_hf.data import DataError
 from een_hf.data.cifar import IMAGES, ImageDataArguments, load_image_data
-from een_hf.data.glue import TextDataArguments, load_text_data
+from een_hf.data.glue import TEXT, TextDataArguments, encode_text_data, load_text_data
 from een_hf.data.samples import load_digits
 from een_hf.training.experiment import main
 
@@ -45,6 +51,26 @@ def test_the_same_rows_and_labels_as_held_ones(tmp_path, labels):
     assert found != wanted, "not shuffled"
     assert sorted(found) == sorted(wanted)
     assert streamed.splits["validation"]["label"][:] == held.splits["validation"]["label"][:]
+
+
+@pytest.mark.parametrize("labels", [["bad", "good"], [0.5, 1.5]])
+def test_the_same_model_inputs_as_held_ones(tmp_path, minilm_path, labels):
+    """What breaks: a stream that has lost its columns on the way to the tokenizer."""
+    files = {f"{split}_file": write_text(tmp_path / f"{split}.json", labels) for split in ("train", "validation")}
+    tokenizer, found = AutoTokenizer.from_pretrained(minilm_path), []
+    for streaming in (False, True):
+        args = TextDataArguments(streaming=streaming, **files)
+        rows = encode_text_data(load(streaming, **files), tokenizer, args)["train"]
+        found.append(sorted((row["input_ids"], row["labels"]) for row in rows))
+        assert set(next(iter(rows))) == {*tokenizer.model_input_names, "labels"}
+    assert found[0] == found[1]
+
+
+def test_a_number_that_is_missing(tmp_path):
+    file = tmp_path / "train.csv"
+    file.write_text("sentence,label\nfirst,0.5\nsecond,\n")
+    with pytest.raises(DataError, match="row without a label in column 'label'"):
+        list(load(True, ["train"], train_file=str(file)).splits["train"])
 
 
 def test_each_epoch_has_its_own_order_and_a_limit_holds(tmp_path):
@@ -104,18 +130,57 @@ def test_streamed_images_are_the_held_ones(tmp_path):
     assert content(streamed) == content(held)
 
 
-def test_a_corrupt_image_in_a_stream(tmp_path):
-    whole = load_digits()["train"].select(range(5)).cast_column("image", datasets.Image(decode=False))
+@pytest.fixture
+def spoilt_folder(tmp_path):
+    """Two training files of five images each; the fourth is cut short in both. The validation images are whole."""
+    whole = load_digits()["train"].select(range(10)).cast_column("image", datasets.Image(decode=False))
     rows = [
-        {**row, "image": {"bytes": row["image"]["bytes"][: 40 if k == 3 else None], "path": f"{k}.png"}}
+        {**row, "image": {"bytes": row["image"]["bytes"][: 40 if k % 5 == 3 else None], "path": f"{k}.png"}}
         for k, row in enumerate(whole)
     ]
-    for split in ("train", "validation"):
-        part = rows if split == "train" else rows[:3]
-        datasets.Dataset.from_list(part, features=whole.features).to_parquet(tmp_path / f"{split}.parquet")
-    with pytest.raises(DataError, match=r"3\.png is corrupt.*--skip_corrupt"):
-        list(image_rows(str(tmp_path), True)["train"])
-    assert len(list(image_rows(str(tmp_path), True, skip_corrupt=True)["train"])) == 4
+    parts = {"train-0": rows[:5], "train-1": rows[5:], "validation": rows[:3]}
+    for name, part in parts.items():
+        datasets.Dataset.from_list(part, features=whole.features).to_parquet(tmp_path / f"{name}.parquet")
+    return str(tmp_path)
+
+
+def test_a_corrupt_image_in_a_stream(spoilt_folder):
+    with pytest.raises(DataError, match=r"[38]\.png is corrupt.*--skip_corrupt"):
+        list(image_rows(spoilt_folder, True)["train"])
+
+
+def test_corrupt_images_of_a_stream_are_skipped_and_counted(spoilt_folder, caplog):
+    """What breaks: half of a data set goes missing and nobody hears of it."""
+    rows = image_rows(spoilt_folder, True, skip_corrupt=True)["train"]
+    for _ in range(2):
+        caplog.clear()
+        assert len(list(rows)) == 8
+        (record,) = caplog.records
+        counted = r"split 'train': 2 of 10 images are corrupt and left out, the first is .*[38]\.png\.$"
+        assert re.search(counted, record.getMessage())
+
+
+def test_a_run_that_stops_within_a_pass_counts_too(spoilt_folder, caplog):
+    rows = iter(image_rows(spoilt_folder, True, skip_corrupt=True)["train"])
+    for _ in range(7):
+        next(rows)
+    rows.close()
+    assert re.search(r"[12] of [89] images are corrupt", caplog.text)
+
+
+def test_each_worker_counts_its_own(spoilt_folder, tmp_path):
+    """What breaks: what a worker leaves out stays in its process, unsaid."""
+    handler, logger = logging.FileHandler(tmp_path / "log"), logging.getLogger("een_hf.data.images")
+    logger.addHandler(handler)
+    try:
+        rows = image_rows(spoilt_folder, True, skip_corrupt=True)["train"]
+        assert len(list(torch.utils.data.DataLoader(rows, batch_size=None, num_workers=2))) == 8
+    finally:
+        logger.removeHandler(handler)
+    lines = sorted((tmp_path / "log").read_text().splitlines())
+    assert len(lines) == 2
+    for number, line in enumerate(lines, 1):
+        assert f"worker {number} of 2: 1 of 5 images are corrupt" in line
 
 
 def test_random_transforms_of_a_stream_repeat(tmp_path):
@@ -134,15 +199,49 @@ def test_random_transforms_of_a_stream_repeat(tmp_path):
 
 # Through the script
 
-TINY = [
-    "--model_type=vit",
-    "--config_overrides=hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32,patch_size=4",
-    "--image_size=8",
-    "--do_train",
-    "--do_eval",
-    "--use_cpu",
-    "--streaming",
-]
+SHAPE = "--config_overrides=hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32"
+COMMON = ["--do_train", "--do_eval", "--use_cpu", "--streaming"]
+TINY = ["--model_type=vit", f"{SHAPE},patch_size=4", "--image_size=8", *COMMON]
+
+
+def write_table(path, rows):
+    table = datasets.Dataset.from_list(rows)
+    (table.to_csv if path.suffix == ".csv" else table.to_parquet)(path)
+
+
+@pytest.mark.parametrize("source", ["csv", "parquet", "folder"])
+@pytest.mark.parametrize("task", ["stsb", "sst2"])
+def test_a_run_on_streamed_text(task, source, tmp_path, minilm_path, tokens_read):
+    """What breaks: rows of a stream that are not trained on, or more than once in a pass, and labels that go astray.
+
+    Ten steps of 8 rows are two passes over 40 rows.
+    """
+    numbers = np.random.default_rng(0).uniform(0, 5, 60).round(2).tolist()
+    rows = [{"sentence": f"word {row}", "label": row % 2} for row in range(60)]
+    if task == "stsb":
+        rows = [{"sentence1": f"word {row}", "sentence2": "a", "label": numbers[row]} for row in range(60)]
+    suffix = "csv" if source == "csv" else "parquet"
+    flags = [f"--{split}_file={tmp_path / split}.{suffix}" for split in ("train", "validation")]
+    write_table(tmp_path / f"train.{suffix}", rows[:40])
+    write_table(tmp_path / f"validation.{suffix}", rows[40:])
+    flags = [f"--dataset_name={tmp_path}"] if source == "folder" else flags
+    flags += [f"--task_name={task}", "--model_type=bert", SHAPE, f"--tokenizer_name={minilm_path}", *COMMON]
+    main(TEXT, [*flags, "--max_steps=10", f"--output_dir={tmp_path / 'run'}"])
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    texts = [row.get("sentence") or f"{row['sentence1']} {row['sentence2']}" for row in rows]
+    assert Counter(tokenizer.batch_decode(tokens_read, skip_special_tokens=True)) == Counter(2 * texts[:40])
+    saved = np.load(tmp_path / "run" / "exit_logits.npz")
+    results = json.loads((tmp_path / "run" / "exit_results.json").read_text())
+    np.testing.assert_allclose(saved["labels"], [row["label"] for row in rows[40:]], rtol=1e-6)
+    for k, row in enumerate(results["anytime"]):
+        logits = saved["logits"][:, k]
+        if task == "stsb":
+            assert row["metrics"]["pearson"] == pytest.approx(pearsonr(logits[:, 0], saved["labels"])[0], abs=1e-6)
+        else:
+            assert row["metrics"]["accuracy"] == accuracy_score(saved["labels"], logits.argmax(-1))
+    for name in ("model.safetensors", "exit_curves.png", "README.md"):
+        assert (tmp_path / "run" / name).exists()
 
 
 def test_a_run_on_a_stream_resumes_to_the_same_weights(tmp_path):

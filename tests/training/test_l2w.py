@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from een_hf.data.images import ImageCollator
 from een_hf.models import (
     EarlyExitBertConfig,
     EarlyExitBertForSequenceClassification,
@@ -23,6 +24,7 @@ from een_hf.training.l2w import (
     MetaWeightedArguments,
     MetaWeightedExitTrainer,
     WeightPredictionNetwork,
+    _halve,
     charge_exits,
     save_weight_map,
 )
@@ -511,6 +513,27 @@ def test_soft_labels_and_label_smoothing(tmp_path):
         before = copy.deepcopy(trainer.weight_network.state_dict())
         trainer.meta_step({**text_batch(8, 2), "labels": labels})
         assert any(not torch.equal(before[name], p) for name, p in trainer.weight_network.state_dict().items())
+
+
+def test_the_meta_loss_of_a_mixed_batch(tmp_path):
+    """Each half of an odd batch keeps its own soft labels: every row is charged once, by a plain loop over numbers."""
+    model = vit().double().eval()
+    model.config.problem_type = "single_label_classification"
+    trainer = make_trainer(model, tmp_path)
+    pixels = torch.randn(7, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = [{"pixel_values": image, "labels": k % NUM_LABELS, "draw": (1, 0, k)} for k, image in enumerate(pixels)]
+    batch = ImageCollator(mixup=0.8, cutmix=1.0, num_labels=NUM_LABELS)(rows)
+    with torch.no_grad():
+        logits = model(pixel_values=batch["pixel_values"], early_exit=False).exit_logits
+    for half, start, stop in zip(_halve(batch), (0, 3), (3, 7), strict=True):
+        confidences = logits[start:stop].softmax(-1).amax(-1).tolist()
+        wanted = 0.0
+        for k, charged in enumerate(charged_by_loop(confidences, 0.75)):
+            for row in charged:
+                values, target = logits[start + row, k].tolist(), batch["labels"][start + row].tolist()
+                log_sum = math.log(sum(map(math.exp, values)))
+                wanted += sum(y * (log_sum - value) for y, value in zip(target, values, strict=True)) / len(charged)
+        assert trainer._meta_loss(half).item() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_frozen_backbone(tmp_path):
