@@ -121,7 +121,9 @@ def is_finished(folder):
     return path.exists() and json.loads(path.read_text())["finished"]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGKILL", "SIGTERM"]
+)
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, stop):
     """With random augmentation, mixing and an odd last batch: each pixel depends on seed, epoch and row alone."""
     flags = [*RANDOM, "--max_train_samples=75", "--per_device_train_batch_size=16", "--max_steps=150"]
