@@ -38,7 +38,7 @@ def text_flags(folder, minilm_path):
         # No row stands there twice: equal scores, or nearly, would make the choice of a threshold an accident.
         numbers = range(100 * number, 100 * number + 60)
         rows = {
-            "sentence1": [f"film {n} is {'good' if n % 2 else 'bad'}" for n in numbers],
+            "sentence1": [f"film {n} is {'very ' * (n % 4)}{'good' if n % 2 else 'bad'}" for n in numbers],
             "sentence2": [f"it took {3 * n} days" for n in numbers],
             "label": [-1 if split == "test" else n % 2 for n in numbers],
         }
@@ -59,7 +59,7 @@ def image_flags(folder):
 
 def run(flags, processes, folder):
     script, *flags = flags
-    # One epoch is not used up, and the last of the evaluated batches is filled up with duplicates.
+    # One epoch is not used up; the last of the evaluated batches is filled up with duplicates.
     flags += ["--max_train_samples=60", "--max_eval_samples=41", "--max_predict_samples=13"]
     flags += ["--do_train", "--do_eval", "--do_predict", "--target_cost=0.7", "--learning_rate=0.005"]
     flags += [f"--per_device_train_batch_size={GLOBAL_BATCH // processes}", "--per_device_eval_batch_size=3"]
