@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,16 +122,19 @@ def is_finished(folder):
     return path.exists() and json.loads(path.read_text())["finished"]
 
 
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+@pytest.mark.parametrize(
+    "stop", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGKILL", "SIGTERM"]
+)
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, stop):
     """With random augmentation, mixing and an odd last batch: each pixel depends on seed, epoch and row alone."""
     flags = [*RANDOM, "--max_train_samples=75", "--per_device_train_batch_size=16", "--max_steps=150"]
     flags += ["--save_strategy=steps", "--save_steps=7", "--save_total_limit=2"]
     process = start(flags, tmp_path / "killed")
     while last_whole_checkpoint(tmp_path / "killed") is None and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(stop)
     error = process.communicate()[1].decode()
-    assert process.returncode == -signal.SIGKILL, error[-2000:]
+    assert process.returncode == -stop, error[-2000:]
     main(IMAGES, [*TINY, *flags, f"--output_dir={tmp_path / 'killed'}"])
     main(IMAGES, [*TINY, *flags, f"--output_dir={tmp_path / 'whole'}"])
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
@@ -197,6 +201,23 @@ def test_precision_and_memory_flags_train_alike(tmp_path, method):
         log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         found[flag] = [line["loss"] for line in log if "loss" in line]
         assert found[flag] == pytest.approx(found["--fp16=False"], rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_learns_the_same(tmp_path):
+    """What breaks: the model is no longer one that torch.compile takes, or its saved parts have other names."""
+    losses = {}
+    for flag in ("--torch_compile=False", "--torch_compile"):
+        folder = tmp_path / flag.strip("-")
+        flags = ["--max_train_samples=32", "--per_device_train_batch_size=16", "--max_steps=2", "--logging_steps=1"]
+        main(IMAGES, [*TINY, *flags, flag, "--do_eval", "--max_eval_samples=40", f"--output_dir={folder}"])
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        losses[flag] = [line["loss"] for line in log if "loss" in line]
+        assert len(losses[flag]) == 2
+        assert (folder / "exit_results.json").exists()
+    assert losses["--torch_compile"] == pytest.approx(losses["--torch_compile=False"], rel=1e-3)
+    assert weights(tmp_path / "torch_compile").keys() == weights(tmp_path / "torch_compile=False").keys()
 
 
 # Bad input

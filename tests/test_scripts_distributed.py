@@ -1,0 +1,110 @@
+"""Both scripts in two processes give what one gives, and write it once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
+
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+SHAPE = {
+    "initializer_range": 0.3,  # so that untrained layers tell rows apart
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+GLOBAL_BATCH, NUM_STEPS, SEED = 8, 6, 6
+
+
+def text_flags(folder, minilm_path):
+    torch.manual_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    label = datasets.ClassLabel(names=["not_equivalent", "equivalent"])
+    columns = {"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"), "label": label}
+    for number, split in enumerate(("train", "validation", "test")):
+        # No row stands there twice: equal scores, or nearly, would make the choice of a threshold an accident.
+        numbers = range(100 * number, 100 * number + 60)
+        rows = {
+            "sentence1": [f"film {n} is {'very ' * (n % 4)}{'good' if n % 2 else 'bad'}" for n in numbers],
+            "sentence2": [f"it took {3 * n} days" for n in numbers],
+            "label": [-1 if split == "test" else n % 2 for n in numbers],
+        }
+        path = folder / "glue" / "mrpc" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, datasets.Features(columns)).to_parquet(path)
+    flags = ["--task_name=mrpc", f"--dataset_name={folder / 'glue'}", "--max_seq_length=16"]
+    return ["run_glue_een.py", f"--model_name_or_path={folder / 'model'}", *flags]
+
+
+def image_flags(folder):
+    torch.manual_seed(SEED)
+    config = ViTConfig(image_size=16, patch_size=4, **SHAPE)
+    ViTModel(config).save_pretrained(folder / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
+    return ["run_cifar_een.py", f"--model_name_or_path={folder / 'model'}", "--dataset_name=digits"]
+
+
+def run(flags, processes, folder):
+    script, *flags = flags
+    # One epoch is not used up; the last of the evaluated batches is filled up with duplicates.
+    flags += ["--max_train_samples=60", "--max_eval_samples=41", "--max_predict_samples=13"]
+    flags += ["--do_train", "--do_eval", "--do_predict", "--target_cost=0.7", "--learning_rate=0.005"]
+    flags += [f"--per_device_train_batch_size={GLOBAL_BATCH // processes}", "--per_device_eval_batch_size=3"]
+    flags += [f"--max_steps={NUM_STEPS}", "--save_strategy=steps", f"--save_steps={NUM_STEPS}", "--use_cpu"]
+    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / script), *flags, f"--output_dir={folder}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["text", "images"])
+def test_two_processes_equal_one(modality, request, tmp_path):
+    """What breaks: rows of the other process are missing, doubled or out of order in a file, or a file is torn."""
+    flags = text_flags(tmp_path, request.getfixturevalue("minilm_path")) if modality == "text" else None
+    flags = flags or image_flags(tmp_path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(flags, 1, one).count("Calibration: ") == run(flags, 2, two).count("Calibration: ") == 1
+    # A checkpoint holds the random state of each process, under a number if there are several.
+    processes = {f"checkpoint-{NUM_STEPS}/rng_state_{index}.pth" for index in range(2)}
+    assert files(two) - files(one) == processes
+    assert files(one) - files(two) == {f"checkpoint-{NUM_STEPS}/rng_state.pth"}
+
+    results, wanted = (json.loads((folder / "exit_results.json").read_text()) for folder in (two, one))
+    assert wanted["num_eval_samples"] == 41
+    for table in ("anytime", "anytime_report", "budgeted"):
+        for row, other in zip(results[table], wanted[table], strict=True):
+            assert (row["metrics"], row["relative_cost"]) == (other["metrics"], other["relative_cost"])
+    assert results["policy"]["thresholds"] == pytest.approx(wanted["policy"]["thresholds"], abs=1e-5)
+    assert results["policy"]["exit_fractions"] == wanted["policy"]["exit_fractions"]
+    assert max(wanted["policy"]["exit_fractions"]) < 1, "all rows leave at one exit"
+    found, alone = (np.load(folder / "exit_logits.npz") for folder in (two, one))
+    np.testing.assert_allclose(found["logits"], alone["logits"], rtol=0, atol=1e-5)
+    for name in ("labels", "row_ids", "part"):
+        assert found[name].tolist() == alone[name].tolist()
+
+    predictions = [name for name in files(one) if name.startswith(("predict_", "glue_submission/"))]
+    assert len(predictions) == (3 if modality == "text" else 2)
+    for name in predictions:
+        lines = (two / name).read_text().splitlines()
+        assert lines == (one / name).read_text().splitlines()
+        assert len(lines) == 13 + (not name.endswith("jsonl"))  # with a heading
