@@ -32,6 +32,8 @@ STATE_FILE = "weight_network.pt"
 WEIGHT_MAP = "l2w_weights"
 # Length h * ||u|| of a step of the central differences.
 _STEP_NORM = 0.01
+# Numbers of each tensor that a CPU keeps in its cache.
+_PIECE = 2**17
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
@@ -147,33 +149,42 @@ def linear_step(
     parameters: list[torch.Tensor],
     values: list[torch.Tensor],
     gradients: list[torch.Tensor],
-) -> list[torch.Tensor | float]:
+    clip: float = 1.0,
+) -> None:
     """Make the step that AdamW or SGD would make, without touching its state.
 
     Args:
         optimizer: read only.
         parameters: those that have a gradient; they tell the optimizer's groups and states.
         values: theta, stepped in place to theta'.
-        gradients: g, clipped.
-
-    Returns:
-        P for each parameter: with the g^2 of AdamW held constant, theta' falls by P per unit of g.
+        gradients: replaced by P: with the g^2 of AdamW held constant, theta' falls by P per unit of the clipped
+            gradient g. P is 0 where g is exactly 0: a word row that no batch has had yet has AdamW's P at 1/eps.
+        clip: g is this times `gradients`.
     """
     places = {id(parameter): place for place, parameter in enumerate(parameters)}
-    slopes: list[torch.Tensor | float] = [0.0] * len(parameters)
     for group in optimizer.param_groups:
         chosen = [places[id(parameter)] for parameter in group["params"] if id(parameter) in places]
-        if not chosen:
-            continue
         states = [optimizer.state.get(parameters[place], {}) for place in chosen]
         step = _adamw_step if "betas" in group else _sgd_step
-        found = step(group, states, [values[place] for place in chosen], [gradients[place] for place in chosen])
-        for place, slope in zip(chosen, found, strict=True):
-            slopes[place] = slope
-    return slopes
+        every = states, [values[place] for place in chosen], [gradients[place] for place in chosen]
+        for piece in _pieces(*every) if chosen else ():
+            step(group, clip, *piece)
 
 
-def _adamw_step(group, states, values, gradients) -> list[torch.Tensor]:
+def _pieces(states: list[dict], values: list[torch.Tensor], gradients: list[torch.Tensor]):
+    """The same lists: on a CPU views of them that stay in its cache through all of a step, else everything at once."""
+    if values[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in (*values, *gradients)):
+        yield states, values, gradients
+        return
+    for state, value, gradient in zip(states, values, gradients, strict=True):
+        rows = {name: entry.view(-1) for name, entry in state.items() if entry is not None and entry.numel() > 1}
+        for begin in range(0, value.numel(), _PIECE):
+            piece = slice(begin, begin + _PIECE)
+            own = {**state, **{name: entry[piece] for name, entry in rows.items()}}
+            yield [own], [value.view(-1)[piece]], [gradient.view(-1)[piece]]
+
+
+def _adamw_step(group, clip, states, values, gradients) -> None:
     rate, (beta1, beta2) = float(group["lr"]), group["betas"]
     # Counters may live on the device: one read for all of them.
     counted = [state["step"] for state in states if state]
@@ -184,6 +195,7 @@ def _adamw_step(group, states, values, gradients) -> list[torch.Tensor]:
     second = [state["exp_avg_sq"] if state else zero for state, zero in zip(states, zeros, strict=True)]
     rates = [rate / (1 - beta1**step) for step in steps]
 
+    torch._foreach_mul_(gradients, clip)
     corrections = [1 - beta2**step for step in steps]
     slopes = torch._foreach_mul(second, [beta2 / correction for correction in corrections])
     torch._foreach_addcmul_(slopes, gradients, gradients, [(1 - beta2) / correction for correction in corrections])
@@ -193,23 +205,23 @@ def _adamw_step(group, states, values, gradients) -> list[torch.Tensor]:
         torch._foreach_mul_(values, 1 - rate * group["weight_decay"])
     torch._foreach_addcdiv_(values, first, slopes, [-beta1 * rate for rate in rates])
     torch._foreach_addcdiv_(values, gradients, slopes, [-(1 - beta1) * rate for rate in rates])
-    torch._foreach_reciprocal_(slopes)
-    torch._foreach_mul_(slopes, [(1 - beta1) * rate for rate in rates])
-    return slopes
+    for gradient in gradients:
+        gradient.ne_(0)
+    torch._foreach_mul_(gradients, [(1 - beta1) * rate for rate in rates])
+    torch._foreach_div_(gradients, slopes)
 
 
-def _sgd_step(group, states, values, gradients) -> list[float]:
-    rate, momentum, slopes = float(group["lr"]), group["momentum"], []
+def _sgd_step(group, clip, states, values, gradients) -> None:
+    rate, momentum = float(group["lr"]), group["momentum"]
     for state, value, gradient in zip(states, values, gradients, strict=True):
         buffer = state.get("momentum_buffer") if momentum else None
         slope, inertia = (1.0, 0.0) if buffer is None else (1 - group["dampening"], momentum)
         if group["nesterov"]:
             slope, inertia = 1 + momentum * slope, momentum * inertia
-        slopes.append(rate * slope)
-        value.mul_(1 - rate * slope * group["weight_decay"]).add_(gradient, alpha=-rate * slope)
+        value.mul_(1 - rate * slope * group["weight_decay"]).add_(gradient, alpha=-rate * slope * clip)
         if buffer is not None:
             value.add_(buffer, alpha=-rate * inertia)
-    return slopes
+        gradient.ne_(0).mul_(rate * slope)
 
 
 class _PlainForward(nn.Module):
@@ -440,14 +452,9 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         weights, _, parameters, direction, clip = self._train_pass(train)
         parameters = list(parameters.values())
         with _restored(parameters) as saved:
-            if clip < 1:
-                torch._foreach_mul_(direction, clip)
-            slopes = linear_step(self.optimizer, parameters, parameters, direction)
             # u = c P grad L_meta; c comes last. Where g is exactly zero, half a does not use the parameter, and what u
-            # is there changes nothing. It must be zero: word rows that no batch has had yet have AdamW's P at 1/eps,
-            # and would take all of ||u||.
-            for part in direction:
-                part.ne_(0).mul_(slopes.pop(0))
+            # is there changes nothing, except that it would take its part of ||u||.
+            linear_step(self.optimizer, parameters, parameters, direction, clip)
             meta_loss = self._meta_loss(meta)
             torch._foreach_mul_(direction, torch.autograd.grad(meta_loss, parameters, materialize_grads=True))
             norm = get_total_norm(direction).item()
@@ -466,7 +473,8 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         weights, leaf, parameters, gradients, clip = self._train_pass(train, create_graph=True)
         values = [parameter.detach().clone() for parameter in parameters.values()]
         constants = [part.detach() for part in gradients]
-        slopes = linear_step(self.optimizer, list(parameters.values()), values, [clip * part for part in constants])
+        slopes = [part.clone() for part in constants]
+        linear_step(self.optimizer, list(parameters.values()), values, slopes, clip)
         # The value is theta', the derivative -c P.
         ahead = {
             f"network.{name}": value - slope * clip * (part - constant)
