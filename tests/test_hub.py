@@ -13,6 +13,7 @@ from hub_server import header_errors
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
+from test_callbacks import RESULTS as WHOLE_RESULTS
 
 from een_hf.evaluation import write_exit_results
 from een_hf.hub import (
@@ -313,19 +314,13 @@ def test_the_code_of_the_card_runs(hub, card_of_run):
 
 
 RESULTS = {
+    **WHOLE_RESULTS,
     "method": "l2w",
-    "model_type": "bert",
     "dataset": "stanfordnlp/sst2",
-    "task_name": None,
-    "metric": "accuracy",
-    "exit_layers": [1, 2],
-    "num_eval_samples": 16,
-    "num_calibration_samples": 8,
     "anytime": [
         {"exit": 1, "layer": 1, "relative_cost": 0.51234, "loss": 0.7, "metrics": {"accuracy": 0.56784}, "ece": 0.1},
         {"exit": 2, "layer": 2, "relative_cost": 1.0, "loss": 0.3, "metrics": {"accuracy": None}, "ece": 0.2},
     ],
-    "anytime_report": [],
     "budgeted": [],
     "policy": None,
 }

@@ -267,6 +267,9 @@ def _encode_rows(
     num_labels: int | None,
 ) -> dict[str, list]:
     """A batch of rows as model inputs; `num_labels` is given for multi-label rows, which become rows of 0 and 1."""
+    for column in columns:
+        if None in rows[column]:  # of a stream; rows that are held were looked through before
+            raise DataError(f"A row of the stream has no text in column {column!r}: fill it or leave the row out.")
     encoded = dict(
         tokenizer(*(rows[column] for column in columns), truncation=True, max_length=length, padding=padding)
     )

@@ -177,7 +177,7 @@ def _pieces(states: list[dict], values: list[torch.Tensor], gradients: list[torc
         yield states, values, gradients
         return
     for state, value, gradient in zip(states, values, gradients, strict=True):
-        rows = {name: entry.view(-1) for name, entry in state.items() if entry is not None and entry.numel() > 1}
+        rows = {name: entry.reshape(-1) for name, entry in state.items() if name != "step" and entry is not None}
         for begin in range(0, value.numel(), _PIECE):
             piece = slice(begin, begin + _PIECE)
             own = {**state, **{name: entry[piece] for name, entry in rows.items()}}

@@ -66,6 +66,18 @@ def test_the_same_model_inputs_as_held_ones(tmp_path, minilm_path, labels):
     assert found[0] == found[1]
 
 
+def test_a_text_that_is_missing(tmp_path, minilm_path):
+    """What breaks: a row without text ends a run of days in the tokenizer's own traceback."""
+    files = {f"{split}_file": write_text(tmp_path / f"{split}.json", ["a", "b"]) for split in ("train", "validation")}
+    path = tmp_path / "train.json"
+    path.write_text(path.read_text() + '\n{"sentence": null, "label": "a"}')
+    args = TextDataArguments(streaming=True, **files)
+    data = load_text_data(args, splits_needed=("train", "validation"), seed=1)
+    rows = encode_text_data(data, AutoTokenizer.from_pretrained(minilm_path), args)["train"]
+    with pytest.raises(DataError, match="no text in column 'sentence'"):
+        list(rows)
+
+
 def test_a_number_that_is_missing(tmp_path):
     file = tmp_path / "train.csv"
     file.write_text("sentence,label\nfirst,0.5\nsecond,\n")
