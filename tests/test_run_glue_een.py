@@ -223,7 +223,7 @@ LEAKS = {
 
 
 @pytest.mark.parametrize("case", LEAKS)
-def test_rows_that_chose_the_model_certify_nothing(case, finished, files, tmp_path):
+def test_rows_that_chose_the_model_certify_nothing(case, finished, files, tmp_path, caplog):
     """A certificate from rows that the model was fitted to, here or in the run before, promises too much."""
     before, flags, reason = LEAKS[case]
     model, places = shutil.copytree(finished, tmp_path / "model"), {**files, "new": tmp_path / "new.csv"}
@@ -241,9 +241,11 @@ def test_rows_that_chose_the_model_certify_nothing(case, finished, files, tmp_pa
             file.rename(model / "checkpoint-1" / file.name)
     flags += [f"--train_file={files['train']}", f"--validation_file={files['validation']}", "--do_eval"]
     flags += [f"--model_name_or_path={model / 'checkpoint-1'}", "--max_risk=0.3", "--max_seq_length=16", "--use_cpu"]
-    main(TEXT, [*flags, f"--output_dir={tmp_path / 'out'}"])
+    with caplog.at_level("WARNING"):
+        main(TEXT, [*flags, f"--output_dir={tmp_path / 'out'}"])
     results = json.loads((tmp_path / "out" / "exit_results.json").read_text())
     assert results["calibration_rows_chose"] == reason
+    assert ("No guarantee will go with --max_risk" in caplog.text) == (reason is not None)
     if results["policy"] is not None and reason is not None:
         assert results["policy"]["guarantee"] is None
         assert reason in results["policy"]["calibrated_for"]["no_guarantee"]

@@ -436,6 +436,11 @@ class Experiment:
         if wanted.max_risk is not None:
             labelled = self.calibration_rows is None or _has_labels(self.calibration_rows)
             check_risk(wanted.risk and wanted.risk.value, self.data.problem_type, labelled)
+            if (reason := self._calibration_rows_chose()) is not None:
+                logger.warning(
+                    f"No guarantee will go with --max_risk: the calibration rows also chose {reason}. Give others by "
+                    "--calibration_file."
+                )
         if wanted.cost == CostUnit.OPERATIONS:
             self._check_budget()
 

@@ -77,7 +77,7 @@ def grid(criterion, scores):
     """Lists of thresholds: quantiles of every exit's scores, or counts."""
     exits = scores.shape[1]
     if criterion in ("patience", "vote"):
-        return [[count * (k > 0) for k in range(exits)] for count in (1, 2)] + [[1] * exits, [2] * exits]
+        return [[count * (k > 0) for k in range(exits)] for count in (1, 2)] + [[n] * exits for n in (1, 2, 3)]
     return [(np.quantile(scores, share, axis=0) + 1e-7).tolist() for share in (0.1, 0.4, 0.7, 0.9)]
 
 
