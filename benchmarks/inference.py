@@ -155,13 +155,17 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--rows", type=int, default=512, help="of the data set")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--name", help="of the results file; default: the model's")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the layers, of the stock models as well")
+    parser.add_argument("--name", help="of the results file; default: model, dtype and whether compiled")
     add_results_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     model, tokenizer = load(args.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype))
+    if args.compile:  # the class of the layers, which all models share
+        layer_class = type(model.backbone_layers[0])
+        layer_class.forward = torch.compile(layer_class.forward, dynamic=True)
     lengths = args.lengths if tokenizer else [None]
     rows = []
     with torch.inference_mode():
@@ -173,7 +177,8 @@ def main() -> None:
             rows += data_set(model, tokenizer, 32, args.rows, 128, max(3, args.repeats // 8))
     for row in rows:
         print({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items() if not isinstance(v, dict)})
-    write_results(args.results, args.name or f"inference_{args.model}", rows)
+    variant = ("" if args.dtype == "float32" else f"_{args.dtype}") + ("_compiled" if args.compile else "")
+    write_results(args.results, args.name or f"inference_{args.model}{variant}", rows)
 
 
 if __name__ == "__main__":
