@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -45,10 +46,16 @@ def add_results_argument(parser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
 
 
+def command_line(script: str, words: list[str]) -> str:
+    """The command as anyone would type it: what lies outside the project is named without its place."""
+    words = [f"path/to/{Path(word).name}" if word.startswith(("..", os.sep)) else word for word in words]
+    return shlex.join(["python", script, *words])
+
+
 def write_results(folder: Path, name: str, rows: list[dict]) -> None:
     """Write `<folder>/<name>.json`: the rows, the machine, the versions and the command."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = command_line(f"benchmarks/{Path(sys.argv[0]).name}", sys.argv[1:])
     content = {"command": command, "machine": machine(), "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {folder / name}.json")

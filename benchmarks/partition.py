@@ -5,7 +5,7 @@ Each run is `recipes/generate_cifar100.py noniid balance dir` in a process of it
 first import to the last file. CPU time tells a busy machine from slow code. Peak memory is what is resident in that
 process, mapped files included.
 
-    python benchmarks/partition.py --dataset_name ../shared/data/cifar100
+    python benchmarks/partition.py --dataset_name path/to/cifar100
 """
 
 import argparse

@@ -11,13 +11,12 @@ kept in benchmarks/results/quality_<recipe>.json and not run again; an interrupt
 
 import argparse
 import json
-import shlex
 import shutil
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-from common import add_results_argument, machine
+from common import add_results_argument, command_line, machine
 from transformers import AutoModel
 
 from een_hf.data.glue import TEXT
@@ -67,7 +66,7 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
         shutil.rmtree(checkpoint)
     results = json.loads((experiment.folder / "exit_results.json").read_text())
     script = "run_glue_een.py" if modality is TEXT else "run_cifar_een.py"
-    row = {"method": method, "seed": seed, "command": shlex.join(["python", script, *words]), "machine": machine()}
+    row = {"method": method, "seed": seed, "command": command_line(script, words), "machine": machine()}
     row |= {name: results[name] for name in ("dataset", "task_name", "metric", "num_eval_samples")}
     if baseline:
         # The cost of the first layers and one head, out of the whole network's.

@@ -13,18 +13,25 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = (*(f"os error {number}" for number in _FULL), "PytorchStreamWriter failed writing")
 
 
+def is_full_disk(error: Exception) -> bool:
+    """Whether something could not be written for want of room."""
+    return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process with one line, instead of a traceback, on bad input and on a full disk."""
     try:
         yield
     except ExitConfigurationError as error:
-        sys.exit(f"error: {error}")
+        message = str(error)
+        if message.startswith("Caught "):  # by a worker of a data loader, with its traceback
+            message = message.rstrip().rsplit("\n", 1)[-1].split(": ", 1)[-1]
+        sys.exit(f"error: {message}")
     except Exception as error:
-        full = getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS)
-        if not full:
+        if not is_full_disk(error):
             raise
         sys.exit(
             f"error: a file could not be written ({error}): make room where the output goes, then give the same "
-            "command again. What was written whole before is kept and gone on from."
+            "command again. What was written whole before is kept."
         )

@@ -16,7 +16,7 @@ from test_run_glue_een import write_task
 from transformers import AutoTokenizer, BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from een_hf.training import get_scheme
-from een_hf.training.experiment import RUN_FILE
+from een_hf.training.history import RUN_FILE
 
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from een_hf.data.cifar import IMAGES
 from een_hf.data.samples import load_digits
-from een_hf.training.experiment import RUN_FILE, main
+from een_hf.training.experiment import main
+from een_hf.training.history import RUN_FILE
 from een_hf.training.trainer import last_whole_checkpoint
 
 

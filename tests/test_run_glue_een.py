@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -251,6 +252,53 @@ def test_rows_that_chose_the_model_certify_nothing(case, finished, files, tmp_pa
         assert reason in results["policy"]["calibrated_for"]["no_guarantee"]
 
 
+@pytest.mark.parametrize(
+    "case", ["best checkpoint", "a checkpoint without a record", "trained on the evaluation rows"]
+)
+def test_a_model_that_was_saved_on_the_way_is_no_cleaner(case, finished, files, tmp_path):
+    """A run that only calibrates saves the model anew: what its weights have seen must not be forgotten there."""
+    model, flags = shutil.copytree(finished, tmp_path / "model"), [f"--train_file={files['train']}"]
+    record = json.loads((model / "_run_arguments.json").read_text())
+    validation, reason = files["validation"], "the checkpoint"
+    if case == "best checkpoint":
+        record["settings"]["load_best_model_at_end"] = True
+        (model / "_run_arguments.json").write_text(json.dumps(record))
+    elif case == "a checkpoint without a record":
+        (model / "_run_arguments.json").unlink()
+        flags, reason = [*flags, "--calibration_samples=60"], "the weights, for all that is known"
+    else:
+        validation, reason = files["train"], "the weights"
+    flags += [f"--validation_file={validation}", "--do_eval", "--max_seq_length=16", "--use_cpu"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(TEXT, [*flags, f"--model_name_or_path={model}", "--target_cost=0.8", f"--output_dir={first}"])
+    main(TEXT, [*flags, f"--model_name_or_path={first}", "--max_risk=0.3", f"--output_dir={second}"])
+    results = json.loads((second / "exit_results.json").read_text())
+    assert results["calibration_rows_chose"] == reason
+    assert results["policy"] is None or results["policy"]["guarantee"] is None
+
+
+def test_what_cannot_be_calibrated_is_refused_before_training(files, minilm_path, tmp_path, caplog):
+    train = [f"--train_file={files['train']}", "--do_train", "--do_eval", "--max_steps=1"]
+    write_csv(tmp_path / "one.csv", 1, 3)
+    (tmp_path / "gap.csv").write_text("text,label\na word,\nanother,good\n")
+    validation = f"--validation_file={files['validation']}"
+    cases = {
+        "only one": [f"--validation_file={tmp_path / 'one.csv'}"],
+        "--calibration_file .*gap.csv": [validation, f"--calibration_file={tmp_path / 'gap.csv'}"],
+        "--measure_speed times a policy": [validation, "--measure_speed"],
+    }
+    for words, flags in cases.items():
+        with pytest.raises(SystemExit, match=words):
+            main(TEXT, tiny(minilm_path, *train, *flags, f"--output_dir={tmp_path / 'run'}"))
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="--model_name_or_path .*nowhere cannot be loaded"):
+        nowhere = f"--model_name_or_path={tmp_path / 'nowhere'}"
+        main(TEXT, [*train, validation, nowhere, f"--output_dir={tmp_path / 'run'}"])
+    with caplog.at_level("WARNING"):
+        main(TEXT, tiny(minilm_path, *train, validation, "--max_risk=0.001", f"--output_dir={tmp_path / 'few'}"))
+    assert re.search("No early exit will be certified: .* at least [0-9]+ calibration rows", caplog.text)
+
+
 # Cost in seconds
 
 
@@ -487,6 +535,10 @@ BAD = {
     "warm start in steps": (
         ["--do_train", "--warm_start_epochs=2", "--max_steps=10", "--per_device_train_batch_size=16"],
         "--warm_start_epochs 2 leaves the early exits no step: this run trains 1 epochs",
+    ),
+    "warm start of short epochs": (
+        ["--do_train", "--warm_start_epochs=3", "--max_steps=3", "--per_device_train_batch_size=500"],
+        "--warm_start_epochs 3 leaves the early exits no step: this run trains 3 epochs",
     ),
     "warm start of a stream": (
         ["--do_train", "--warm_start_epochs=1", "--max_steps=10", "--streaming", "--do_eval"],

@@ -29,7 +29,8 @@ from ..hub import guarantee_in_words, refresh_model_card
 from ..models import ExitConfigurationError
 from ..models.configuration_een import is_early_exit_config
 from ..training.arguments import CalibrationArguments, Risk
-from ..training.experiment import CALIBRATION_PARTS, fitting_criterion, run_settings
+from ..training.experiment import CALIBRATION_PARTS, fitting_criterion
+from ..training.history import read_run
 
 
 def add_arguments(parser) -> None:
@@ -53,7 +54,7 @@ def run(args) -> None:
     folder = Path(args.run)
     results = read_exit_results(folder)
     config = _load_config(folder)
-    settings = run_settings(folder) or {}
+    settings = (read_run(folder) or {}).get("settings", {})
     problem_type = config.problem_type or "single_label_classification"
     criterion = settings.get("exit_criterion", CalibrationArguments.exit_criterion)
     wanted = CalibrationArguments(

@@ -71,11 +71,15 @@ def is_baseline(results: dict) -> bool:
 def _place_baselines(paths: list[str], runs: dict[str, dict]) -> None:
     """Change a baseline's relative cost from that of its own network to that of the network it is compared with."""
     whole = next((results for results in runs.values() if not is_baseline(results)), None)
+    baselines = [results for results in runs.values() if is_baseline(results)]
+    if whole is None or not baselines:
+        return
+    if whole.get("cost_unit", "operations") != "operations":
+        raise ExitConfigurationError("Runs of one exit are placed by operations: evaluate the others so (--cost).")
     for path, results in zip(paths, runs.values(), strict=True):
-        if whole is None or not is_baseline(results):
-            continue
-        if not (results.get("plain_operations") and whole.get("plain_operations")):
+        if not results.get("plain_operations") and (results is whole or is_baseline(results)):
             raise ExitConfigurationError(f"{path} does not say what its network costs: evaluate it again (--do_eval).")
+    for results in baselines:
         for row in (*results["anytime"], *results["anytime_report"]):
             row["relative_cost"] = results["plain_operations"] / whole["plain_operations"]
 
@@ -93,8 +97,12 @@ def _names(paths: list[str]) -> list[str]:
 
 
 def _check_comparable(paths: list[str], runs: list[dict]) -> None:
-    for what, keys in (("data set", ("dataset", "task_name")), ("metric", ("metric",))):
-        values = [" / ".join(str(results[key]) for key in keys if results[key]) for results in runs]
+    for what, keys in (
+        ("data set", ("dataset", "task_name")),
+        ("metric", ("metric",)),
+        ("unit of cost", ("cost_unit",)),
+    ):
+        values = [" / ".join(str(results[key]) for key in keys if results.get(key)) for results in runs]
         other = next((index for index, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             raise ExitConfigurationError(

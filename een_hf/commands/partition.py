@@ -65,6 +65,8 @@ def run(args) -> None:
     for flag, scheme in (("alpha", "dir"), ("classes_per_partition", "pat")):
         if getattr(args, flag) is not None and args.scheme != scheme:
             raise DataError(f"--{flag} belongs to --scheme {scheme}, not {args.scheme}.")
+    if args.dataset_config_name is not None and args.dataset_name is None:
+        raise DataError("--dataset_config_name belongs to --dataset_name.")
     if not 0 <= args.valid_fraction < 1:
         raise DataError(f"--valid_fraction must be at least 0 and below 1, not {args.valid_fraction}.")
     if args.seed < 0:

@@ -4,8 +4,9 @@ een-hf retrofit my-finetuned-bert --train_file texts.csv --max_risk 0.02 --outpu
 een-hf retrofit my-finetuned-vit --train_dir images/ --max_risk 0.02 --output_dir cheaper
 
 Exits before the last layer learn what the model itself answers; a policy is certified on rows that they did not learn
-from: with the given confidence, the answers differ from the model's on at most --max_risk of new rows like these. The
-model's own weights stay as they are, to the bit.
+from: with the given confidence, the answers differ from the model's on at most --max_risk of new rows like these. Give
+rows that the model was not fine-tuned on: it is surer of those than of new ones. The model's own weights stay as they
+are, to the bit.
 
 The model reads every row once. What the exits read of it is kept in OUTPUT_DIR/features, in chunks: a run that was
 interrupted goes on from there, and so does one with another risk, confidence, criterion or number of epochs. The
@@ -37,6 +38,7 @@ from ..data.glue import TEXT, TextDataArguments, encode_text_data, prepare_rows,
 from ..data.images import EvaluationTransform, decode_image, whole_images
 from ..data.sources import limit_rows, load_files
 from ..data.task import DataError, TaskData
+from ..errors import is_full_disk
 from ..evaluation import (
     calibrate,
     cost_inputs,
@@ -52,6 +54,7 @@ from ..inference import pad_rows, predict
 from ..models import MODEL_CLASSES, ExitConfigurationError
 from ..models.policies import get_criterion
 from ..training.arguments import CalibrationArguments
+from ..training.history import RUN_FILE, history_of, trained_on, write_run
 
 
 RECORD_NAME, FEATURES_NAME = "retrofit.json", "features"
@@ -60,7 +63,7 @@ SINGLE_LABEL = "single_label_classification"
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a fine-tuned classifier")
-    data = parser.add_argument_group("data (no labels are read)")
+    data = parser.add_argument_group("data (new to the model; no labels are read)")
     data.add_argument("--train_file", help="text: csv, json, jsonl or parquet file")
     data.add_argument("--train_dir", help="images: folder of image files, sub-folders included")
     data.add_argument("--skip_corrupt", action="store_true", help="leave out images that cannot be decoded")
@@ -102,7 +105,12 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     check_arguments(args)
     set_seed(args.seed)
-    model = load_model(args)
+    model, history = load_model(args), history_of(args.model, has_head=True)
+    if trained_on(args.train_file or args.train_dir, history):
+        raise DataError(
+            f"--train_file or --train_dir {args.train_file or args.train_dir}: MODEL was trained on these rows and is "
+            "surer of them than of new ones, so they certify nothing: give others."
+        )
     rows = (TextRows if args.train_file else ImageRows)(args, model.config)
     calibration_rows = split_rows(len(rows), args)
     folder = Path(args.output_dir)
@@ -127,6 +135,7 @@ def run(args) -> None:
         message = f"No early exit: the policy that could be certified costs {report.relative_cost:.3f} of your model."
         report = replace(report, policy=None, message=message)
     model.set_exit_policy(report.policy)
+    model.config.training_scheme = "retrofit"
     with _room_for(folder / SAFE_WEIGHTS_NAME):
         model.save_pretrained(folder)
         rows.processor.save_pretrained(folder)
@@ -148,6 +157,8 @@ def run(args) -> None:
         functions = rows.speed_functions(model, calibration_rows[: args.speed_samples], args.batch_size)
         seconds = {name: float(np.median(times)) for name, times in measure_seconds(functions, repeats=3).items()}
         record["seconds"] = seconds
+    with _room_for(folder / RUN_FILE):
+        write_run(folder, vars(args), trained=True, finished=True, history=history)
     with _room_for(folder / RECORD_NAME), _replacing(folder / RECORD_NAME) as temporary:
         temporary.write_text(json.dumps(record, indent=2))
     print(report.message)
@@ -170,10 +181,12 @@ def summary(record: dict) -> str:
 
 @contextmanager
 def _room_for(path: Path) -> Iterator[None]:
-    """Raise ExitConfigurationError where a file cannot be written: the disk is full, most often."""
+    """Raise ExitConfigurationError where the disk is too full for a file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if not is_full_disk(error):
+            raise
         raise ExitConfigurationError(
             f"{path} could not be written ({error}): make room below --output_dir, then give the same command again. "
             "It goes on from the features that are there."

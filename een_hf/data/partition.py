@@ -295,7 +295,7 @@ def load_labelled_rows(
     return LabelledRows(rows, column, np.asarray(resolved["train"][column][:]), names)
 
 
-_HINTS = {"train": "the parts are cut from it; give another --dataset_name"}
+_HINTS = {"train": "the parts are cut from it; give other data"}
 
 
 def _load_splits(

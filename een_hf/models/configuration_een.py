@@ -59,7 +59,8 @@ class EarlyExitConfigMixin:
         boost_temperature: t in F_k = f_k + t * stop_gradient(F_{k-1}).
         gradient_rescale: scale hidden states in the backward pass as the boosted scheme does.
         exit_policy: criterion and thresholds as a plain dict (`ExitPolicy.to_dict`), or `None`: no early exit.
-        training_scheme: what trained the exits (`--method`), written when training begins; `None`: nothing did.
+        training_scheme: what trained the exits (`--method`, or `retrofit`), written when training begins; `None`:
+            nothing did.
 
     Raises:
         ExitConfigurationError: a field outside its choices, or exit layers that do not fit the network.

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..data.samples import sample_model_path
 from ..data.streaming import EndlessStream
-from ..data.task import Modality, TaskData
+from ..data.task import DataError, Modality, TaskData
 from ..errors import one_line_errors
 from ..evaluation import (
     anytime_table,
@@ -41,28 +41,23 @@ from ..evaluation import (
     text_functions,
     write_exit_results,
 )
-from ..evaluation.calibration import CalibrationReport
+from ..evaluation.calibration import CalibrationReport, rows_needed
 from ..hub import choose_examples, hub_name, write_examples, write_model_card
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
 from ..models.policies import fitting_criteria, get_criterion
 from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
+from .history import RUN_FILE, history_of, read_run, rows_chose, write_run
 from .trainer import EarlyExitTrainer, get_scheme, last_whole_checkpoint, scheme_arguments
 
 
 logger = logging.get_logger(__name__)
 
-RUN_FILE = "_run_arguments.json"  # holds local paths; what begins with an underscore is never pushed
 # Flags that say where a run lies, how it is watched and how fast it loads, but not what it computes.
 _WATCHING = ("log", "hub_", "card_", "save_", "resume_")
 _WHERE = (
     "output_dir report_to run_name project push_to_hub disable_tqdm token do_eval do_predict local_rank cache_dir "
     "overwrite_cache preprocessing_num_workers measure_speed dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor"
-).split()
-# Flags that say which training rows --calibration_samples holds out.
-_HELD_OUT_BY = (
-    "calibration_samples seed dataset_name dataset_config_name task_name train_file train_dir train_val_split "
-    "max_train_samples partition_dir partition_id"
 ).split()
 # `part` of exit_logits.npz: rows that calibrate, out of the evaluation split or beside it; all others are "report".
 CALIBRATION_PARTS = ("calibration", "held_out")
@@ -153,14 +148,12 @@ def check_output_dir(args: RunArguments) -> str | None:
         ExitConfigurationError: the folder belongs to a finished run, to a run with other settings, or to neither.
     """
     folder = Path(args.training.output_dir)
-    record = folder / RUN_FILE
     if not args.training.do_train:
         return None
     checkpoint = args.training.resume_from_checkpoint
     last = last_whole_checkpoint(folder)
-    if record.exists():
-        before = json.loads(record.read_text())
-        now = args.settings()
+    if (folder / RUN_FILE).exists():
+        before, now = read_run(folder), args.settings()
         names = [name for name in now if before["settings"].get(name, now[name]) != now[name]]
         if names:
             changes = ", ".join(f"--{n} was {before['settings'][n]!r}, is {now[n]!r}" for n in names)
@@ -178,14 +171,6 @@ def check_output_dir(args: RunArguments) -> str | None:
             f"--output_dir {folder} holds a model or checkpoints of something else: give another --output_dir."
         )
     return checkpoint or last
-
-
-def _record_run(args: RunArguments, finished: bool) -> None:
-    folder = Path(args.training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = folder / f"{RUN_FILE}.part"
-    written.write_text(json.dumps({"finished": finished, "settings": args.settings()}, indent=2))
-    written.replace(folder / RUN_FILE)
 
 
 # Model
@@ -225,7 +210,12 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> Earl
 
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
     name = _model_source(args)
-    found, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    except (OSError, ValueError) as error:
+        raise ExitConfigurationError(
+            f"--model_name_or_path {args.model_name_or_path} cannot be loaded: {error}"
+        ) from error
     known = {kind.config_class.model_type: kind for kind in model_classes.values()} | model_classes
     if found.get("model_type") not in known:
         raise ExitConfigurationError(
@@ -304,6 +294,8 @@ class Experiment:
             raise ExitConfigurationError("Nothing to do: give --do_train, --do_eval or --do_predict.")
         if args.calibration.measure_speed and self.modality.main_input_name != "input_ids":
             raise ExitConfigurationError("--measure_speed is for text; benchmarks/inference.py times images.")
+        if args.calibration.measure_speed and not training.do_eval:
+            raise ExitConfigurationError("--measure_speed times the evaluation rows: add --do_eval.")
         if args.data.streaming:
             self._check_streaming()
         checkpoint = check_output_dir(args)
@@ -311,8 +303,7 @@ class Experiment:
         self._prepare()
         metrics = {}
         if training.do_train:
-            if training.should_save:
-                _record_run(args, finished=False)
+            self._record_run(finished=False)
             if checkpoint is not None:
                 logger.warning("Resuming from %s.", checkpoint)
             outcome = self.trainer.train(resume_from_checkpoint=checkpoint)
@@ -324,11 +315,20 @@ class Experiment:
             metrics |= self._evaluate()
         if training.do_predict:
             self._predict()
-        if training.do_train and training.should_save:
-            _record_run(args, finished=True)
+        if training.do_train:
+            self._record_run(finished=True)
         if training.push_to_hub:
             self.trainer.push_to_hub()
         return metrics
+
+    def _record_run(self, finished: bool) -> None:
+        source, trained = self.args.model.model_name_or_path, self.training.do_train
+        own = (
+            not trained and source is not None and Path(source).resolve() == self.folder.resolve()
+        )  # its record stands
+        if self.training.should_save and not own:
+            settings = {"trained": trained, "finished": finished, "history": self.history}
+            write_run(self.folder, self.args.settings(), **settings)
 
     def _check_streaming(self) -> None:
         """A stream has no length and cannot be cut."""
@@ -356,6 +356,8 @@ class Experiment:
         hub = {"cache_dir": args.model.cache_dir, "token": args.model.token}
         self.data = self.modality.load_data(args.data, splits_needed=needed, seed=training.seed, **hub)
         self.model = load_model(self.modality, args.model, self.data)
+        self.new_head = self.model.is_new_head(self.model.num_exits - 1)
+        self.history = history_of(args.model.model_name_or_path, has_head=not self.new_head)
         self.modality.fit_model(self.model, args.data)
         source = _model_source(args.model)
         self.processor = self.modality.load_processor(source, args.data, self.model.config, **hub)
@@ -416,13 +418,17 @@ class Experiment:
         sources = ("dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file")
         sources += ("train_dir", "validation_dir", "test_dir", "train_val_split", "max_predict_samples")
         names = {field.name for field in fields(self.args.data)}
-        given = dict.fromkeys(names.intersection(sources)) | {
-            "test_file" if "test_file" in names else "test_dir": path
-        }
+        flag = "test_file" if "test_file" in names else "test_dir"
+        given = dict.fromkeys(names.intersection(sources)) | {flag: path}
         data_args = replace(self.args.data, **given)
         seed = self.training.seed
-        data = self.modality.load_data(data_args, splits_needed=["test"], seed=seed, like=self.data)
-        return self.modality.encode_data(data, self.processor, data_args, self.model.config)["test"]
+        try:
+            data = self.modality.load_data(data_args, splits_needed=["test"], seed=seed, like=self.data)
+            return self.modality.encode_data(data, self.processor, data_args, self.model.config)["test"]
+        except DataError as error:
+            raise DataError(
+                str(error).replace(f"--{flag} ", "--calibration_file ").replace(", split 'test'", "")
+            ) from error
 
     def _check_calibration(self) -> None:
         """Refuse, before training, what calibration could not do after it."""
@@ -432,17 +438,36 @@ class Experiment:
             raise ExitConfigurationError("--target_cost and --max_risk calibrate on evaluated rows: add --do_eval.")
         if not self.training.do_eval:
             return
+        if self.calibration_rows is None and len(self.splits["validation"]) < 2:
+            raise ExitConfigurationError(
+                "Half of the evaluation rows calibrates, but there is only one: give more, or --calibration_file."
+            )
+        kept = self.model.config.exit_policy is not None and not self.training.do_train
+        if wanted.measure_speed and not (asked or kept):
+            raise ExitConfigurationError("--measure_speed times a policy: add --target_cost or --max_risk.")
         fitting_criterion(wanted.exit_criterion, self.data.problem_type, required=asked)
         if wanted.max_risk is not None:
             labelled = self.calibration_rows is None or _has_labels(self.calibration_rows)
             check_risk(wanted.risk and wanted.risk.value, self.data.problem_type, labelled)
+            self._warn_of_few_rows()
             if (reason := self._calibration_rows_chose()) is not None:
                 logger.warning(
-                    f"No guarantee will go with --max_risk: the calibration rows also chose {reason}. Give others by "
+                    f"No guarantee will go with --max_risk: the calibration rows also chose {reason}. Give others: "
                     "--calibration_file."
                 )
         if wanted.cost == CostUnit.OPERATIONS:
             self._check_budget()
+
+    def _warn_of_few_rows(self) -> None:
+        risk, confidence = self.args.calibration.max_risk, self.args.calibration.risk_confidence
+        needed = rows_needed(risk, confidence)[1]
+        rows = self.calibration_rows
+        found = len(self.splits["validation"]) // 2 if rows is None else len(rows)
+        if found < needed:
+            logger.warning(
+                f"No early exit will be certified: --max_risk {risk:g} with --risk_confidence {confidence:g} takes at "
+                f"least {needed} calibration rows, there are {found}. Give more, or a larger --max_risk."
+            )
 
     def _check_budget(self) -> None:
         target = self.args.calibration.target_cost
@@ -469,6 +494,8 @@ class Experiment:
         if report is not None:
             self.model.set_exit_policy(report.policy)
             trainer.save_model()
+            if not self.training.do_train:
+                self._record_run(finished=True)  # the model is no stranger to whoever goes on from it
         if self.training.should_save:
             write_exit_results(self.folder, results)
             plot_exit_curves(results, self.folder / "exit_curves.png")
@@ -587,24 +614,8 @@ class Experiment:
 
     def _calibration_rows_chose(self) -> str | None:
         """What the calibration rows chose already, here or in the run that made the checkpoint: no guarantee then."""
-        now, earlier = self.args.settings(), _earlier_runs(self.args.model.model_name_or_path)
-        runs = [*earlier, now] if self.training.do_train else earlier
-        file, count = now["calibration_file"], now["calibration_samples"]
-        if file is not None:
-            for run in runs:
-                if _same_path(file, run.get("train_file") or run.get("train_dir")):
-                    return "the weights"
-                validates = _same_path(file, run.get("validation_file") or run.get("validation_dir"))
-                if run["load_best_model_at_end"] and validates:
-                    return "the checkpoint"
-            return None
-        if count is None:
-            return "the checkpoint" if any(run["load_best_model_at_end"] for run in runs) else None
-        # Rows of the training split: whatever was trained before must have held out the same.
-        if self.model.is_new_head(self.model.num_exits - 1):
-            return None
-        held_out = earlier and all(run.get(name) == now.get(name) for run in earlier for name in _HELD_OUT_BY)
-        return None if held_out else "the weights, for all that is known"
+        settings = {"trains": self.training.do_train, "new_head": self.new_head}
+        return rows_chose(self.args.settings(), self.history, **settings)
 
     def _warn_of_idle_exits(self, logits: np.ndarray, labels: np.ndarray) -> None:
         """Name the exits that learned no more than the majority class."""
@@ -689,35 +700,16 @@ def _has_labels(rows) -> bool:
     return "labels" in getattr(rows, "column_names", rows[0])
 
 
-def run_settings(folder: str | os.PathLike) -> dict | None:
-    """The flags that the run in a folder was given; `None` where nothing was trained there."""
-    path = Path(folder, RUN_FILE)
-    return json.loads(path.read_text())["settings"] if path.is_file() else None
-
-
-def _earlier_runs(source: str | None) -> list[dict]:
-    """The flags of the run that made a checkpoint, of the one that this run began from, and so on."""
-    runs = []
-    while source is not None:
-        found = run_settings(source) or run_settings(Path(source).parent)  # a run, or one of its checkpoints
-        if found is None or found in runs:
-            break
-        runs.append(found)
-        source = found["model_name_or_path"]
-    return runs
-
-
-def _same_path(one: str, other: str | None) -> bool:
-    return other is not None and os.path.realpath(one) == os.path.realpath(other)
-
-
 def _budget_hint(results: dict, folder: Path) -> str:
     """The table of budgets, for a run that set no policy."""
     if not results["budgeted"]:
         return "No criterion fits this problem: every input runs through the whole network."
+    if len(results["exit_layers"]) == 1:
+        return "One exit, the network's own: every input runs through the whole network."
     lines = ["No policy was asked for. These budgets were measured on the rows that calibrated nothing:"]
     for row in results["budgeted"]:
         lines.append(f"  cost {row['relative_cost']:.3f}  {results['metric']} {row['metrics'][results['metric']]:.4f}")
+    lines = list(dict.fromkeys(lines))  # a larger budget may find nothing better
     if (folder / "config.json").is_file():
         lines.append(f"Save one of these, or one between: een-hf calibrate {folder} --target_cost 0.5 --save")
     else:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, 
 from transformers.training_args import OptimizerNames
 
 from ..callbacks import use_early_exit_callbacks
+from ..errors import is_full_disk
 from ..hub import CARD_NAME, is_run_card
 from ..inference import ExitPredictions, predict
 from ..models import EarlyExitMixin, ExitConfigurationError
@@ -74,7 +76,7 @@ def get_scheme(name: str) -> type["EarlyExitTrainer"]:
         raise ExitConfigurationError(f"--method {name!r} cannot be imported: {error}.") from error
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, EarlyExitTrainer)):
         raise ExitConfigurationError(f"--method {name!r} is not a subclass of EarlyExitTrainer.")
-    if "method" not in vars(trainer_class):
+    if trainer_class not in _SCHEMES.values():
         register_scheme(name)(trainer_class)
     return trainer_class
 
@@ -140,6 +142,11 @@ class EarlyExitTrainer(Trainer):
     arguments_class: type | None = None
     citation: str = ""
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "method"):  # a scheme that is used without being registered
+            cls.method = f"{cls.__module__}:{cls.__qualname__}"
+
     def __init__(self, model=None, args=None, *, scheme_args=None, compute_metrics=None, **kwargs):
         if not isinstance(model, EarlyExitMixin):
             raise ExitConfigurationError(
@@ -186,9 +193,11 @@ class EarlyExitTrainer(Trainer):
         args, rows = self.args, self.train_dataset
         epochs = args.num_train_epochs
         if args.max_steps > 0:
-            per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            # A stream counts as one epoch.
-            epochs = args.max_steps * per_step / len(rows) if hasattr(rows, "__len__") else 1.0
+            epochs = 1.0  # of a stream
+            if hasattr(rows, "__len__"):
+                batches = len(rows) / (args.train_batch_size * args.world_size)
+                batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+                epochs = args.max_steps / max(1, math.ceil(batches / args.gradient_accumulation_steps))
         if rows is not None and args.warm_start_epochs and args.warm_start_epochs >= epochs:
             raise ExitConfigurationError(
                 f"--warm_start_epochs {args.warm_start_epochs:g} leaves the early exits no step: this run trains "
@@ -445,6 +454,8 @@ class EarlyExitTrainer(Trainer):
             if is_whole_checkpoint(folder):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
+            if not is_full_disk(error):
+                raise
             last = last_whole_checkpoint(self._get_output_dir(trial))
             raise ExitConfigurationError(
                 f"{folder} could not be written ({error}): make room below --output_dir, then give the same command "

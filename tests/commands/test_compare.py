@@ -98,8 +98,9 @@ def test_a_run_with_one_exit_is_a_baseline(write_run, tmp_path, capsys):
     runs["small"]["anytime_report"][0]["relative_cost"] = 0.45
     lines = {line.get_label(): line.get_xydata().tolist() for line in plot_comparison(runs, plot).axes[0].lines}
     assert lines["small"] == [[0.45, 0.75]]
-    with pytest.raises(SystemExit, match="does not say what its network costs"):
-        main(["compare", write_run("old", CURVE), small])
+    old = write_run("old", CURVE)
+    with pytest.raises(SystemExit, match=f"{old} does not say what its network costs"):
+        main(["compare", old, small])
 
 
 def test_the_plot(write_run, tmp_path):
@@ -127,6 +128,7 @@ def test_the_plot(write_run, tmp_path):
         ({"dataset": "reviews"}, "one data set.*of news.*of reviews"),
         ({"task_name": "sst2"}, "one data set"),
         ({"metric": "f1"}, "one metric.*accuracy.*f1"),
+        ({"cost_unit": "latency"}, "one unit of cost.*of latency"),
         ({"num_eval_samples": 12}, "same evaluation rows"),
     ],
 )

@@ -156,6 +156,10 @@ def test_a_folder_of_images(flag, format, tmp_path):
         ({"dataset_name": None}, "one of --dataset_name, --train_file and --train_dir, not by none"),
         ({"train_dir": "images"}, "not by --dataset_name and --train_dir"),
         ({"dataset_name": None, "train_dir": "images"}, "--train_dir images is not there"),
+        (
+            {"dataset_name": None, "train_file": "rows.csv", "dataset_config_name": "plain"},
+            "--dataset_config_name belongs to --dataset_name",
+        ),
         ({"dataset_name": None, "train_file": "rows.csv"}, "--train_file rows.csv is not there"),
         ({"dataset_name": None, "train_file": __file__}, "must end in one of: .csv, .json"),
         ({"format": "npz", "input_column_names": "pixels"}, "no column 'pixels'.*--input_column_names"),

@@ -134,6 +134,15 @@ def load_aligned(model_class, folder):
     return model
 
 
+def test_rows_that_it_was_trained_on_certify_nothing(finished, tmp_path):
+    """Fails if a model is promised to agree on new rows because it does on those that its exits learned from."""
+    _, source, out = finished
+    assert json.loads((out / "config.json").read_text())["training_scheme"] == "retrofit"
+    with pytest.raises(SystemExit, match=f"{source[2]}: MODEL was trained on these rows"):
+        main(words_of((str(out), *source[1:]), tmp_path / "again"))
+    assert not (tmp_path / "again").exists()
+
+
 def test_the_last_exit_is_the_stock_model(finished):
     """Fails if a weight of the user's model moves, or exit K's answers differ from its own by one bit."""
     kind, source, out = finished

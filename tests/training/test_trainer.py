@@ -15,7 +15,7 @@ from een_hf.models import (
     EarlyExitViTForImageClassification,
     ExitConfigurationError,
 )
-from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer, get_scheme
+from een_hf.training import EarlyExitTrainer, EarlyExitTrainingArguments, JointExitTrainer, get_scheme
 
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
@@ -264,3 +264,19 @@ def test_a_run_resumes_from_the_checkpoint_that_the_model_came_from(fine_tuned, 
 
 def test_base_is_joint():
     assert get_scheme("base") is get_scheme("joint") is JointExitTrainer
+
+
+def test_a_scheme_needs_no_registration_in_python(tmp_path):
+    """A subclass that only weighs losses must train as it is; one of a scheme must count as that scheme."""
+
+    class OfItsOwn(EarlyExitTrainer):
+        pass
+
+    class OfJoint(JointExitTrainer):
+        pass
+
+    for trainer_class, method in ((OfItsOwn, f"{__name__}:{OfItsOwn.__qualname__}"), (OfJoint, "joint")):
+        args = EarlyExitTrainingArguments(str(tmp_path), **{**QUIET, "max_steps": 1})
+        trainer = trainer_class(model=scratch(), args=args, train_dataset=make_rows())
+        trainer.train()
+        assert trainer.model.config.training_scheme == method

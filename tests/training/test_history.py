@@ -1,0 +1,62 @@
+"""What rows may certify, from what the runs behind a model have read."""
+
+import pytest
+
+from een_hf.training.history import history_of, rows_chose, trained_on, write_run
+
+
+NOW = {"train_file": "train.csv", "validation_file": "dev.csv", "seed": 42}
+HELD_OUT = {**NOW, "calibration_samples": 60}
+CUT = {"train_file": "train.csv", "train_val_split": 0.1, "seed": 42}
+CASES = {
+    # now, history, whether this run trains, whether its head is new: what the calibration rows chose
+    "validation rows": (NOW, [NOW], False, False, None),
+    "validation rows of a stranger": (NOW, [None], True, False, None),
+    "validation rows that train now": ({**NOW, "validation_file": "train.csv"}, [], True, True, "the weights"),
+    "validation rows that trained": ({**NOW, "validation_file": "train.csv"}, [NOW], False, False, "the weights"),
+    "below a folder that trained": ({"calibration_file": "a/b"}, [{"train_dir": "a"}], False, False, "the weights"),
+    "around a folder that trained": ({"calibration_file": "a"}, [{"train_dir": "a/b"}], False, False, "the weights"),
+    "beside a folder that trained": ({"calibration_file": "a/c"}, [{"train_dir": "a/b"}], False, False, None),
+    "held out by both": (HELD_OUT, [HELD_OUT], False, False, None),
+    "held out by one": (HELD_OUT, [NOW], False, False, "the weights, for all that is known"),
+    "held out by other seeds": (
+        HELD_OUT,
+        [{**HELD_OUT, "seed": 1}],
+        True,
+        False,
+        "the weights, for all that is known",
+    ),
+    "held out, a stranger before": (HELD_OUT, [None, HELD_OUT], False, False, "the weights, for all that is known"),
+    "held out, a new head": (HELD_OUT, [], True, True, None),
+    "cut alike": (CUT, [CUT], False, False, None),
+    "cut by other seeds": ({**CUT, "seed": 1}, [CUT], False, False, "the weights, for all that is known"),
+    "best of the run before": (NOW, [{**NOW, "load_best_model_at_end": True}], False, False, "the checkpoint"),
+    "best of two runs before": (NOW, [{**NOW, "load_best_model_at_end": True}, NOW], True, False, "the checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_rows_chose(case):
+    """A wrong answer certifies a model on rows that it was fitted to, or denies a certificate for nothing."""
+    now, history, trains, new_head, expected = CASES[case]
+    assert rows_chose(now, history, trains=trains, new_head=new_head) == expected
+
+
+def test_histories_grow_by_runs_that_trained(tmp_path):
+    """A run that only calibrated adds nothing, forgets nothing, and a checkpoint is asked like its run."""
+    assert history_of(None, has_head=False) == history_of("hub/backbone", has_head=False) == []
+    before = history_of("hub/fine-tuned", has_head=True)
+    assert before == [None]
+    write_run(tmp_path / "a", NOW, trained=True, finished=False, history=before)
+    write_run(tmp_path / "b", HELD_OUT, trained=False, finished=True, history=history_of(tmp_path / "a", True))
+    (tmp_path / "b" / "checkpoint-1").mkdir()
+    assert history_of(str(tmp_path / "b" / "checkpoint-1"), has_head=True) == [None, NOW]
+
+
+def test_a_local_data_set_trains_on_its_training_files(tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}-00000-of-00001.parquet").touch()
+    history = [None, {"dataset_name": str(tmp_path)}]
+    assert trained_on(str(tmp_path / "train-00000-of-00001.parquet"), history)
+    assert not trained_on(str(tmp_path / "validation-00000-of-00001.parquet"), history)
+    assert not trained_on(str(tmp_path.parent / "other.csv"), history)
