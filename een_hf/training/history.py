@@ -16,6 +16,8 @@ _UNKNOWN = "the weights, for all that is known"
 
 def read_run(folder: str | os.PathLike) -> dict | None:
     """The record of the run in a folder, or of the run that a checkpoint belongs to; `None`: there is none."""
+    if not os.path.isdir(folder):
+        return None  # a name of the Hub
     paths = (Path(place, RUN_FILE) for place in (folder, Path(folder).parent))
     path = next(filter(Path.is_file, paths), None)
     return None if path is None else json.loads(path.read_text())
