@@ -323,10 +323,8 @@ class Experiment:
 
     def _record_run(self, finished: bool) -> None:
         source, trained = self.args.model.model_name_or_path, self.training.do_train
-        own = (
-            not trained and source is not None and Path(source).resolve() == self.folder.resolve()
-        )  # its record stands
-        if self.training.should_save and not own:
+        in_place = source is not None and Path(source).resolve() == self.folder.resolve()
+        if self.training.should_save and (trained or not in_place):  # else the model's own record stands
             settings = {"trained": trained, "finished": finished, "history": self.history}
             write_run(self.folder, self.args.settings(), **settings)
 
