@@ -152,6 +152,10 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
         places["last exit"] = paired(scores(scheme), scores("joint"))
         between.append([f"{scheme} - joint", *(spread(values, signed=True) for values in places.values())])
         words += sentence(scheme, "joint", places)
+    if any(" loses to " in word for word in words):
+        warm = [scheme for scheme in schemes if scheme.endswith("-warm")]
+        tried = f"a warm start ({', '.join(warm)}), which is among the rows above" if warm else "nothing"
+        words.append(f"- Tried against the losses, beyond the three schemes: {tried}.\n")
     plain = [value for value in scores("stock").values() if value is not None]
     if metric == "matthews_correlation" and plain and np.mean(plain) < 0.1:
         words.append(

@@ -158,6 +158,7 @@ def test_sentences_follow_the_signs(page):
         "- joint beats the smaller fine-tuned model of the same cost: first 2 layers, cost 0.50 (+0.070, seeds" in page
     )
     assert "- joint loses to plain fine-tuning of the whole model: last exit (-0.015, seeds: 2)." in page
+    assert "- Tried against the losses, beyond the three schemes: nothing." in page
     assert "- boosted beats joint: budget 25% (+0.025, seeds: 2)." in page
     (line,) = [line for line in page.splitlines() if line.startswith("- boosted does not clearly differ from joint:")]
     assert "budget 50% (+0.005, seeds: 2)" in line and "last exit (-0.005, seeds: 2)" in line
