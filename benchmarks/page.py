@@ -303,9 +303,9 @@ def training_step(data: dict, name: str, plots: Path | None) -> str:
         keys = [f"{what} / {other}" for what in ("time", "memory")]
         texts = [f"{key} {target(row[key], limit)}" for key, limit in zip(keys, limits, strict=True) if limit]
         cells = [f"{row[key]:.3f}" for key in STEP_COLUMNS]
-        lines.append([row["scheme"], *cells, "; ".join(texts), quartiles(row["step"])])
+        lines.append([row["scheme"], str(row["batch_size"]), *cells, "; ".join(texts), quartiles(row["step"])])
     parts = [f"## Training step: {name.removeprefix('training_step_')}\n", source(data)]
-    return "\n".join([*parts, table(["scheme", *STEP_COLUMNS, "target", "quartiles (ms)"], lines)])
+    return "\n".join([*parts, table(["scheme", "batch size", *STEP_COLUMNS, "target", "quartiles (ms)"], lines)])
 
 
 def plain_table(rows: list[dict]) -> str:

@@ -58,7 +58,7 @@ class Clock(TrainerCallback):
         self.seconds.append(self.now() - self.start)
 
 
-def make_trainer(args, scheme: str) -> tuple[Trainer, Clock]:
+def make_trainer(args, scheme: str, batch_size: int) -> tuple[Trainer, Clock]:
     """A trainer on random rows, ready for `STEPS` steps at each call of `train`."""
     torch.manual_seed(0)
     text = args.model == "minilm"
@@ -66,7 +66,7 @@ def make_trainer(args, scheme: str) -> tuple[Trainer, Clock]:
     shape = AutoConfig.from_pretrained(sample_model_path("minilm")).to_dict() if text else VIT_SMALL
     shape = {name: value for name, value in shape.items() if name != "model_type"}
     config = model_class.config_class(**{**shape, "num_labels": 10})
-    size = STEPS * args.batch_size
+    size = STEPS * batch_size
     labels = torch.randint(0, 10, (size,))
     features = {"pixel_values": torch.randn(size, 3, 112, 112)}
     if text:
@@ -76,7 +76,7 @@ def make_trainer(args, scheme: str) -> tuple[Trainer, Clock]:
 
     settings = EarlyExitTrainingArguments(
         tempfile.mkdtemp(),
-        per_device_train_batch_size=args.batch_size,
+        per_device_train_batch_size=batch_size,
         max_steps=STEPS,
         lr_scheduler_type="constant",
         train_sampling_strategy="random",
@@ -98,16 +98,16 @@ def make_trainer(args, scheme: str) -> tuple[Trainer, Clock]:
     return trainer_class(model=model_class(config), scheme_args=scheme_args, **common), clock
 
 
-def peak_memory(args, scheme: str) -> float:
+def peak_memory(args, scheme: str, batch_size: int) -> float:
     """MiB that one process needs at most for this scheme alone."""
-    words = [sys.executable, __file__, "--model", args.model, "--batch_size", str(args.batch_size)]
+    words = [sys.executable, __file__, "--model", args.model, "--batch_size", str(batch_size)]
     words += ["--length", str(args.length), "--threads", str(args.threads), "--only", scheme]
     words += ["--bf16"] if args.bf16 else []
     return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def print_peak(args) -> None:
-    trainer, _ = make_trainer(args, args.only)
+    trainer, _ = make_trainer(args, args.only, args.batch_size[0])
     trainer.train()
     if torch.cuda.is_available():
         print(torch.cuda.max_memory_allocated() / 2**20)
@@ -115,12 +115,33 @@ def print_peak(args) -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
+def compare(args, batch_size: int, memory: dict[str, float]) -> list[dict]:
+    contenders = {scheme: make_trainer(args, scheme, batch_size) for scheme in SCHEMES}
+    seconds = {scheme: [] for scheme in SCHEMES}
+    for turn in range(args.rounds + 1):
+        for scheme, (trainer, clock) in contenders.items():
+            clock.seconds.clear()
+            trainer.train()
+            if turn:
+                seconds[scheme].append(np.mean(clock.seconds))
+    rows = []
+    for scheme in SCHEMES:
+        row = {"scheme": scheme, "batch_size": batch_size, "peak_memory_mib": memory[scheme]}
+        for other in ("plain fine-tuning", "joint"):
+            # Round by round, because a round of one and of the other saw the same machine.
+            row[f"time / {other}"] = float(np.median(np.divide(seconds[scheme], seconds[other])))
+            row[f"memory / {other}"] = memory[scheme] / memory[other]
+        rows.append({**row, "step": summarize(seconds[scheme])})
+        print({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["minilm", "vit-small"], default="minilm")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[16, 32], help="one run each")
     parser.add_argument("--length", type=int, default=64, help="of texts")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--only", choices=SCHEMES, help="train this scheme and print its peak memory in MiB")
@@ -131,24 +152,10 @@ def main() -> None:
         return print_peak(args)
 
     # First of all: a child starts with the resident size of its parent.
-    memory = {scheme: peak_memory(args, scheme) for scheme in SCHEMES}
-    contenders = {scheme: make_trainer(args, scheme) for scheme in SCHEMES}
-    seconds = {scheme: [] for scheme in SCHEMES}
-    for turn in range(args.rounds + 1):
-        for scheme, (trainer, clock) in contenders.items():
-            clock.seconds.clear()
-            trainer.train()
-            if turn:
-                seconds[scheme].append(np.mean(clock.seconds))
+    memory = {(size, scheme): peak_memory(args, scheme, size) for size in args.batch_size for scheme in SCHEMES}
     rows = []
-    for scheme in SCHEMES:
-        row = {"scheme": scheme, "batch_size": args.batch_size, "peak_memory_mib": memory[scheme]}
-        for other in ("plain fine-tuning", "joint"):
-            # Round by round, because a round of one and of the other saw the same machine.
-            row[f"time / {other}"] = float(np.median(np.divide(seconds[scheme], seconds[other])))
-            row[f"memory / {other}"] = memory[scheme] / memory[other]
-        rows.append({**row, "step": summarize(seconds[scheme])})
-        print({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()})
+    for size in args.batch_size:
+        rows += compare(args, size, {scheme: memory[size, scheme] for scheme in SCHEMES})
     write_results(args.results, f"training_step_{args.model}", rows)
 
 

@@ -33,7 +33,7 @@ WEIGHT_MAP = "l2w_weights"
 # Length h * ||u|| of a step of the central differences.
 _STEP_NORM = 0.01
 # Numbers of each tensor that a CPU keeps in its cache.
-_PIECE = 2**17
+_PIECE = 2**18
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
@@ -149,6 +149,7 @@ def linear_step(
     parameters: list[torch.Tensor],
     values: list[torch.Tensor],
     gradients: list[torch.Tensor],
+    ahead: list[torch.Tensor],
     clip: float = 1.0,
 ) -> None:
     """Make the step that AdamW or SGD would make, without touching its state.
@@ -156,71 +157,89 @@ def linear_step(
     Args:
         optimizer: read only.
         parameters: those that have a gradient; they tell the optimizer's groups and states.
-        values: theta, stepped in place to theta'.
+        values: theta.
         gradients: replaced by P: with the g^2 of AdamW held constant, theta' falls by P per unit of the clipped
             gradient g. P is 0 where g is exactly 0: a word row that no batch has had yet has AdamW's P at 1/eps.
+        ahead: takes theta'.
         clip: g is this times `gradients`.
     """
     places = {id(parameter): place for place, parameter in enumerate(parameters)}
     for group in optimizer.param_groups:
         chosen = [places[id(parameter)] for parameter in group["params"] if id(parameter) in places]
-        states = [optimizer.state.get(parameters[place], {}) for place in chosen]
+        rows = [(optimizer.state.get(parameters[n], {}), values[n], gradients[n], ahead[n]) for n in chosen]
         step = _adamw_step if "betas" in group else _sgd_step
-        every = states, [values[place] for place in chosen], [gradients[place] for place in chosen]
-        for piece in _pieces(*every) if chosen else ():
-            step(group, clip, *piece)
+        for piece in _pieces(rows):
+            step(group, clip, *zip(*piece, strict=True))
 
 
-def _pieces(states: list[dict], values: list[torch.Tensor], gradients: list[torch.Tensor]):
-    """The same lists: on a CPU views of them that stay in its cache through all of a step, else everything at once."""
-    if values[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in (*values, *gradients)):
-        yield states, values, gradients
+def _pieces(rows: list[tuple]):
+    """`rows` of (state, *tensors), all at once; on a CPU in parts that stay in its cache through all of a step."""
+    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for _, *tensors in rows for tensor in tensors):
+        yield rows
         return
-    for state, value, gradient in zip(states, values, gradients, strict=True):
-        rows = {name: entry.reshape(-1) for name, entry in state.items() if name != "step" and entry is not None}
-        for begin in range(0, value.numel(), _PIECE):
-            piece = slice(begin, begin + _PIECE)
-            own = {**state, **{name: entry[piece] for name, entry in rows.items()}}
-            yield [own], [value.view(-1)[piece]], [gradient.view(-1)[piece]]
+    ready, size = [], 0
+    for row in rows:
+        for part in _split(*row):
+            ready.append(part)
+            size += part[1].numel()
+            if size >= _PIECE:
+                yield ready
+                ready, size = [], 0
+    if ready:
+        yield ready
 
 
-def _adamw_step(group, clip, states, values, gradients) -> None:
+def _split(state: dict, *tensors):
+    if tensors[0].numel() <= _PIECE:
+        yield state, *tensors
+        return
+    entries = {name: entry for name, entry in state.items() if name != "step" and entry is not None}
+    parts = (tensor.reshape(-1).split(_PIECE) for tensor in (*entries.values(), *tensors))
+    for part in zip(*parts, strict=True):
+        yield {**state, **dict(zip(entries, part, strict=False))}, *part[len(entries) :]
+
+
+def _adamw_step(group, clip, states, values, gradients, ahead) -> None:
     rate, (beta1, beta2) = float(group["lr"]), group["betas"]
     # Counters may live on the device: one read for all of them.
     counted = [state["step"] for state in states if state]
     counted = iter(torch.stack(counted).tolist() if counted else [])
     steps = [next(counted) + 1 if state else 1.0 for state in states]
-    zeros = [None if state else torch.zeros_like(value) for state, value in zip(states, values, strict=True)]
-    first = [state["exp_avg"] if state else zero for state, zero in zip(states, zeros, strict=True)]
-    second = [state["exp_avg_sq"] if state else zero for state, zero in zip(states, zeros, strict=True)]
+    first, second = (
+        [state[name] if state else torch.zeros_like(value) for state, value in zip(states, values, strict=True)]
+        for name in ("exp_avg", "exp_avg_sq")
+    )
     rates = [rate / (1 - beta1**step) for step in steps]
+    corrections = [1 - beta2**step for step in steps]
 
     torch._foreach_mul_(gradients, clip)
-    corrections = [1 - beta2**step for step in steps]
     slopes = torch._foreach_mul(second, [beta2 / correction for correction in corrections])
     torch._foreach_addcmul_(slopes, gradients, gradients, [(1 - beta2) / correction for correction in corrections])
-    torch._foreach_sqrt_(slopes)
+    # The square root. On a CPU torch's own may take several times as long where it meets zeros.
+    torch._foreach_rsqrt_(slopes)
+    torch._foreach_reciprocal_(slopes)
     torch._foreach_add_(slopes, group["eps"])
+    torch._foreach_copy_(ahead, values)
     if group["weight_decay"]:
-        torch._foreach_mul_(values, 1 - rate * group["weight_decay"])
-    torch._foreach_addcdiv_(values, first, slopes, [-beta1 * rate for rate in rates])
-    torch._foreach_addcdiv_(values, gradients, slopes, [-(1 - beta1) * rate for rate in rates])
+        torch._foreach_mul_(ahead, 1 - rate * group["weight_decay"])
+    torch._foreach_addcdiv_(ahead, torch._foreach_lerp(first, gradients, 1 - beta1), slopes, [-rate for rate in rates])
     for gradient in gradients:
         gradient.ne_(0)
     torch._foreach_mul_(gradients, [(1 - beta1) * rate for rate in rates])
     torch._foreach_div_(gradients, slopes)
 
 
-def _sgd_step(group, clip, states, values, gradients) -> None:
+def _sgd_step(group, clip, states, values, gradients, ahead) -> None:
     rate, momentum = float(group["lr"]), group["momentum"]
-    for state, value, gradient in zip(states, values, gradients, strict=True):
+    for state, value, gradient, moved in zip(states, values, gradients, ahead, strict=True):
         buffer = state.get("momentum_buffer") if momentum else None
         slope, inertia = (1.0, 0.0) if buffer is None else (1 - group["dampening"], momentum)
         if group["nesterov"]:
             slope, inertia = 1 + momentum * slope, momentum * inertia
-        value.mul_(1 - rate * slope * group["weight_decay"]).add_(gradient, alpha=-rate * slope * clip)
+        torch.mul(value, 1 - rate * slope * group["weight_decay"], out=moved)
+        moved.add_(gradient, alpha=-rate * slope * clip)
         if buffer is not None:
-            value.add_(buffer, alpha=-rate * inertia)
+            moved.add_(buffer, alpha=-rate * inertia)
         gradient.ne_(0).mul_(rate * slope)
 
 
@@ -234,6 +253,59 @@ class _PlainForward(nn.Module):
     def forward(self, inputs: dict) -> torch.Tensor:
         features = {name: value for name, value in inputs.items() if name != "labels"}
         return type(self.network).forward(self.network, **{**features, "early_exit": False}).exit_logits
+
+
+@contextmanager
+def _stand_ins(parameters: list[nn.Parameter]):
+    """Put new tensors in the place of the parameters' values, which come back at the end, whatever happened.
+
+    Gives the values and the new tensors, which hold nothing yet.
+    """
+    values = [parameter.data for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = torch.empty_like(parameter)
+        yield values, [parameter.data for parameter in parameters]
+    finally:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+
+
+@contextmanager
+def _words_of(inputs: dict, network: nn.Module, optimizer: torch.optim.Optimizer):
+    """Cut the word table, and the optimizer's state of it, to the rows that `inputs` look up; no other tells.
+
+    The whole table comes back at the end, whatever happened. A table that another module uses too stays whole.
+    """
+    ids = inputs.get("input_ids")
+    table = None if ids is None else network.get_input_embeddings()
+    whole = table.weight if type(table) is nn.Embedding else None
+    if sum(parameter is whole for _, parameter in network.named_parameters(remove_duplicate=False)) != 1:
+        yield
+        return
+    padding, words = table.padding_idx, ids.unique()
+    few = nn.Parameter(whole.detach()[words], requires_grad=whole.requires_grad)
+    state = optimizer.state.get(whole, {}).items()
+    state = {name: entry[words] if name != "step" and entry is not None else entry for name, entry in state}
+    places = [
+        (group["params"], n) for group in optimizer.param_groups for n, p in enumerate(group["params"]) if p is whole
+    ]
+    hook = table.register_forward_pre_hook(lambda _, args: (torch.searchsorted(words, args[0]),))
+    try:
+        table.weight = few
+        if padding is not None:
+            table.padding_idx = int(torch.searchsorted(words, padding)) if padding in words else None
+        for parameters, n in places:
+            parameters[n] = few
+        if state:
+            optimizer.state[few] = state
+        yield
+    finally:
+        hook.remove()
+        table.weight, table.padding_idx = whole, padding
+        for parameters, n in places:
+            parameters[n] = whole
+        optimizer.state.pop(few, None)
 
 
 @contextmanager
@@ -424,7 +496,8 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     def meta_step(self, inputs: dict) -> None:
         """Update W on both orders of the halves of `inputs`."""
         halves, device = _halve(inputs), self.args.device
-        with _random_fork(device), _restored(list(self.model.buffers())), _full_precision(device):
+        words = _words_of(inputs, self.model, self.optimizer)
+        with _random_fork(device), _restored(list(self.model.buffers())), _full_precision(device), words:
             for train, meta in (halves, halves[::-1]):
                 self.meta_optimizer.zero_grad()
                 if len(train["labels"]) and len(meta["labels"]):
@@ -447,14 +520,14 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         return self._directional_gradient(train, meta)
 
     def _directional_gradient(self, train, meta):
-        # At the peak two sets of tensors stand beside the gradient that joint training has too: `saved`, `direction`.
+        # At the peak two sets of tensors stand beside the gradient that joint training has too: `ahead`, `direction`.
         device, masks = self.args.device, _random_state(self.args.device)
         weights, _, parameters, direction, clip = self._train_pass(train)
         parameters = list(parameters.values())
-        with _restored(parameters) as saved:
+        with _stand_ins(parameters) as (values, ahead):
             # u = c P grad L_meta; c comes last. Where g is exactly zero, half a does not use the parameter, and what u
             # is there changes nothing, except that it would take its part of ||u||.
-            linear_step(self.optimizer, parameters, parameters, direction, clip)
+            linear_step(self.optimizer, parameters, values, direction, ahead, clip)
             meta_loss = self._meta_loss(meta)
             torch._foreach_mul_(direction, torch.autograd.grad(meta_loss, parameters, materialize_grads=True))
             norm = get_total_norm(direction).item()
@@ -463,26 +536,25 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             h, sides = _STEP_NORM / norm, []
             for sign in (1, -1):
                 with torch.no_grad(), _random_fork(device, masks):
-                    for parameter, value, part in zip(parameters, saved, direction, strict=True):
-                        torch.add(value, part, alpha=sign * h, out=parameter)
+                    for value, part, moved in zip(values, direction, ahead, strict=True):
+                        torch.add(value, part, alpha=sign * h, out=moved)
                     sides.append(self._losses(train)[0])
         derivative = clip * self.exit_loss_weights.to(weights) * (sides[0] - sides[1]) / (2 * h)
         return weights, -derivative / len(derivative), meta_loss.detach()
 
     def _exact_gradient(self, train, meta):
         weights, leaf, parameters, gradients, clip = self._train_pass(train, create_graph=True)
-        values = [parameter.detach().clone() for parameter in parameters.values()]
         constants = [part.detach() for part in gradients]
         slopes = [part.clone() for part in constants]
-        linear_step(self.optimizer, list(parameters.values()), values, slopes, clip)
+        values = [parameter.detach() for parameter in parameters.values()]
+        ahead = [torch.empty_like(value) for value in values]
+        linear_step(self.optimizer, list(parameters.values()), values, slopes, ahead, clip)
         # The value is theta', the derivative -c P.
-        ahead = {
+        moved = {
             f"network.{name}": value - slope * clip * (part - constant)
-            for name, value, slope, part, constant in zip(
-                parameters, values, slopes, gradients, constants, strict=True
-            )
+            for name, value, slope, part, constant in zip(parameters, ahead, slopes, gradients, constants, strict=True)
         }
-        meta_loss = self._meta_loss(meta, ahead)
+        meta_loss = self._meta_loss(meta, moved)
         return weights, torch.autograd.grad(meta_loss, leaf)[0], meta_loss.detach()
 
     def _train_pass(self, train: dict, create_graph: bool = False):

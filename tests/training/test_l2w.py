@@ -19,7 +19,7 @@ from een_hf.models import (
     EarlyExitViTForImageClassification,
     ExitConfigurationError,
 )
-from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer, get_scheme
+from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer, get_scheme, l2w
 from een_hf.training.l2w import (
     MetaWeightedArguments,
     MetaWeightedExitTrainer,
@@ -300,8 +300,10 @@ def test_charges_equal_a_plain_loop(target_p):
     ids=["adamw", "fused", "plain", "momentum", "dampening", "nesterov"],
 )
 @pytest.mark.parametrize("method", ["directional", "exact"])
-def test_look_ahead_is_the_real_step(tmp_path, optimizer, max_grad_norm, steps, method):
-    # Decay for some parameters only and two learning rates: a step by one global rule would not pass.
+def test_look_ahead_is_the_real_step(tmp_path, optimizer, max_grad_norm, steps, method, monkeypatch):
+    # Decay for some parameters only and two learning rates: a step by one global rule would not pass. Some parameters
+    # are taken in parts, the last of them a short one, and some together.
+    monkeypatch.setattr(l2w, "_PIECE", 300)
     batches = [text_batch(8, 100 + step) for step in range(steps)]
     model = bert().double()
     trainer = warmed_up(model, tmp_path, batches, weight_decay=0.1, max_grad_norm=max_grad_norm, **optimizer)
@@ -428,6 +430,14 @@ def test_the_look_ahead_leaves_no_trace(tmp_path, method, fails_at):
     trainer._losses = losses
     before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     optimizer_before = copy.deepcopy(trainer.optimizer.state_dict())
+    table = model.get_input_embeddings()
+
+    def objects():
+        grouped = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+        tensors = [*model.parameters(), *grouped, *trainer.optimizer.state]
+        return [(id(t), t.data_ptr()) for t in tensors], table.padding_idx, len(table._forward_pre_hooks)
+
+    objects_before = objects()
     try:
         trainer.meta_step(text_batch(8, 2))
         failed = False
@@ -436,10 +446,52 @@ def test_the_look_ahead_leaves_no_trace(tmp_path, method, fails_at):
     assert failed == (fails_at is not None and len(calls) == fails_at)
     assert len(calls) == (fails_at if failed else 8 if method == "directional" else 4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert objects() == objects_before
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in model.parameters())
     for old, new in zip(_tensors(optimizer_before), _tensors(trainer.optimizer.state_dict()), strict=True):
         assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("method", ["directional", "exact"])
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("table", ["padded", "unpadded", "shared"])
+def test_only_the_words_of_the_batch_count(tmp_path, table, optimizer, method):
+    """A look-ahead on the rows of the word table that the batch looks up is the one on the whole table."""
+    model = bert().double()
+    words = model.get_input_embeddings()
+    if table == "shared":
+        model.twin = torch.nn.Embedding(*words.weight.shape, dtype=torch.float64)
+        model.twin.weight = words.weight
+    batches = [text_batch(8, 100 + step) for step in range(5)]
+    trainer = warmed_up(model, tmp_path, batches, weight_decay=0.1, scheme_args={"meta_gradient": method}, **optimizer)
+    batch = text_batch(7, 1)
+    assert words.padding_idx == 0
+    if table == "padded":
+        batch["input_ids"][::2, 6:], batch["attention_mask"][::2, 6:] = 0, 0
+        batch["attention_mask"][0, 6:] = 1  # a padding word that is read, but never learned
+
+    found, sizes, whole_table = [], set(), trainer.meta_gradient
+
+    def record(train, meta):
+        weights, gradient, meta_loss = whole_table(train, meta)
+        sizes.add(len(words.weight))
+        found.append((weights.detach().clone(), gradient, meta_loss))
+        return weights, gradient * 0, meta_loss
+
+    trainer.meta_gradient = record
+    # W stays as it is, so that both orders can be told from the same one.
+    trainer.meta_optimizer.param_groups[0].update(lr=0.0)
+    torch.manual_seed(3)
+    trainer.meta_step(batch)
+    assert sizes == {200 if table == "shared" else len(batch["input_ids"].unique())}
+    assert len(found) == 2
+    torch.manual_seed(3)
+    first, second = _halve(batch)
+    for (train, meta), ours in zip(((first, second), (second, first)), found, strict=True):
+        for wanted, got in zip(whole_table(train, meta), ours, strict=True):
+            assert wanted.norm() > 0
+            torch.testing.assert_close(got, wanted.detach(), rtol=1e-6, atol=1e-10)
 
 
 def test_w_never_touches_the_global_random_state(tmp_path):
