@@ -32,7 +32,7 @@ STATE_FILE = "weight_network.pt"
 WEIGHT_MAP = "l2w_weights"
 # Length h * ||u|| of a step of the central differences.
 _STEP_NORM = 0.01
-# Numbers of each tensor that a CPU keeps in its cache.
+# Numbers of a piece, about: what a CPU keeps of each tensor in its cache.
 _PIECE = 2**18
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
@@ -219,10 +219,12 @@ def _adamw_step(group, clip, states, values, gradients, ahead) -> None:
     torch._foreach_rsqrt_(slopes)
     torch._foreach_reciprocal_(slopes)
     torch._foreach_add_(slopes, group["eps"])
-    torch._foreach_copy_(ahead, values)
-    if group["weight_decay"]:
-        torch._foreach_mul_(ahead, 1 - rate * group["weight_decay"])
-    torch._foreach_addcdiv_(ahead, torch._foreach_lerp(first, gradients, 1 - beta1), slopes, [-rate for rate in rates])
+    # No further set of tensors: `ahead` holds the first moment before it takes theta'.
+    torch._foreach_copy_(ahead, first)
+    torch._foreach_lerp_(ahead, gradients, 1 - beta1)
+    torch._foreach_mul_(ahead, [-rate for rate in rates])
+    torch._foreach_div_(ahead, slopes)
+    torch._foreach_add_(ahead, values, alpha=1 - rate * group["weight_decay"])
     for gradient in gradients:
         gradient.ne_(0)
     torch._foreach_mul_(gradients, [(1 - beta1) * rate for rate in rates])
@@ -269,6 +271,16 @@ def _stand_ins(parameters: list[nn.Parameter]):
     finally:
         for parameter, value in zip(parameters, values, strict=True):
             parameter.data = value
+
+
+def _part_storages(tensors: list[torch.Tensor]) -> None:
+    """Copy what shares memory with an earlier one: at one row, so do two gradients of ViT's embeddings."""
+    taken = set()
+    for n, tensor in enumerate(tensors):
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in taken:
+            tensors[n] = tensor.clone()
+        taken.add(storage)
 
 
 @contextmanager
@@ -392,6 +404,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
           in g: c and the g^2 of AdamW count as constants. There it is SGD's only, and nothing is clipped.
         - Central differences take the place of the double backward (`exact` keeps it).
         - `--exit_loss_weights` multiplies w in the look-ahead too; soft labels and label smoothing are respected.
+          Mixup and CutMix mix row i with row n - 1 - i: the halves of such a batch show the same images.
         - W's generator and the order of ties in `charge_exits` are fixed, so that runs repeat and resume to the bit.
 
     References:
@@ -441,13 +454,19 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             _check_optimizer(self.optimizer)
         elif not own_optimizer and self.args.optim not in _OPTIMIZERS:
             raise ExitConfigurationError(_unknown_optimizer(self.args.optim.value))
-        if (getattr(self.args, "activation_checkpointing_kwargs", None) or {}).get("use_reentrant"):
+        # Older versions of transformers know one of the two names only.
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if (getattr(self.args, name, None) or {}).get("use_reentrant"):
+                raise ExitConfigurationError(
+                    "--method l2w takes gradients that re-entrant checkpointing does not give: leave use_reentrant "
+                    f"out of --{name}."
+                )
+        kernel = self.model.config._attn_implementation
+        if "flash" in str(kernel):
             raise ExitConfigurationError(
-                "--method l2w takes gradients that re-entrant checkpointing does not give: leave use_reentrant out of "
-                "--activation_checkpointing_kwargs."
+                f"--method l2w looks ahead in float32, which {kernel} does not take: use --attn_implementation sdpa."
             )
         if self.scheme_args.meta_gradient == "exact":
-            kernel = self.model.config._attn_implementation
             if kernel not in ("eager", "sdpa"):
                 raise ExitConfigurationError(
                     f"--meta_gradient exact needs --attn_implementation eager or sdpa; {kernel} has no double backward"
@@ -485,6 +504,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             if step % self.scheme_args.meta_interval == 0 and inputs.get("labels") is not None:
                 model.train()
                 if self.in_warm_start():
+                    self.meta_optimizer.zero_grad()
                     self.meta_optimizer.step()  # without a gradient: the schedule alone goes on
                     self.meta_scheduler.step()
                 else:
@@ -524,6 +544,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         device, masks = self.args.device, _random_state(self.args.device)
         weights, _, parameters, direction, clip = self._train_pass(train)
         parameters = list(parameters.values())
+        _part_storages(direction)
         with _stand_ins(parameters) as (values, ahead):
             # u = c P grad L_meta; c comes last. Where g is exactly zero, half a does not use the parameter, and what u
             # is there changes nothing, except that it would take its part of ||u||.
@@ -558,7 +579,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         return weights, torch.autograd.grad(meta_loss, leaf)[0], meta_loss.detach()
 
     def _train_pass(self, train: dict, create_graph: bool = False):
-        """w with its graph through W; w as a leaf; by name the parameters that the loss reaches; gradients; c."""
+        """w with its graph through W; w as a leaf; by name the parameters that will step; their gradients; c."""
         losses, exit_logits = self._losses(train)
         weights = self.weight_network(losses.detach(), exit_logits.detach())
         leaf = weights.detach().requires_grad_(create_graph)
@@ -571,7 +592,10 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         if limit and limit > 0:
             norm = get_total_norm([part.detach() for part in reached.values()]).item()
             clip = min(1.0, limit / (norm + 1e-6))
-        return weights, leaf, {name: trainable[name] for name in reached}, list(reached.values()), clip
+        # An optimizer of one's own may hold some of the parameters only. The norm is of all.
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        stepped = {name: trainable[name] for name in reached if id(trainable[name]) in held}
+        return weights, leaf, stepped, [reached[name] for name in stepped], clip
 
     def _losses(self, inputs: dict, parameters: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """l (n, K) and the logits (n, K, num_labels) of `inputs`, at `parameters` where given."""

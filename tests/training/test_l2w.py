@@ -147,20 +147,24 @@ def assert_close_gradients(trainer, batches, states=10):
             assert (ours - exact).norm() < 5e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("shared", [0, 4], ids=["no words shared", "words shared"])
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_directional_gradient_is_exact_on_bert(tmp_path, optimizer):
+def test_directional_gradient_is_exact_on_bert(tmp_path, optimizer, shared):
     # Words from the upper half of the vocabulary are new to the optimizer and to the train half: AdamW's P is about
-    # 1/eps for their rows. Without the mask on them the directional derivative is noise.
+    # 1/eps for their rows. Without the mask on them the directional derivative is noise. Words that both halves have,
+    # of which the optimizer knows some and others not, are part of the direction.
     model = bert(VOCABULARY)
     seen = [text_batch(16, 100 + step, high=VOCABULARY // 2) for step in range(25)]
     trainer = warmed_up(model, tmp_path, seen, **optimizer)
     assert len({group["lr"] for group in trainer.optimizer.param_groups}) == 2
 
     def batches(seed):
-        return (
-            text_batch(8, seed, high=VOCABULARY // 2),
-            text_batch(8, 50 + seed, low=VOCABULARY // 2, high=VOCABULARY),
-        )
+        train = text_batch(8, seed, high=VOCABULARY // 2)
+        meta = text_batch(8, 50 + seed, low=VOCABULARY // 2, high=VOCABULARY)
+        if shared:
+            train["input_ids"][:, 0] = seen[0]["input_ids"][:8, 0]
+            meta["input_ids"][:, :shared] = train["input_ids"][:, :shared]
+        return train, meta
 
     assert_close_gradients(trainer, batches)
 
@@ -169,6 +173,40 @@ def test_directional_gradient_is_exact_on_bert(tmp_path, optimizer):
 def test_directional_gradient_is_exact_on_vit(tmp_path, optimizer):
     trainer = warmed_up(vit(), tmp_path, [image_batch(16, 100 + step) for step in range(25)], **optimizer)
     assert_close_gradients(trainer, lambda seed: (image_batch(8, seed), image_batch(8, 50 + seed)))
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 2), (2, 1)])
+def test_directional_gradient_is_exact_on_few_images(tmp_path, optimizer, sizes):
+    # Of one image, the gradients of the class token and of the positions are one piece of memory.
+    trainer = warmed_up(vit(), tmp_path, [image_batch(16, 100 + step) for step in range(5)], **optimizer)
+    train, meta = sizes
+    assert_close_gradients(trainer, lambda seed: (image_batch(train, seed), image_batch(meta, 50 + seed)))
+
+
+def test_the_look_ahead_runs_outside_autocast_and_without_tf32(tmp_path):
+    trainer = warmed_up(bert(), tmp_path, [text_batch(8, 1)])
+    settings, seen = (torch.backends.cuda.matmul, torch.backends.cudnn.conv), []
+    before = [setting.fp32_precision for setting in settings]
+    losses_of = trainer.losses_of
+
+    def record(exit_logits, labels):
+        seen.append((exit_logits.dtype, *[setting.fp32_precision for setting in settings]))
+        return losses_of(exit_logits, labels)
+
+    trainer.losses_of = record
+    for setting in settings:
+        setting.fp32_precision = "tf32"
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            trainer.meta_step(text_batch(8, 2))
+            assert torch.is_autocast_enabled("cpu")
+        assert [setting.fp32_precision for setting in settings] == ["tf32", "tf32"]
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+    assert len(seen) == 8
+    assert set(seen) == {(torch.float32, "ieee", "ieee")}
 
 
 def test_the_look_ahead_is_float32_under_mixed_precision(tmp_path):
@@ -339,6 +377,40 @@ def test_look_ahead_is_the_real_step(tmp_path, optimizer, max_grad_norm, steps, 
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("method", ["directional", "exact"])
+def test_what_the_optimizer_does_not_hold_stays(tmp_path, method):
+    """What breaks: theta' of parameters in no group is whatever memory held; their gradient still counts in c."""
+    model = bert().double().train()
+    heads = list(model.exit_heads.parameters())
+    args = EarlyExitTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_grad_norm=0.05)
+    trainer = MetaWeightedExitTrainer(model=model, args=args, optimizers=(torch.optim.AdamW(heads, lr=1e-2), None))
+    trainer.scheme_args.meta_gradient = method
+    before, seen = [parameter.detach().clone() for parameter in model.parameters()], {}
+
+    def snapshot(inputs, parameters=None):
+        named = {f"network.{name}": p for name, p in model.named_parameters()}
+        seen["ahead"] = [p.detach().clone() for p in {**named, **(parameters or {})}.values()]
+        return MetaWeightedExitTrainer._meta_loss(trainer, inputs, parameters)
+
+    trainer._meta_loss = snapshot
+    train, meta = text_batch(6, 1), text_batch(6, 2)
+    torch.manual_seed(5)
+    weights, gradient, _ = trainer.meta_gradient(train, meta)
+    assert gradient.norm() > 0
+
+    real, optimizer = copy.deepcopy((model, trainer.optimizer))
+    torch.manual_seed(5)
+    losses = trainer.losses_of(real(**train).exit_logits, train["labels"])
+    (weights.detach() * losses).mean(0).sum().backward()
+    assert clip_grad_norm_(real.parameters(), 0.05) > clip_grad_norm_(real.exit_heads.parameters(), math.inf)
+    optimizer.step()
+    ids = {id(parameter) for parameter in heads}
+    rows = zip(model.parameters(), seen["ahead"], real.parameters(), before, strict=True)
+    for parameter, found, wanted, old in rows:
+        assert torch.equal(found, old) != (id(parameter) in ids)
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-9, atol=1e-12)
+
+
 def _tensors(state):
     if isinstance(state, torch.Tensor):
         return [state]
@@ -391,6 +463,7 @@ def test_weights_change_the_training_and_w_learns(tmp_path):
 def test_resumed_is_uninterrupted(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 9, "gradient_accumulation_steps": 2}
     whole = make_trainer(bert(), tmp_path / "whole", scheme_args={"meta_interval": 2}, **settings)
+    torch.rand(3, generator=whole.meta_generator)  # no longer where its seed puts it
     whole.train()
     resumed = make_trainer(bert(seed=9), tmp_path / "resumed", scheme_args={"meta_interval": 2}, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
@@ -544,13 +617,16 @@ def test_looks_ahead_once_per_interval_on_the_first_micro_batch(tmp_path):
 
 
 def test_odd_and_tiny_batches(tmp_path):
-    # 7, then 3, then 1 sample: the last has no halves, so the network is trained and W rests.
-    trainer = make_trainer(bert(), tmp_path, size=8, per_device_train_batch_size=7, num_train_epochs=1)
-    updates = []
-    trainer.meta_optimizer.register_step_post_hook(lambda *_: updates.append(trainer.state.global_step))
-    trainer.train()
-    assert trainer.state.global_step == 2
-    assert updates == [0, 0]
+    # 7 samples, then 3, 2 or 1: one sample has no halves, so the network is trained and W rests.
+    for size, expected in ((10, [0, 0, 1, 1]), (9, [0, 0, 1, 1]), (8, [0, 0])):
+        trainer = make_trainer(bert(), tmp_path, size=size, per_device_train_batch_size=7, num_train_epochs=1)
+        updates = []
+        trainer.meta_optimizer.register_step_post_hook(
+            lambda *_, trainer=trainer, updates=updates: updates.append(trainer.state.global_step)
+        )
+        trainer.train()
+        assert trainer.state.global_step == 2
+        assert updates == expected
     weights, gradient, _ = trainer.meta_gradient(text_batch(1, 0), text_batch(2, 1))
     assert weights.shape == gradient.shape == (1, 3) and gradient.isfinite().all()
 
@@ -673,6 +749,14 @@ def test_what_cannot_be_trained_is_refused_before_training(tmp_path):
         make_trainer(bert().bfloat16(), tmp_path)
     with pytest.raises(ExitConfigurationError, match="--meta_gradient exact.*--gradient_checkpointing"):
         make_trainer(bert(), tmp_path, scheme_args={"meta_gradient": "exact"}, gradient_checkpointing=True)
+    model = bert()
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if name in EarlyExitTrainingArguments.__dataclass_fields__:
+            with pytest.raises(ExitConfigurationError, match=r"use_reentrant.*checkpointing_kwargs"):
+                make_trainer(model, tmp_path, **{name: {"use_reentrant": True}})
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ExitConfigurationError, match="flash_attention_2.*--attn_implementation sdpa"):
+        make_trainer(model, tmp_path)
     model = bert()
     for optimizer in (
         torch.optim.Adam(model.parameters()),
