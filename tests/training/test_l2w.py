@@ -323,6 +323,19 @@ def test_charges_equal_a_plain_loop(target_p):
                 assert (charges > 0).sum() == num_rows
 
 
+def record_ahead(trainer):
+    """A dict that takes theta' as `ahead` when the meta loss is computed."""
+    seen = {}
+
+    def snapshot(inputs, parameters=None):
+        named = {f"network.{name}": p for name, p in trainer.model.named_parameters()}
+        seen["ahead"] = [p.detach().clone() for p in {**named, **(parameters or {})}.values()]
+        return MetaWeightedExitTrainer._meta_loss(trainer, inputs, parameters)
+
+    trainer._meta_loss = snapshot
+    return seen
+
+
 @pytest.mark.parametrize("steps", [0, 1, 25], ids=["first", "second", "later"])
 @pytest.mark.parametrize("max_grad_norm", [0.05, 1e9], ids=["clipped", "unclipped"])
 @pytest.mark.parametrize(
@@ -350,14 +363,7 @@ def test_look_ahead_is_the_real_step(tmp_path, optimizer, max_grad_norm, steps, 
     trainer.scheme_args.meta_gradient = method
     before = [parameter.detach().clone() for parameter in model.parameters()]
     states = copy.deepcopy(trainer.optimizer.state_dict())
-    seen = {}
-
-    def snapshot(inputs, parameters=None):
-        named = {f"network.{name}": p for name, p in model.named_parameters()}
-        seen["ahead"] = [p.detach().clone() for p in {**named, **(parameters or {})}.values()]
-        return MetaWeightedExitTrainer._meta_loss(trainer, inputs, parameters)
-
-    trainer._meta_loss = snapshot
+    seen = record_ahead(trainer)
     train, meta = text_batch(6, 1), text_batch(6, 2)
     torch.manual_seed(5)
     weights, _, _ = trainer.meta_gradient(train, meta)
@@ -385,14 +391,7 @@ def test_what_the_optimizer_does_not_hold_stays(tmp_path, method):
     args = EarlyExitTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_grad_norm=0.05)
     trainer = MetaWeightedExitTrainer(model=model, args=args, optimizers=(torch.optim.AdamW(heads, lr=1e-2), None))
     trainer.scheme_args.meta_gradient = method
-    before, seen = [parameter.detach().clone() for parameter in model.parameters()], {}
-
-    def snapshot(inputs, parameters=None):
-        named = {f"network.{name}": p for name, p in model.named_parameters()}
-        seen["ahead"] = [p.detach().clone() for p in {**named, **(parameters or {})}.values()]
-        return MetaWeightedExitTrainer._meta_loss(trainer, inputs, parameters)
-
-    trainer._meta_loss = snapshot
+    before, seen = [parameter.detach().clone() for parameter in model.parameters()], record_ahead(trainer)
     train, meta = text_batch(6, 1), text_batch(6, 2)
     torch.manual_seed(5)
     weights, gradient, _ = trainer.meta_gradient(train, meta)
