@@ -389,7 +389,8 @@ def test_what_the_optimizer_does_not_hold_stays(tmp_path, method):
     model = bert().double().train()
     heads = list(model.exit_heads.parameters())
     args = EarlyExitTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_grad_norm=0.05)
-    trainer = MetaWeightedExitTrainer(model=model, args=args, optimizers=(torch.optim.AdamW(heads, lr=1e-2), None))
+    # SGD's step is linear in c; AdamW's first one hardly shows it.
+    trainer = MetaWeightedExitTrainer(model=model, args=args, optimizers=(torch.optim.SGD(heads, lr=1e-2), None))
     trainer.scheme_args.meta_gradient = method
     before, seen = [parameter.detach().clone() for parameter in model.parameters()], record_ahead(trainer)
     train, meta = text_batch(6, 1), text_batch(6, 2)
@@ -401,7 +402,8 @@ def test_what_the_optimizer_does_not_hold_stays(tmp_path, method):
     torch.manual_seed(5)
     losses = trainer.losses_of(real(**train).exit_logits, train["labels"])
     (weights.detach() * losses).mean(0).sum().backward()
-    assert clip_grad_norm_(real.parameters(), 0.05) > clip_grad_norm_(real.exit_heads.parameters(), math.inf)
+    of_heads = clip_grad_norm_(real.exit_heads.parameters(), math.inf)
+    assert clip_grad_norm_(real.parameters(), 0.05) > 1.01 * of_heads > 0.05
     optimizer.step()
     ids = {id(parameter) for parameter in heads}
     rows = zip(model.parameters(), seen["ahead"], real.parameters(), before, strict=True)
