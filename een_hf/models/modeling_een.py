@@ -278,7 +278,7 @@ class EarlyExitMixin:
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        early_exit: bool = True,
+        early_exit: bool | ExitPolicy = True,
         **kwargs,
     ) -> EarlyExitClassifierOutput:
         """Run the layers and exits on embedded inputs: training, anytime and dynamic inference.
@@ -287,11 +287,19 @@ class EarlyExitMixin:
             hidden: (batch, length, hidden_size), the embeddings.
             attention_mask: (batch, length) or `None`.
             labels: as `loss_matrix` takes them.
-            early_exit: `False` evaluates every exit even if a policy is set.
+            early_exit: `False` evaluates every exit even if a policy is set. A policy takes the place of the model's
+                own for this call, in training too: rows that have left take no part in the layers behind.
             **kwargs: passed to every layer.
+
+        Raises:
+            ExitConfigurationError: a policy that does not fit the number of exits or the problem.
         """
         config = self.config
-        policy = self.get_exit_policy() if early_exit and not self.training else None
+        policy = early_exit
+        if isinstance(policy, ExitPolicy):
+            policy.validate(self.num_exits, config.problem_type, config.num_labels)
+        elif not hasattr(policy, "decide"):
+            policy = self.get_exit_policy() if early_exit and not self.training else None
         recording = policy is not None and [
             f"output_{name}"
             for name in ("hidden_states", "attentions")
@@ -302,7 +310,7 @@ class EarlyExitMixin:
         mask = self.layer_mask(hidden, attention_mask)
         if mask is None:
             attention_mask = None  # the layers need none, so there is no padding
-        leaving = None if policy is None or recording else _LeavingRows(policy, attention_mask)
+        leaving = None if policy is None or recording else _LeavingRows(policy, self.num_exits, attention_mask)
         logits, collected = None, []
         for index in range(self.num_exits):
             hidden, logits = self.run_stage(index, hidden, attention_mask, mask, logits, **kwargs)
@@ -345,12 +353,12 @@ class _LeavingRows:
     read from the device, and nothing is copied if nobody leaves.
     """
 
-    def __init__(self, policy: ExitPolicy, attention_mask: torch.Tensor | None):
+    def __init__(self, policy: ExitPolicy, num_exits: int, attention_mask: torch.Tensor | None):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
                 f"Early exit needs a 2-D attention_mask, not {attention_mask.dim()}-D; pass early_exit=False."
             )
-        self.policy = policy
+        self.policy, self.num_exits = policy, num_exits
         self.state = ()  # what the criterion remembers of the rows that are still there
         self.rows = None  # None: nobody has left, every row is still at its place
         self.logits = self.exit_index = None
@@ -363,7 +371,7 @@ class _LeavingRows:
         else:
             self.logits.index_copy_(0, self.rows, logits)
             self.exit_index.index_fill_(0, self.rows, index)
-        if index == len(self.policy.thresholds) - 1:
+        if index == self.num_exits - 1:
             return None
         leaves, self.state = self.policy.decide(index, logits, self.state)
         num_staying, width, full = self._measure(leaves)

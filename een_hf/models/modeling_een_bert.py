@@ -9,6 +9,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_een import EarlyExitBertConfig
 from .exits import BertExitHead
 from .modeling_een import EarlyExitClassifierOutput, EarlyExitMixin
+from .policies import ExitPolicy
 
 
 class EarlyExitBertForSequenceClassification(EarlyExitMixin, BertPreTrainedModel):
@@ -68,7 +69,7 @@ class EarlyExitBertForSequenceClassification(EarlyExitMixin, BertPreTrainedModel
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        early_exit: bool = True,
+        early_exit: bool | ExitPolicy = True,
         **kwargs,
     ) -> EarlyExitClassifierOutput:
         """Classify; inputs as in `BertForSequenceClassification`, `early_exit` as in `EarlyExitMixin.run_exits`."""

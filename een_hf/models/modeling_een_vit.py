@@ -8,6 +8,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_een import EarlyExitViTConfig
 from .exits import ViTExitHead
 from .modeling_een import EarlyExitClassifierOutput, EarlyExitMixin
+from .policies import ExitPolicy
 
 
 class EarlyExitViTForImageClassification(EarlyExitMixin, ViTPreTrainedModel):
@@ -66,7 +67,7 @@ class EarlyExitViTForImageClassification(EarlyExitMixin, ViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        early_exit: bool = True,
+        early_exit: bool | ExitPolicy = True,
         **kwargs,
     ) -> EarlyExitClassifierOutput:
         """Classify; inputs as in `ViTForImageClassification`, `early_exit` as in `EarlyExitMixin.run_exits`."""

@@ -111,36 +111,46 @@ class WeightPredictionNetwork(nn.Module):
 
 
 def _confidences(exit_logits: torch.Tensor) -> torch.Tensor:
-    """The largest probability, (batch, K)."""
+    """The largest probability, of logits (..., num_labels)."""
     low = exit_logits.dtype in (torch.float16, torch.bfloat16)
     return exit_logits.softmax(-1, dtype=torch.float32 if low else None).amax(-1)
 
 
-def charge_exits(confidences: torch.Tensor, target_p: float) -> torch.Tensor:
-    """At which exit each sample of the meta half is charged, as the weights c of L_meta = sum of c * l.
+class ChargedExits:
+    """At which exit each of n samples of the meta half is charged, as a policy that they leave by.
 
-    Exit 1 is charged with the surest floor(n p_1) of the n samples; exit 2 with the surest floor(n p_2) of the others,
+    Exit 1 is charged with the surest floor(n p_1) of the samples; exit 2 with the surest floor(n p_2) of the others,
     by its own confidence; and so on; exit K with those that are left (Han et al., section 3.3). p_k is proportional to
     q^k. Of equally sure samples the earlier ones come first.
 
     Args:
-        confidences: (n, K).
+        num_samples: n.
+        num_exits: K.
         target_p: q.
-
-    Returns:
-        (n, K): 1 / (number of samples charged at k) where the row's sample is charged at exit k, else 0.
     """
-    num_samples, num_exits = confidences.shape
-    total = sum(target_p**k for k in range(1, num_exits + 1))
-    charges = torch.zeros_like(confidences)
-    left = torch.arange(num_samples, device=confidences.device)
-    for k in range(1, num_exits + 1):
-        share = len(left) if k == num_exits else math.floor(num_samples * target_p**k / total)
-        order = confidences[left, k - 1].argsort(descending=True, stable=True)
-        if share:
-            charges[left[order[:share]], k - 1] = 1 / share
-        left = left[order[share:].sort().values]
-    return charges
+
+    def __init__(self, num_samples: int, num_exits: int, target_p: float):
+        total = sum(target_p**k for k in range(1, num_exits + 1))
+        shares = [math.floor(num_samples * target_p**k / total) for k in range(1, num_exits)]
+        self.shares = [*shares, num_samples - sum(shares)]
+
+    def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
+        """As `ExitPolicy.decide`."""
+        order = _confidences(logits.detach()).argsort(descending=True, stable=True)
+        leaves = torch.zeros_like(order, dtype=torch.bool)
+        leaves[order[: self.shares[exit_index]]] = True
+        return leaves, state
+
+    def exits_of(self, exit_logits: torch.Tensor) -> torch.Tensor:
+        """As `ExitPolicy.exits_of`."""
+        num_samples, num_exits = exit_logits.shape[:2]
+        left = torch.arange(num_samples, device=exit_logits.device)
+        exits = torch.full_like(left, num_exits - 1)
+        for index in range(num_exits - 1):
+            leaves, _ = self.decide(index, exit_logits[left, index], ())
+            exits[left[leaves]] = index
+            left = left[~leaves]
+        return exits
 
 
 @torch.no_grad()
@@ -252,9 +262,9 @@ class _PlainForward(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, inputs: dict) -> torch.Tensor:
+    def forward(self, inputs: dict, early_exit: bool | ChargedExits):
         features = {name: value for name, value in inputs.items() if name != "labels"}
-        return type(self.network).forward(self.network, **{**features, "early_exit": False}).exit_logits
+        return type(self.network).forward(self.network, **{**features, "early_exit": early_exit})
 
 
 @contextmanager
@@ -388,7 +398,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     for (train a, meta b), then for (train b, meta a), both at the same theta:
 
         theta'(w) = the optimizer's step on a = theta - P g(w) + terms without w
-        L_meta    = sum_k mean of l[j,k](theta') over the samples j of b charged at exit k (`charge_exits`)
+        L_meta    = sum_k mean of l[j,k](theta') over the samples j of b charged at exit k (`ChargedExits`)
         W         = Adam's step on dL_meta/dW
 
     `--meta_gradient directional` builds no graph of second order: dL_meta/dw[i,k] = -(1/n) <grad l[i,k](theta), u>,
@@ -402,10 +412,12 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
           own step, and the second look-ahead starts after the first step.
         - The look-ahead is the real optimizer's step, clipped and per parameter group, for SGD and AdamW, made linear
           in g: c and the g^2 of AdamW count as constants. There it is SGD's only, and nothing is clipped.
+        - A sample of the meta half leaves the batch where it is charged, which spares the layers behind: the loss and
+          its gradient are those of all samples at all exits, but for the draws of dropout.
         - Central differences take the place of the double backward (`exact` keeps it).
         - `--exit_loss_weights` multiplies w in the look-ahead too; soft labels and label smoothing are respected.
           Mixup and CutMix mix row i with row n - 1 - i: the halves of such a batch show the same images.
-        - W's generator and the order of ties in `charge_exits` are fixed, so that runs repeat and resume to the bit.
+        - W's generator and the order of ties in `ChargedExits` are fixed, so that runs repeat and resume to the bit.
 
     References:
         Han, Pu, Lai, Wang, Song, Cao, Huang, Deng, Huang: Learning to Weight Samples for Dynamic Early-exiting
@@ -597,15 +609,24 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         stepped = {name: trainable[name] for name in reached if id(trainable[name]) in held}
         return weights, leaf, stepped, [reached[name] for name in stepped], clip
 
-    def _losses(self, inputs: dict, parameters: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """l (n, K) and the logits (n, K, num_labels) of `inputs`, at `parameters` where given."""
+    def _outputs(self, inputs: dict, parameters: dict | None = None, early_exit: bool | ChargedExits = False):
+        """What the model says of `inputs`, at `parameters` where given."""
         plain = _PlainForward(self.model)
-        exit_logits = plain(inputs) if parameters is None else functional_call(plain, parameters, (inputs,))
+        if parameters is None:
+            return plain(inputs, early_exit)
+        return functional_call(plain, parameters, (inputs, early_exit))
+
+    def _losses(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """l (n, K) and the logits (n, K, num_labels) of `inputs`."""
+        exit_logits = self._outputs(inputs).exit_logits
         return self.losses_of(exit_logits, inputs["labels"]), exit_logits
 
     def _meta_loss(self, inputs: dict, parameters: dict | None = None) -> torch.Tensor:
-        losses, exit_logits = self._losses(inputs, parameters)
-        return (charge_exits(_confidences(exit_logits.detach()), self.scheme_args.meta_target_p) * losses).sum()
+        # A sample counts at one exit only: it leaves there, and the layers behind are spared.
+        charged = ChargedExits(len(inputs["labels"]), self.model.num_exits, self.scheme_args.meta_target_p)
+        outputs = self._outputs(inputs, parameters, charged)
+        losses = self.losses_of(outputs.logits.unsqueeze(1), inputs["labels"]).squeeze(1)
+        return (losses / losses.new_tensor(charged.shares)[outputs.exit_index]).sum()
 
     def _average_over_processes(self) -> bool:
         """Average W's gradient over the processes that have one; `False` if none has."""

@@ -339,6 +339,36 @@ def test_modes(architecture, load_exits):
     assert training.exit_logits.shape == (6, NUM_EXITS, 3)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_policy_for_one_call(architecture, load_exits, training):
+    """What breaks: one service with several budgets; in training, a row's gradient at the exit where it leaves."""
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model, inputs = load_exits(architecture, exit_layers=EXIT_LAYERS, **no_dropout), architecture.inputs(32)
+    model.set_exit_policy(_policy("confidence", [0.0, 0.0, 0.0]))
+    exit_logits = _all_exits(model, inputs)
+    scores = [_scores("confidence", row) for row in exit_logits.double().tolist()]
+    thresholds = _grid("confidence", scores)[1]
+    exits, clear = _expected_exits(scores, thresholds)
+    assert all(clear) and len(set(exits)) == NUM_EXITS
+    policy = ExitPolicy.from_dict(_policy("confidence", thresholds))
+    labels = torch.arange(32) % 3
+    output = model.train(training)(**inputs, early_exit=policy, labels=labels)
+    assert output.exit_index.tolist() == exits
+    assert model.config.exit_policy["thresholds"] == [0.0, 0.0, 0.0]
+    with pytest.raises(ExitConfigurationError, match="2 thresholds.*3 exits"):
+        model(**inputs, early_exit=ExitPolicy("confidence", [0.5, 0.5]))
+
+    own = model.train()(**inputs).exit_logits[torch.arange(32), exits]
+    torch.testing.assert_close(output.logits, own, rtol=0, atol=1e-5)
+    wanted = F.cross_entropy(own, labels)
+    torch.testing.assert_close(output.loss, wanted)
+    parameters = list(model.parameters())
+    found, plain = (torch.autograd.grad(of, parameters, materialize_grads=True) for of in (output.loss, wanted))
+    norm = torch.cat([part.flatten() for part in plain]).norm()
+    for ours, expected in zip(found, plain, strict=True):
+        assert (ours - expected).norm() <= 1e-4 * norm
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
 def test_asking_for_hidden_states_runs_every_layer(architecture, load_exits, monkeypatch, criterion, asked):

@@ -21,11 +21,11 @@ from een_hf.models import (
 )
 from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer, get_scheme, l2w
 from een_hf.training.l2w import (
+    ChargedExits,
     MetaWeightedArguments,
     MetaWeightedExitTrainer,
     WeightPredictionNetwork,
     _halve,
-    charge_exits,
     save_weight_map,
 )
 
@@ -51,7 +51,7 @@ def bert(vocab_size=200, seed=0, **kwargs):
     return EarlyExitBertForSequenceClassification(config)
 
 
-def vit(seed=0):
+def vit(seed=0, dropout=0.1):
     torch.manual_seed(seed)
     config = EarlyExitViTConfig(
         image_size=16,
@@ -60,8 +60,8 @@ def vit(seed=0):
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=64,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         num_labels=NUM_LABELS,
     )
     return EarlyExitViTForImageClassification(config)
@@ -226,6 +226,12 @@ def test_the_look_ahead_is_float32_under_mixed_precision(tmp_path):
 def test_exact_gradient_is_the_numerical_one(tmp_path, optimizer):
     batches = [text_batch(8, 100 + step) for step in range(5)]
     model = bert().double()
+    # The meta half's rows leave where they are charged; where it draws all of its masks before that, they are those of
+    # the plain forward pass below.
+    for part in (*model.backbone_layers[1:], *model.exit_head_modules(1), model.dropout):
+        for module in part.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     trainer = warmed_up(
         model, tmp_path, batches, max_grad_norm=0.1, scheme_args={"meta_gradient": "exact"}, **optimizer
     )
@@ -315,12 +321,56 @@ def test_charges_equal_a_plain_loop(target_p):
                 confidences = torch.rand(num_rows, num_exits, generator=generator, dtype=torch.float64).round(
                     decimals=digits
                 )
-                charges = charge_exits(confidences, target_p)
-                for k, rows in enumerate(charged_by_loop(confidences.tolist(), target_p)):
-                    expected = torch.zeros(num_rows, dtype=torch.float64)
-                    expected[rows] = 1 / len(rows) if rows else 0.0
-                    assert torch.equal(charges[:, k], expected)
-                assert (charges > 0).sum() == num_rows
+                # Two labels, of which the first is the surer one.
+                logits = torch.stack([confidences, torch.zeros_like(confidences)], -1)
+                charged = ChargedExits(num_rows, num_exits, target_p)
+                expected = torch.full((num_rows,), -1)
+                for k, rows in enumerate(charged_by_loop(logits.softmax(-1).amax(-1).tolist(), target_p)):
+                    expected[rows] = k
+                    assert charged.shares[k] == len(rows)
+                assert torch.equal(charged.exits_of(logits), expected)
+
+
+def plain_meta_loss(exit_logits, labels):
+    """The charged rows' cross-entropy, from all rows at all exits (rows, exits, labels)."""
+    total = 0.0
+    for k, rows in enumerate(charged_by_loop(exit_logits.softmax(-1).amax(-1).tolist(), 0.75)):
+        if rows:
+            total = total + torch.nn.functional.cross_entropy(exit_logits[rows, k], labels[rows])
+    return total
+
+
+@pytest.mark.parametrize("kind", ["left padding", "right padding", "images"])
+@pytest.mark.parametrize("num_rows", [1, 3, 16])
+def test_rows_that_leave_where_they_are_charged_change_no_gradient(tmp_path, kind, num_rows):
+    """What breaks: a row is charged at another exit, or reaches a parameter more or less than if it had stayed."""
+    text = kind != "images"
+    model = (bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) if text else vit(dropout=0.0)).double()
+    batch = text_batch(num_rows, 1) if text else image_batch(num_rows, 1)
+    if text:
+        lengths = torch.randint(2, 11, (num_rows, 1), generator=torch.Generator().manual_seed(0))
+        mask = (torch.arange(10) < lengths).long()
+        batch["attention_mask"] = mask.flip(1) if kind == "left padding" else mask
+    else:
+        batch["pixel_values"] = batch["pixel_values"].double()
+    trainer = make_trainer(model, tmp_path)
+    model.train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # rows differ in how sure they are
+    parameters, seen = list(model.parameters()), []
+    handles = [layer.register_forward_hook(lambda *args: seen.append(len(args[2]))) for layer in model.backbone_layers]
+    loss = trainer._meta_loss(batch)
+    for handle in handles:
+        handle.remove()
+    assert seen == {1: [1, 1, 1], 3: [3, 2, 2], 16: [16, 10, 5]}[num_rows]
+    wanted = plain_meta_loss(model(**batch).exit_logits, batch["labels"])
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+    ours, plain = (torch.autograd.grad(of, parameters, materialize_grads=True) for of in (loss, wanted))
+    for found, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    model.config.output_hidden_states = True  # then no row leaves
+    assert trainer._meta_loss(batch).item() == pytest.approx(wanted.item(), rel=1e-12)
 
 
 def record_ahead(trainer):
@@ -494,14 +544,14 @@ def test_the_look_ahead_leaves_no_trace(tmp_path, method, fails_at):
     model.register_buffer("counter", torch.zeros(3))
     calls = []
 
-    def losses(inputs, parameters=None):
+    def outputs(*args):
         calls.append(1)
         model.counter.add_(1)
         if len(calls) == fails_at:
             raise KeyboardInterrupt
-        return MetaWeightedExitTrainer._losses(trainer, inputs, parameters)
+        return MetaWeightedExitTrainer._outputs(trainer, *args)
 
-    trainer._losses = losses
+    trainer._outputs = outputs
     before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     optimizer_before = copy.deepcopy(trainer.optimizer.state_dict())
     table = model.get_input_embeddings()
