@@ -622,11 +622,19 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         return self.losses_of(exit_logits, inputs["labels"]), exit_logits
 
     def _meta_loss(self, inputs: dict, parameters: dict | None = None) -> torch.Tensor:
-        # A sample counts at one exit only: it leaves there, and the layers behind are spared.
-        charged = ChargedExits(len(inputs["labels"]), self.model.num_exits, self.scheme_args.meta_target_p)
-        outputs = self._outputs(inputs, parameters, charged)
-        losses = self.losses_of(outputs.logits.unsqueeze(1), inputs["labels"]).squeeze(1)
-        return (losses / losses.new_tensor(charged.shares)[outputs.exit_index]).sum()
+        # A sample counts at one exit only: it leaves there, and the layers behind are spared. Under a mask that is not
+        # 2-D no row can leave.
+        mask, labels = inputs.get("attention_mask"), inputs["labels"]
+        charged = ChargedExits(len(labels), self.model.num_exits, self.scheme_args.meta_target_p)
+        if mask is None or mask.dim() == 2:
+            outputs = self._outputs(inputs, parameters, charged)
+            logits, exits = outputs.logits, outputs.exit_index
+        else:
+            exit_logits = self._outputs(inputs, parameters).exit_logits
+            exits = charged.exits_of(exit_logits)
+            logits = exit_logits[torch.arange(len(exits), device=exits.device), exits]
+        losses = self.losses_of(logits.unsqueeze(1), labels).squeeze(1)
+        return (losses / losses.new_tensor(charged.shares)[exits]).sum()
 
     def _average_over_processes(self) -> bool:
         """Average W's gradient over the processes that have one; `False` if none has."""

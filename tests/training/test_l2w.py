@@ -340,7 +340,7 @@ def plain_meta_loss(exit_logits, labels):
     return total
 
 
-@pytest.mark.parametrize("kind", ["left padding", "right padding", "images"])
+@pytest.mark.parametrize("kind", ["left padding", "right padding", "4-D mask", "images"])
 @pytest.mark.parametrize("num_rows", [1, 3, 16])
 def test_rows_that_leave_where_they_are_charged_change_no_gradient(tmp_path, kind, num_rows):
     """What breaks: a row is charged at another exit, or reaches a parameter more or less than if it had stayed."""
@@ -351,6 +351,8 @@ def test_rows_that_leave_where_they_are_charged_change_no_gradient(tmp_path, kin
         lengths = torch.randint(2, 11, (num_rows, 1), generator=torch.Generator().manual_seed(0))
         mask = (torch.arange(10) < lengths).long()
         batch["attention_mask"] = mask.flip(1) if kind == "left padding" else mask
+        if kind == "4-D mask":
+            batch["attention_mask"] = mask.bool()[:, None, None].expand(-1, 1, 10, -1)
     else:
         batch["pixel_values"] = batch["pixel_values"].double()
     trainer = make_trainer(model, tmp_path)
@@ -363,7 +365,8 @@ def test_rows_that_leave_where_they_are_charged_change_no_gradient(tmp_path, kin
     loss = trainer._meta_loss(batch)
     for handle in handles:
         handle.remove()
-    assert seen == {1: [1, 1, 1], 3: [3, 2, 2], 16: [16, 10, 5]}[num_rows]
+    staying = {1: [1, 1, 1], 3: [3, 2, 2], 16: [16, 10, 5]}[num_rows]
+    assert seen == ([num_rows] * 3 if kind == "4-D mask" else staying)
     wanted = plain_meta_loss(model(**batch).exit_logits, batch["labels"])
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
     ours, plain = (torch.autograd.grad(of, parameters, materialize_grads=True) for of in (loss, wanted))
