@@ -562,6 +562,8 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             # is there changes nothing, except that it would take its part of ||u||.
             linear_step(self.optimizer, parameters, values, direction, ahead, clip)
             meta_loss = self._meta_loss(meta)
+            if not meta_loss.requires_grad:  # all are charged at an exit that is frozen
+                return weights, torch.zeros_like(weights), meta_loss
             torch._foreach_mul_(direction, torch.autograd.grad(meta_loss, parameters, materialize_grads=True))
             norm = get_total_norm(direction).item()
             if not 0 < norm < math.inf:
@@ -588,6 +590,8 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             for name, value, slope, part, constant in zip(parameters, ahead, slopes, gradients, constants, strict=True)
         }
         meta_loss = self._meta_loss(meta, moved)
+        if not meta_loss.requires_grad:
+            return weights, torch.zeros_like(weights), meta_loss
         return weights, torch.autograd.grad(meta_loss, leaf)[0], meta_loss.detach()
 
     def _train_pass(self, train: dict, create_graph: bool = False):

@@ -718,11 +718,15 @@ def test_the_meta_loss_of_a_mixed_batch(tmp_path):
         assert trainer._meta_loss(half).item() == pytest.approx(wanted, rel=1e-12)
 
 
-def test_frozen_backbone(tmp_path):
+@pytest.mark.parametrize("method", ["directional", "exact"])
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_frozen_backbone(tmp_path, batch_size, method):
+    # Of a batch of 3, either half is charged at the last exit only, which is frozen: the meta loss has no gradient.
     model = bert()
     model.newly_initialized = frozenset(name for name, _ in model.named_parameters() if name.startswith("exit_heads"))
     before = copy.deepcopy(model.state_dict())
-    make_trainer(model, tmp_path, freeze_backbone=True, max_steps=3).train()
+    settings = {"freeze_backbone": True, "max_steps": 3, "per_device_train_batch_size": batch_size}
+    make_trainer(model, tmp_path, scheme_args={"meta_gradient": method}, **settings).train()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) != name.startswith("exit_heads"), name
 
