@@ -278,7 +278,7 @@ class EarlyExitMixin:
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        early_exit: bool | ExitPolicy = True,
+        early_exit: bool | ExitPolicy | dict = True,
         **kwargs,
     ) -> EarlyExitClassifierOutput:
         """Run the layers and exits on embedded inputs: training, anytime and dynamic inference.
@@ -287,15 +287,15 @@ class EarlyExitMixin:
             hidden: (batch, length, hidden_size), the embeddings.
             attention_mask: (batch, length) or `None`.
             labels: as `loss_matrix` takes them.
-            early_exit: `False` evaluates every exit even if a policy is set. A policy takes the place of the model's
-                own for this call, in training too: rows that have left take no part in the layers behind.
+            early_exit: `False` evaluates every exit even if a policy is set. A policy, or its dict, takes the place of
+                the model's own for this call, in training too: rows that have left take no part in the layers behind.
             **kwargs: passed to every layer.
 
         Raises:
             ExitConfigurationError: a policy that does not fit the number of exits or the problem.
         """
         config = self.config
-        policy = early_exit
+        policy = ExitPolicy.from_dict(early_exit) if isinstance(early_exit, dict) else early_exit
         if isinstance(policy, ExitPolicy):
             policy.validate(self.num_exits, config.problem_type, config.num_labels)
         elif not hasattr(policy, "decide"):

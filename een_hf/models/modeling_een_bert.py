@@ -69,7 +69,7 @@ class EarlyExitBertForSequenceClassification(EarlyExitMixin, BertPreTrainedModel
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        early_exit: bool | ExitPolicy = True,
+        early_exit: bool | ExitPolicy | dict = True,
         **kwargs,
     ) -> EarlyExitClassifierOutput:
         """Classify; inputs as in `BertForSequenceClassification`, `early_exit` as in `EarlyExitMixin.run_exits`."""

@@ -67,7 +67,7 @@ class EarlyExitViTForImageClassification(EarlyExitMixin, ViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        early_exit: bool | ExitPolicy = True,
+        early_exit: bool | ExitPolicy | dict = True,
         **kwargs,
     ) -> EarlyExitClassifierOutput:
         """Classify; inputs as in `ViTForImageClassification`, `early_exit` as in `EarlyExitMixin.run_exits`."""

@@ -592,7 +592,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         meta_loss = self._meta_loss(meta, moved)
         if not meta_loss.requires_grad:
             return weights, torch.zeros_like(weights), meta_loss
-        return weights, torch.autograd.grad(meta_loss, leaf)[0], meta_loss.detach()
+        return weights, torch.autograd.grad(meta_loss, leaf, materialize_grads=True)[0], meta_loss.detach()
 
     def _train_pass(self, train: dict, create_graph: bool = False):
         """w with its graph through W; w as a leaf; by name the parameters that will step; their gradients; c."""

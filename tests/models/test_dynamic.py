@@ -352,7 +352,9 @@ def test_a_policy_for_one_call(architecture, load_exits, training):
     assert all(clear) and len(set(exits)) == NUM_EXITS
     policy = ExitPolicy.from_dict(_policy("confidence", thresholds))
     labels = torch.arange(32) % 3
-    output = model.train(training)(**inputs, early_exit=policy, labels=labels)
+    model.train(training)
+    assert model(**inputs, early_exit=policy.to_dict()).exit_index.tolist() == exits
+    output = model(**inputs, early_exit=policy, labels=labels)
     assert output.exit_index.tolist() == exits
     assert model.config.exit_policy["thresholds"] == [0.0, 0.0, 0.0]
     with pytest.raises(ExitConfigurationError, match="2 thresholds.*3 exits"):
