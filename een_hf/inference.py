@@ -1,15 +1,18 @@
 """Dynamic prediction over whole data sets and streams, with the deeper stages kept full."""
 
+import copy
+import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .models import EarlyExitMixin
+from .models import EarlyExitMixin, ExitConfigurationError
+from .models.policies import answer_confidence, temper
 
 
 @dataclass
@@ -17,12 +20,16 @@ class ExitPredictions:
     """Answers in input order.
 
     Args:
-        logits: (num_rows, num_labels), float32, each row's own exit's.
+        logits: (num_rows, num_labels), float32, each row's own exit's, raw.
         exit_index: (num_rows,), int64, 0-based exit that each row took; the last exit's without a policy.
+        confidence: (num_rows,), float32: how probable it is that the answer is right, from the logits divided by the
+            temperature of their exit (of a policy without temperatures: from the logits). The probability of the
+            predicted class; multi-label: of the label nearest to its threshold. `None` in regression.
     """
 
     logits: torch.Tensor
     exit_index: torch.Tensor
+    confidence: torch.Tensor | None = None
 
 
 @dataclass
@@ -161,7 +168,7 @@ class ExitEngine:
             self.waiting[stage + 1].append(rows.map(lambda tensor: tensor[stay]) if len(gone) else rows)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: answers, and what a data set keeps of its rows, may be trained on later
 def predict(
     model: EarlyExitMixin,
     dataset: Iterable[dict],
@@ -174,68 +181,177 @@ def predict(
 ) -> ExitPredictions:
     """Predict a data set or stream with early exits, in input order.
 
+    The model predicts as in eval mode and stays in the mode that it is in, in this thread and in others.
+
     Args:
         model: an early-exit model.
-        dataset: rows of model inputs, with or without labels; anything iterable, a `datasets.Dataset` or a generator.
+        dataset: rows of model inputs, each a dict without a batch dimension, with or without labels; anything
+            iterable, a `datasets.Dataset` or a generator, or a map-style data set of known length.
         batch_size: rows per step.
-        collator: makes model inputs out of a list of rows. Default: text is padded on the right, images are stacked.
+        collator: makes model inputs out of a list of rows. Default: text is padded on the right, images are stacked,
+            and columns that the model does not take are left out.
         window: texts that are read and sorted by length at a time. Default: the whole data set, or 64 batches of a
             stream. Images are read by batches.
         progress: show a progress bar. Default: from 1,000 rows on, or for a stream.
         total: number of rows, where `dataset` does not know it.
+
+    Raises:
+        ExitConfigurationError: something else than rows of model inputs, or a text longer than the model takes.
     """
-    was_training = model.training
+    rows = _rows_of(dataset)
     total = len(dataset) if hasattr(dataset, "__len__") else total
-    collator = collator or (lambda rows: pad_rows(rows, model.config))
-    window = window or (64 * batch_size if total is None else max(total, 1))
-    engine = ExitEngine(model, batch_size)
-    answers = []
+    if collator is None:
+        rows, collator = _inputs_of(rows, model), lambda rows: pad_rows(rows, model.config)
+    text = model.main_input_name == "input_ids"
+    window = (window or (64 * batch_size if total is None else max(total, 1))) if text else batch_size
     progress = (total is None or total >= 1000) if progress is None else progress
-    model.eval()
-    try:
-        with tqdm(total=total, unit="row", disable=not progress) as bar:
-            for ids, logits, exit_index in engine.run(_batches(dataset, batch_size, window, collator, model.device)):
-                answers.append((ids.cpu(), logits.float().cpu(), torch.full((len(ids),), exit_index)))
-                bar.update(len(ids))
-    finally:
-        model.train(was_training)
-    if not answers:
-        return ExitPredictions(torch.empty(0, model.config.num_labels), torch.empty(0, dtype=torch.int64))
+    engine, none = ExitEngine(_in_eval_mode(model), batch_size), torch.empty(0, dtype=torch.int64)
+    answers = [(none, torch.empty(0, model.config.num_labels), none)]
+    with tqdm(total=total, unit="row", disable=not progress) as bar:
+        for ids, logits, exit_index in engine.run(_batches(rows, batch_size, window, collator, model)):
+            answers.append((ids.cpu(), logits.float().cpu(), torch.full((len(ids),), exit_index)))
+            bar.update(len(ids))
     ids, logits, exit_index = (torch.cat(tensors) for tensors in zip(*answers, strict=True))
     order = ids.argsort()
-    return ExitPredictions(logits[order], exit_index[order])
+    logits, exit_index = logits[order], exit_index[order]
+    temperatures = engine.policy and engine.policy.temperatures
+    confidence = answer_confidence(temper(logits, exit_index, temperatures), model.config.problem_type)
+    return ExitPredictions(logits, exit_index, confidence)
 
 
-def _batches(dataset, batch_size, window, collator, device) -> Iterator[tuple[torch.Tensor, dict]]:
+def _in_eval_mode(model: EarlyExitMixin) -> EarlyExitMixin:
+    """The model, or, of one in training mode, other modules in eval mode on the same tensors.
+
+    Switching the model's own modules would switch off the dropout of whoever trains it meanwhile, and switching them
+    back would switch it on for whoever else predicts.
+    """
+    if not any(module.training for module in model.modules()):
+        return model
+    copies = {id(module): copy.copy(module) for module in model.modules()}
+    for module in copies.values():
+        module.training = False
+        module._modules = {name: copies.get(id(child)) for name, child in module._modules.items()}
+        if "forward" in vars(module) and module is not copies[id(model)]:
+            raise ExitConfigurationError(
+                f"{type(module).__name__} has a wrapped forward, which runs in the mode of the model, training: call "
+                "model.eval() before predict."
+            )
+    return copies[id(model)]
+
+
+def _rows_of(dataset) -> Iterable:
+    """The rows of a data set or stream, one after the other.
+
+    Raises:
+        ExitConfigurationError: no rows, but text, columns or splits.
+    """
+    kind = type(dataset).__name__
+    if isinstance(dataset, str | bytes):
+        raise ExitConfigurationError(f"predict takes rows of model inputs, not {kind}: {_HOW_TO_TOKENIZE}")
+    if isinstance(dataset, Mapping):
+        hint = "datasets.Dataset.from_dict(dict(encoded)), made from the columns as lists"
+        if dataset and all(hasattr(value, "column_names") for value in dataset.values()):
+            hint = f"one of its splits ({', '.join(map(str, dataset))})"
+        raise ExitConfigurationError(
+            "predict takes rows, one dict of model inputs for each example, not a "
+            f"{kind} of {', '.join(map(str, dataset))}: give {hint}."
+        )
+    if hasattr(dataset, "__iter__"):
+        return dataset
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        # Not by `iter`: that goes on until an IndexError, which a data set need not raise.
+        return (dataset[index] for index in range(len(dataset)))
+    raise ExitConfigurationError(f"predict takes an iterable of rows or a map-style data set, not {kind}.")
+
+
+_HOW_TO_TOKENIZE = "tokenize first, rows = [tokenizer(text, truncation=True) for text in texts]."
+
+
+def _input_names(model: EarlyExitMixin) -> list[str]:
+    """What the model takes of a row, its main input first."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in _NO_INPUTS]
+    return sorted(names, key=lambda name: name != model.main_input_name)
+
+
+_NO_INPUTS = ("self", "labels", "early_exit")
+
+
+def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, torch.Tensor]]:
+    """Each row's model inputs; other columns are left out.
+
+    Raises:
+        ExitConfigurationError: a row without the model's input, or with a batch dimension.
+    """
+    names, main = _input_names(model), model.main_input_name
+    dimensions = 3 if main == "pixel_values" else 1
+    for number, row in enumerate(rows):
+        where = f"Row {number} (counted from 0)"
+        if not isinstance(row, Mapping):
+            how = f": {_HOW_TO_TOKENIZE}" if isinstance(row, str) and main == "input_ids" else "."
+            raise ExitConfigurationError(f"{where} is no dict of model inputs but {type(row).__name__}{how}")
+        inputs = {name: torch.as_tensor(row[name]) for name in names if row.get(name) is not None}
+        if main not in inputs and "inputs_embeds" not in inputs:
+            raise ExitConfigurationError(
+                f"{where} has no {main}; its columns are: {', '.join(row)}. The model takes: {', '.join(names)}."
+            )
+        if main in inputs and inputs[main].dim() != dimensions:
+            raise ExitConfigurationError(
+                f"{where} has {main} of shape {tuple(inputs[main].shape)}: a row is one example, with "
+                f"{dimensions} dimension{'s' * (dimensions > 1)}."
+            )
+        yield inputs
+
+
+def _batches(rows, batch_size, window, collator, model) -> Iterator[tuple[torch.Tensor, dict]]:
     """(ids, inputs) by batches, each window of texts from long to short."""
-    rows, start = iter(dataset), 0
-    first_row = next(rows, None)
-    rows = chain([first_row], rows) if first_row is not None else rows
-    window = window if "input_ids" in (first_row or {}) else batch_size
+    names, longest, start, rows = _input_names(model), model.config.max_input_length, 0, iter(rows)
     while chunk := list(islice(rows, window)):
-        order = sorted(range(len(chunk)), key=lambda i: -len(chunk[i].get("input_ids", ())))
+        lengths = [len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0 for row in chunk]
+        order = sorted(range(len(chunk)), key=lambda i: -lengths[i])
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            inputs = collator([chunk[i] for i in chosen])
-            inputs = {
-                name: value.to(device)
-                for name, value in inputs.items()
-                if torch.is_tensor(value) and not name.startswith("label")
-            }
+            inputs = {name: value for name, value in collator([chunk[i] for i in chosen]).items() if name in names}
+            width = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+            if longest is not None and width > longest:
+                raise ExitConfigurationError(
+                    f"The batch of row {start + chosen[0]} (counted from 0) has {width} tokens, the model takes at "
+                    f"most {longest}: tokenize with truncation=True, max_length={longest}."
+                )
+            inputs = {n: value.to(model.device) if torch.is_tensor(value) else value for n, value in inputs.items()}
             yield torch.tensor(chosen) + start, inputs
         start += len(chunk)
 
 
+# What stands for a column that a row lacks, in each of its tokens.
+_WHERE_MISSING = {"attention_mask": 1, "token_type_ids": 0}
+
+
 def pad_rows(rows: list[dict], config) -> dict[str, torch.Tensor]:
-    """Stack rows, their labels left out; texts of different length are padded on the right and masked."""
-    names = [name for name in rows[0] if not name.startswith("label")]
-    columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in names}
-    if "input_ids" in columns and "attention_mask" not in columns:
-        columns["attention_mask"] = [torch.ones_like(tokens) for tokens in columns["input_ids"]]
+    """Stack rows, their labels left out; texts of different length are padded on the right and masked.
+
+    A row without a mask is unmasked, one without token types has type 0.
+
+    Raises:
+        ExitConfigurationError: a column that only some rows have, and that nothing can stand for.
+    """
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.startswith("label")]
+    text = "input_ids" in names
+    if text and "attention_mask" not in names:
+        names.append("attention_mask")
+
+    def value_of(row: dict, name: str) -> torch.Tensor:
+        if name in row:
+            return torch.as_tensor(row[name])
+        if not (text and name in _WHERE_MISSING):
+            raise ExitConfigurationError(f"Some rows have {name} and others have not; one has: {', '.join(row)}.")
+        return torch.full_like(torch.as_tensor(row["input_ids"]), _WHERE_MISSING[name])
+
+    columns = {name: [value_of(row, name) for row in rows] for name in names}
     padding = {"input_ids": getattr(config, "pad_token_id", 0) or 0}
     return {
         name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding.get(name, 0))
-        if "input_ids" in columns
+        if text
         else torch.stack(values)
         for name, values in columns.items()
     }

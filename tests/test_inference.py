@@ -1,12 +1,14 @@
 """The engine answers as the model does row by row, in input order, with full batches and few rows waiting."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pytest
 import torch
+from transformers import BatchEncoding
 
-from een_hf import ExitPolicy, predict
+from een_hf import ExitConfigurationError, ExitPolicy, predict
 from een_hf.inference import ExitEngine, pad_rows
 from een_hf.models import (
     EarlyExitBertConfig,
@@ -226,9 +228,172 @@ def test_the_model_is_left_in_its_mode(training):
     model = make_model("bert").train(training)
     predict(model, make_rows("bert", 3))
     assert model.training is training
-    with pytest.raises(KeyError):
+    with pytest.raises(ExitConfigurationError, match="Row 1 .*no input_ids.*pixels.*input_ids, attention_mask"):
         predict(model, [{"input_ids": [1]}, {"pixels": [1]}])
     assert model.training is training
+
+
+def test_a_model_in_training_predicts_without_dropout_and_trains_on_with_it():
+    """What breaks: one of two predictions puts dropout back while the other runs, or takes it from a training step."""
+    model, rows = make_model("bert"), make_rows("bert")
+    model.set_exit_policy({"criterion": "confidence", "thresholds": [0.7, 0.7, 0.7, 0.0]})
+    wanted = predict(model, rows, 4)
+    model.train()
+    model.bert.encoder.layer[1].eval()  # as a frozen part is
+    modes = {name: module.training for name, module in model.named_modules()}
+    watched = []
+
+    def stream():
+        for number, row in enumerate(rows):
+            if number % 7 == 0:  # another prediction begins and ends within this one
+                watched.append(predict(model, rows[:5], 2))
+            watched.append({name: module.training for name, module in model.named_modules()})
+            yield row
+
+    found = predict(model, stream(), 4, window=4)
+    for answers, same in ((found, wanted), *((each, wanted) for each in watched if not isinstance(each, dict))):
+        count = len(answers.logits)
+        assert answers.exit_index.tolist() == same.exit_index[:count].tolist()
+        torch.testing.assert_close(answers.logits, same.logits[:count], rtol=0, atol=1e-5)
+    assert all(seen == modes for seen in watched if isinstance(seen, dict))
+    # A step of training on the same parameters changes what is predicted.
+    with torch.no_grad():
+        model.classifier.weight.mul_(-1)
+    torch.testing.assert_close(predict(model, rows).logits, predict(model.eval(), rows).logits)
+
+
+def test_threads_predict_alike():
+    model, rows = make_model("bert").train(), make_rows("bert", 12)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda size: predict(model, rows[:size], 2), [4, 12] * 10))
+    wanted = predict(model.eval(), rows, 2).logits
+    for found in answers:
+        torch.testing.assert_close(found.logits, wanted[: len(found.logits)], rtol=0, atol=1e-5)
+
+
+def test_a_wrapped_forward_in_training_mode_is_refused():
+    """It runs the module that it was made from, with dropout."""
+    model = make_model("bert").train()
+    layer = model.bert.encoder.layer[0]
+    layer.forward = layer.forward
+    with pytest.raises(ExitConfigurationError, match=r"BertLayer.*model.eval\(\)"):
+        predict(model, make_rows("bert", 2))
+    predict(model.eval(), make_rows("bert", 2))
+
+
+def test_answers_can_be_trained_on():
+    """Of inference tensors torch says "cannot be saved for backward"; also of rows that a data set keeps."""
+    model, kept = make_model("vit", num_labels=3), []
+
+    def stream():
+        for row in make_rows("vit", 4):
+            kept.append(row["pixel_values"] * 2)
+            yield {"pixel_values": kept[-1]}
+
+    found = predict(model, stream(), 2)
+    for tensor in (found.logits, found.confidence, *kept):
+        weight = torch.ones(tensor.shape, requires_grad=True)
+        (weight * tensor).sum().backward()
+        assert torch.equal(weight.grad, tensor)
+
+
+@pytest.mark.parametrize("temperatures", [None, [0.9, 0.8, 0.6, 0.7]])
+@pytest.mark.parametrize("labels", [3, 1])
+def test_confidence_is_the_probability_at_the_exits_temperature(temperatures, labels):
+    """Raw probabilities of early exits are too low: the easiest rows would look the least certain."""
+    model, rows = make_model("bert", num_labels=labels), make_rows("bert")
+    if labels == 1:
+        assert predict(model, rows).confidence is None
+        return
+    scores = (all_exits(model, rows) / torch.tensor(temperatures or [1.0] * 4)[:, None]).softmax(-1).amax(-1)
+    thresholds = scores.quantile(0.6, dim=0)
+    policy = {"criterion": "confidence", "thresholds": thresholds.tolist(), "temperatures": temperatures}
+    model.set_exit_policy(policy)
+    found = predict(model, rows, 8)
+    for logits, exit_index, confidence in zip(found.logits, found.exit_index, found.confidence, strict=True):
+        powers = [math.exp(value / (temperatures or [1.0] * 4)[exit_index]) for value in logits.tolist()]
+        assert confidence == pytest.approx(max(powers) / sum(powers), abs=1e-5)
+    assert found.exit_index.unique().numel() >= 3
+    early = found.exit_index < 3
+    assert (found.confidence >= thresholds[found.exit_index] - 1e-6)[early].all()  # what the policy decided by
+
+
+def test_confidence_of_several_labels_is_that_of_the_least_certain():
+    model, rows = make_model("bert", problem_type="multi_label_classification"), make_rows("bert", 6)
+    found = predict(model, rows)
+    for logits, confidence in zip(found.logits.double().tolist(), found.confidence, strict=True):
+        probabilities = [1 / (1 + math.exp(-value)) for value in logits]
+        assert confidence == pytest.approx(min(max(p, 1 - p) for p in probabilities), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_columns_that_are_no_input_are_left_out(kind):
+    """Text, names and row numbers stay in data sets beside the model's inputs."""
+    model, rows = make_model(kind), make_rows(kind, 6)
+    found = predict(model, [{"idx": i, "text": "a b", "label_text": "no", **row} for i, row in enumerate(rows)], 4)
+    torch.testing.assert_close(found.logits, predict(model, rows, 4).logits)
+
+
+def test_rows_may_lack_a_mask_that_others_have():
+    """The first row's columns are not those of all: a mask that is missing there must not hide the others'."""
+    model, rows = make_model("bert"), make_rows("bert", 8)
+    padded = [
+        {"input_ids": row["input_ids"] + [7], "attention_mask": [1] * len(row["input_ids"]) + [0]} for row in rows
+    ]
+    typed = [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in rows]
+    found = predict(model, [rows[0], *padded[1:4], *typed[4:]], 8)
+    torch.testing.assert_close(found.logits, predict(model, rows, 8).logits, rtol=0, atol=1e-5)
+    with pytest.raises(ExitConfigurationError, match="Some rows have position_ids and others have not"):
+        predict(model, [rows[0], {"input_ids": [1, 2], "position_ids": [0, 1]}])
+
+
+class Endless(torch.utils.data.Dataset):
+    """A map-style data set that answers any index."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index % len(self.rows)]
+
+
+def test_a_data_set_without_index_errors_ends():
+    model, rows = make_model("bert"), make_rows("bert", 5)
+    torch.testing.assert_close(predict(model, Endless(rows), 2).logits, predict(model, rows, 2).logits)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("a text", ["not str", "tokenizer(text, truncation=True)"]),
+        (["a text", "b"], ["Row 0", "str", "tokenizer(text, truncation=True)"]),
+        (BatchEncoding({"input_ids": [[1, 2], [3]]}), ["BatchEncoding of input_ids", "Dataset.from_dict"]),
+        ({"input_ids": [[1, 2], [3]], "labels": [0, 1]}, ["dict of input_ids, labels", "Dataset.from_dict"]),
+        (datasets.DatasetDict(test=datasets.Dataset.from_dict({"input_ids": [[1]]})), ["its splits (test)"]),
+        ([{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], ["Row 0", "(1, 4)", "1 dimension"]),
+        ([{"input_ids": [1]}, {"input_ids": [1] * 21}], ["row 1", "21 tokens", "at most 20", "max_length=20"]),
+        (7, ["iterable of rows", "int"]),
+    ],
+)
+def test_what_are_no_rows_gets_a_sentence(given, words):
+    with pytest.raises(ExitConfigurationError) as error:
+        predict(make_model("bert"), given, 1)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_collator_reads_whatever_rows_it_likes():
+    """One that tokenizes takes strings; the model's inputs are taken out of what it makes."""
+    model, rows = make_model("bert"), make_rows("bert", 5)
+    texts = [" ".join(map(str, row["input_ids"])) for row in rows]
+
+    def collate(batch):
+        return {**pad_rows([{"input_ids": [*map(int, text.split())]} for text in batch], model.config), "texts": batch}
+
+    torch.testing.assert_close(predict(model, texts, 2, collator=collate).logits, predict(model, rows, 2).logits)
 
 
 def test_a_batch_size_of_nothing():

@@ -82,6 +82,11 @@ class EarlyExitConfigMixin:
         _one_of("last_exit_pooling", self.last_exit_pooling, (None, *self.exit_poolings))
         _one_of("exit_aggregation", self.exit_aggregation, ("none", "boosted"))
 
+    @property
+    def max_input_length(self) -> int | None:
+        """The most tokens that a text may have, special ones included; `None`: the positions set no limit."""
+        return getattr(self, "max_position_embeddings", None)
+
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in `PreTrainedConfig`, but overrides take part in the construction, and so in its checks."""

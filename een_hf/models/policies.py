@@ -49,6 +49,37 @@ def get_criterion(name: str, params: dict | None = None) -> "ExitCriterion":
     return criterion({**criterion.defaults, **params})
 
 
+def resolve_problem_type(problem_type: str | None, num_labels: int) -> str:
+    """A config's problem type; where it names none, one label is regression and several are classes.
+
+    One label is regression whatever the config says, unless it is a multi-label problem.
+    """
+    if num_labels == 1 and problem_type != "multi_label_classification":
+        return "regression"
+    return problem_type or "single_label_classification"
+
+
+def temper(logits: torch.Tensor, exit_index: torch.Tensor, temperatures: list[float] | None) -> torch.Tensor:
+    """Answers' logits (rows, num_labels), divided by the temperature of the exit (rows,) that gave them."""
+    if temperatures is None:
+        return logits
+    return logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[exit_index].unsqueeze(-1)
+
+
+def answer_confidence(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor | None:
+    """How probable it is that answers (rows, num_labels) are right, (rows,): what people read as confidence.
+
+    Classes: the largest softmax probability. Multi-label: the probability of the label nearest to its threshold, min
+    over labels of max(p, 1 - p). Regression: `None`.
+    """
+    problem_type = resolve_problem_type(problem_type, logits.shape[-1])
+    if problem_type == "regression":
+        return None
+    if problem_type == "multi_label_classification":
+        return logits.abs().amin(-1).sigmoid()
+    return logits.softmax(-1).amax(-1)
+
+
 def fitting_criteria(problem_type: str) -> list[str]:
     """Names of the criteria that can score this kind of problem, sorted."""
     return [name for name, kind in sorted(_CRITERIA.items()) if problem_type in kind.problem_types]
@@ -262,9 +293,8 @@ class ExitPolicy:
         Raises:
             ExitConfigurationError: naming what does not fit and what would.
         """
-        if num_labels == 1 and problem_type != "multi_label_classification":
-            problem_type = "regression"
-        self.scorer.check(problem_type or "single_label_classification")
+        problem_type = resolve_problem_type(problem_type, num_labels)
+        self.scorer.check(problem_type)
         if problem_type == "regression" and num_labels > 1:
             raise ExitConfigurationError(
                 f"exit_policy: --exit_criterion {self.criterion} scores regression with 1 label, not {num_labels}."

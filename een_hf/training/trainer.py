@@ -303,10 +303,9 @@ class EarlyExitTrainer(Trainer):
                 progress=not self.args.disable_tqdm and accelerator.is_main_process,
                 total=len(rows),
             )
-        parts = gather_object([(list(rows), own.logits, own.exit_index)])
-        order = torch.tensor([row for ids, *_ in parts for row in ids], dtype=torch.int64).argsort()
-        logits, exit_index = (torch.cat([part[index] for part in parts])[order] for index in (1, 2))
-        return ExitPredictions(logits, exit_index)
+        ids, *answers = zip(*gather_object([(list(rows), *vars(own).values())]), strict=True)
+        order = torch.tensor([row for part in ids for row in part], dtype=torch.int64).argsort()
+        return ExitPredictions(*(None if parts[0] is None else torch.cat(parts)[order] for parts in answers))
 
     def calibrate(self, calibration_data, **settings):
         """Choose an exit policy on rows that nothing else has chosen; it is returned, not set.
