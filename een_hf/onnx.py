@@ -34,7 +34,7 @@ class _AllExits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs):
+    def forward(self, inputs):
         hidden, attention_mask = self.model.embed(**inputs)
         mask = self.model.layer_mask(hidden, attention_mask)
         logits, collected = None, []
@@ -53,7 +53,7 @@ class _FirstSureExit(nn.Module):
         super().__init__()
         self.model, self.temperatures, self.criterion = model, policy.temperatures, policy.scorer
 
-    def forward(self, thresholds, **inputs):
+    def forward(self, inputs, thresholds):
         hidden, attention_mask = self.model.embed(**inputs)
         mask = self.model.layer_mask(hidden, attention_mask)
         read = [tensor for tensor in (attention_mask, mask) if tensor is not None]
@@ -156,20 +156,22 @@ def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONN
     axes = {0: torch.export.Dim("batch")}
     if "input_ids" in inputs:
         axes[1] = torch.export.Dim("length", max=model.config.max_position_embeddings)
-    shapes = dict.fromkeys(inputs, axes)
-    graph = _AllExits(model)
+    # One dict and not keywords: releases of torch disagree on what names the shapes of keywords.
+    graph, arguments, shapes = _AllExits(model), {"inputs": inputs}, {"inputs": dict.fromkeys(inputs, axes)}
+    names = [*inputs]
     if policy is not None:
         graph = _FirstSureExit(model, policy)
-        thresholds = torch.tensor(policy.thresholds, dtype=torch.float32)
-        inputs, shapes = {THRESHOLDS: thresholds, **inputs}, {THRESHOLDS: None, **shapes}
+        names.append(THRESHOLDS)
+        arguments[THRESHOLDS] = torch.tensor(policy.thresholds, dtype=torch.float32)
+        shapes[THRESHOLDS] = None
     with torch.no_grad(), warnings.catch_warnings():
         # Two inputs share an axis name on purpose.
         warnings.filterwarnings("ignore", message=".*axis name.*")
         program = torch.onnx.export(
             graph.eval(),
-            kwargs=inputs,
+            kwargs=arguments,
             dynamic_shapes=shapes,
-            input_names=list(inputs),
+            input_names=names,
             output_names=graph.output_names,
             dynamo=True,
             verbose=False,
@@ -180,11 +182,8 @@ def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONN
         import onnx_ir
 
         # An input that is also an initializer is optional: this is its default.
-        inputs = program.model.graph.inputs
-        value = next(value for value in inputs if value.name == THRESHOLDS)
-        value.const_value = onnx_ir.tensor(thresholds.numpy(), name=THRESHOLDS)
-        inputs.remove(value)
-        inputs.append(value)
+        value = next(value for value in program.model.graph.inputs if value.name == THRESHOLDS)
+        value.const_value = onnx_ir.tensor(arguments[THRESHOLDS].numpy(), name=THRESHOLDS)
         program.model.graph.register_initializer(value)
     return program
 
