@@ -18,12 +18,18 @@ import torch
 import yaml
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForTokenClassification,
+    DistilBertConfig,
+)
 
 from een_hf.commands import main as command_main
 from een_hf.data.cifar import IMAGES
-from een_hf.data.glue import GLUE_TASKS, TEXT
-from een_hf.training.experiment import Experiment, main, parse_arguments
+from een_hf.data.glue import GLUE_TASKS, TEXT, load_text_data
+from een_hf.training.experiment import Experiment, load_model, main, parse_arguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -624,6 +630,17 @@ def test_labels_of_a_fine_tuned_checkpoint(finished, files, tmp_path):
     other.write_text(three.read_text().replace("odd", "bad").replace("good", "fine"))
     with pytest.raises(SystemExit, match="label 'fine', which the model does not know"):
         main(TEXT, [*flags[:2], f"--train_file={other}", flags[3]])
+
+
+def test_a_head_for_tokens_is_made_new(files, minilm_path, tmp_path):
+    """Its labels are those of tokens: refusing it for their number, or keeping it as fine-tuned, is wrong."""
+    shape = yaml.safe_load("{" + SHAPE.replace("=", ": ") + ", vocab_size: 30522, num_labels: 9}")
+    BertForTokenClassification(BertConfig(**shape)).save_pretrained(tmp_path / "tokens")
+    flags = tiny(minilm_path, "--do_train", f"--train_file={files['train']}", f"--output_dir={tmp_path / 'out'}")[2:]
+    args = parse_arguments(TEXT, [f"--model_name_or_path={tmp_path / 'tokens'}", *flags])
+    model = load_model(TEXT, args.model, load_text_data(args.data, splits_needed=["train"], seed=0))
+    assert model.config.num_labels == 2
+    assert model.is_new_head(model.num_exits - 1)
 
 
 def test_a_checkpoint_of_another_scheme_is_not_resumed(files, minilm_path, tmp_path):

@@ -52,6 +52,7 @@ from ..evaluation.calibration import rows_needed
 from ..evaluation.results import LOGITS_NAME, _replacing
 from ..inference import pad_rows, predict
 from ..models import MODEL_CLASSES, ExitConfigurationError
+from ..models.configuration_een import is_classifier
 from ..models.policies import get_criterion
 from ..training.arguments import CalibrationArguments
 from ..training.history import RUN_FILE, history_of, trained_on, write_run
@@ -238,6 +239,11 @@ def load_model(args) -> PreTrainedModel:
             f"MODEL {args.model} is of type {found.get('model_type')!r}; exits exist for {', '.join(MODEL_CLASSES)}. "
             "Another architecture is one adapter file: see 'Add an architecture' in README.md."
         )
+    if not is_classifier(found.get("architectures"), model_class.__name__):
+        raise ExitConfigurationError(
+            f"MODEL {args.model} has no classifier of sequences or images: its `architectures` in config.json are "
+            f"{found.get('architectures')}. Give a fine-tuned one."
+        )
     text = model_class.main_input_name == "input_ids"
     if text != (args.train_file is not None):
         flag, kind = ("--train_file", "text") if text else ("--train_dir", "images")
@@ -255,7 +261,10 @@ def load_model(args) -> PreTrainedModel:
         logging.set_verbosity(verbosity)
     config = model.config
     if model.is_new_head(model.num_exits - 1):
-        raise ExitConfigurationError(f"MODEL {args.model} has no classifier: give a fine-tuned one.")
+        raise ExitConfigurationError(
+            f"MODEL {args.model} has no classifier of sequences or images: parameters of its last head are missing. "
+            "Give a fine-tuned one."
+        )
     if config.num_labels < 2 or config.problem_type not in (None, SINGLE_LABEL):
         raise ExitConfigurationError(
             f"MODEL {args.model} is for {config.problem_type or 'regression'}; answers that agree are counted for "

@@ -119,6 +119,12 @@ class EarlyExitViTConfig(EarlyExitConfigMixin, ViTConfig):
     keys_to_ignore_at_inference = _KEYS_TO_IGNORE
 
 
+def is_classifier(architectures: list[str] | None, *names: str) -> bool:
+    """Whether a checkpoint's `architectures` name a classifier of sequences or images, or one of `names`."""
+    endings = ("ForSequenceClassification", "ForImageClassification")
+    return any(str(name).endswith(endings) or name in names for name in architectures or ())
+
+
 def is_early_exit_config(config: PreTrainedConfig) -> bool:
     """Whether `config` describes an early-exit model."""
     return isinstance(config, EarlyExitConfigMixin)

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import ModelOutput, logging
 
-from .configuration_een import ExitConfigurationError
+from .configuration_een import ExitConfigurationError, is_classifier
 from .exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from .exits import add_boosted, pool_hidden_states, scale_gradient
 from .policies import ExitPolicy
@@ -53,7 +53,8 @@ class EarlyExitMixin:
 
     backbone_frozen = False
     _policy: tuple = (None, None)  # what the config said, and the policy made of it
-    # Names of the parameters that the loaded checkpoint did not bring; None: no checkpoint was loaded.
+    # Names of the parameters that the loaded checkpoint did not bring, the last head's too where the checkpoint was
+    # fine-tuned for something else; None: no checkpoint was loaded.
     newly_initialized: frozenset[str] | None = None
 
     # What an adapter supplies
@@ -104,10 +105,16 @@ class EarlyExitMixin:
         if not isinstance(config, cls.config_class):
             config = cls._exit_config(config or pretrained_model_name_or_path, kwargs)
         pooling_known = config.last_exit_pooling is not None
+        architectures = config.architectures
+        if architectures is None:  # the config was given, and made by hand
+            architectures = cls._checkpoint_config(pretrained_model_name_or_path, kwargs).get("architectures")
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         missing = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+        if not is_classifier(architectures, cls.__name__):
+            classifier = {id(parameter) for parameter in model.last_head_modules[-1].parameters()}
+            missing |= {name for name, parameter in model.named_parameters() if id(parameter) in classifier}
         model.newly_initialized = frozenset(missing)
         stock_head = not model.is_new_head(model.num_exits - 1) and all(
             model.is_new_head(exit_index) for exit_index in range(model.num_exits - 1)
@@ -133,14 +140,19 @@ class EarlyExitMixin:
         return super().load_state_dict(renamed, strict, assign)
 
     @classmethod
+    def _checkpoint_config(cls, source: str, kwargs: dict) -> dict:
+        """`config.json` of a folder or a Hub name."""
+        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
+        return cls.config_class.get_config_dict(source, **hub_kwargs)[0]
+
+    @classmethod
     def _exit_config(cls, source, kwargs: dict) -> PreTrainedConfig:
         """The early-exit config for `source` (a config, a folder or a Hub name); takes its fields out of `kwargs`."""
         if isinstance(source, PreTrainedConfig):
             config_dict = source.to_dict()
         else:
-            hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-            config_dict, _ = cls.config_class.get_config_dict(source, **hub_kwargs)
+            config_dict = cls._checkpoint_config(source, kwargs)
         found = config_dict.pop("model_type", None)
         if found not in (cls.config_class.model_type, cls.config_class.stock_model_type):
             raise ExitConfigurationError(
@@ -163,10 +175,13 @@ class EarlyExitMixin:
         return [self.exit_heads[str(self.config.exit_layers[exit_index])]]
 
     def is_new_head(self, exit_index: int) -> bool:
-        """Whether the classifier of this exit (0-based) did not come from the checkpoint."""
+        """Whether a parameter of this exit's (0-based) head did not come from the checkpoint.
+
+        The last head is new, too, where the checkpoint's `architectures` name no sequence or image classification.
+        """
         if self.newly_initialized is None:
             return True
-        weights = {id(parameter) for parameter in self.exit_head_modules(exit_index)[-1].parameters()}
+        weights = {id(part) for module in self.exit_head_modules(exit_index) for part in module.parameters()}
         return any(id(p) in weights and name in self.newly_initialized for name, p in self.named_parameters())
 
     def compute_exit(self, exit_index: int, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -44,6 +44,7 @@ from ..evaluation import (
 from ..evaluation.calibration import CalibrationReport, rows_needed
 from ..hub import choose_examples, hub_name, write_examples, write_model_card
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
+from ..models.configuration_een import is_classifier
 from ..models.policies import fitting_criteria, get_criterion
 from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
 from .history import RUN_FILE, history_of, read_run, rows_chose, write_run
@@ -226,7 +227,7 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> Earl
     model_class = known[found["model_type"]]
     config_class = model_class.config_class
     config = config_class.from_dict({**found, "model_type": config_class.model_type}, **given)
-    fine_tuned = any(str(kind).endswith("Classification") for kind in found.get("architectures") or [])
+    fine_tuned = is_classifier(found.get("architectures"), model_class.__name__)
     if not fine_tuned or args.ignore_mismatched_sizes:
         _set_labels(config, data)
     elif config.num_labels != data.num_labels:
@@ -239,7 +240,7 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> Earl
     return model_class.from_pretrained(
         name,
         config=config,
-        ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+        ignore_mismatched_sizes=args.ignore_mismatched_sizes or not fine_tuned,
         attn_implementation=args.attn_implementation,
         **hub,
     )

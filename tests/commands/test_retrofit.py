@@ -24,7 +24,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMultipleChoice,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
     BertTokenizer,
     Trainer,
@@ -506,7 +508,12 @@ def _change_config(folder, **values):
     ("make", "named"),
     [
         (lambda folder, config: None, "cannot be loaded"),
-        (lambda folder, config: BertModel(config).save_pretrained(folder), "no classifier"),
+        (lambda folder, config: BertModel(config).save_pretrained(folder), "no classifier.*BertModel"),
+        (lambda folder, config: BertForTokenClassification(config).save_pretrained(folder), "no classifier.*Token"),
+        (
+            lambda folder, config: BertForMultipleChoice(config).save_pretrained(folder),
+            "no classifier.*MultipleChoice",
+        ),
         (lambda folder, config: _change_type(folder, config), "of type 'roberta'.*bert, vit"),
         (lambda folder, config: _save_regression(folder, config), "regression"),
         (lambda folder, config: _save_multi_label(folder, config), "multi_label"),

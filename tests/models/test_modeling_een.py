@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig
+from transformers import BertConfig, BertForMultipleChoice, BertForTokenClassification
 
 from een_hf.models import EarlyExitBertForSequenceClassification, ExitConfigurationError
 
@@ -191,6 +191,27 @@ def test_other_number_of_labels_makes_every_head_new(architecture, stock_folders
         assert model(**architecture.inputs()).exit_logits.shape == (6, 2, 7)
 
 
+@pytest.mark.parametrize("stock_class", [BertForTokenClassification, BertForMultipleChoice])
+def test_a_head_for_something_else_is_a_new_head(bert, stock_class, tmp_path):
+    """Its last linear layer has the right name, but its pooler is random, or it scores something else than classes."""
+    config = BertConfig(**{**bert.stock_config.to_dict(), "num_labels": 1 if "Choice" in stock_class.__name__ else 3})
+    stock_class(config).save_pretrained(tmp_path)
+    model = bert.model_class.from_pretrained(tmp_path, exit_layers=[2], exit_pooling="mean")
+    assert model.is_new_head(1)
+    assert model.config.last_exit_pooling == "mean"
+    with pytest.raises(ExitConfigurationError, match="--freeze_backbone needs a fine-tuned classifier"):
+        model.freeze_backbone()
+
+
+def test_every_parameter_of_the_last_head_must_come_from_the_checkpoint(bert, load_stock, tmp_path):
+    stock = load_stock(bert)
+    state = {name: tensor for name, tensor in stock.state_dict().items() if name != "bert.pooler.dense.bias"}
+    stock.save_pretrained(tmp_path, state_dict=state)
+    model = bert.model_class.from_pretrained(tmp_path, exit_layers=[2])
+    assert model.newly_initialized >= {"bert.pooler.dense.bias"}
+    assert model.is_new_head(1)
+
+
 def test_saved_model_is_the_same_to_the_bit(architecture, load_exits, tmp_path):
     """A saved and published model would predict something else than the one that was measured."""
     model = load_exits(
@@ -278,6 +299,7 @@ def test_a_given_config_is_used_and_left_alone(architecture, stock_folders, load
     before = copy.deepcopy(config.to_dict())
     model = architecture.model_class.from_pretrained(stock_folders[architecture.name, "head"], config=config).eval()
     assert model.config.exit_layers == [1, 2, 4]
+    assert [model.is_new_head(index) for index in range(3)] == [True, True, False]
     assert config.to_dict() == before
     stock_config = load_stock(architecture).config
     by_stock = architecture.model_class.from_pretrained(
