@@ -230,6 +230,11 @@ class EarlyExitMixin:
         """
         if policy is not None:
             policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
+            if not isinstance(policy, ExitPolicy):
+                raise ExitConfigurationError(
+                    f"set_exit_policy takes an ExitPolicy, its dict, or None for no early exit, not {policy!r}. The "
+                    "policy of a budget: ExitPolicy.from_results(path, target_cost=0.5)."
+                )
             policy.validate(self.num_exits, self.config.problem_type, self.config.num_labels)
             policy = policy.to_dict()
         self.config.exit_policy = policy
@@ -314,6 +319,10 @@ class EarlyExitMixin:
         if isinstance(policy, ExitPolicy):
             policy.validate(self.num_exits, config.problem_type, config.num_labels)
         elif not hasattr(policy, "decide"):
+            if not isinstance(early_exit, bool | None):
+                raise ExitConfigurationError(
+                    f"early_exit is True, False, or for this call an ExitPolicy or its dict, not {early_exit!r}."
+                )
             policy = self.get_exit_policy() if early_exit and not self.training else None
         recording = policy is not None and [
             f"output_{name}"

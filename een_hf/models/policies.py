@@ -7,6 +7,7 @@ threshold ("at least as sure as the threshold" leaves); the last exit takes whoe
 import json
 import math
 import numbers
+import reprlib
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
@@ -18,8 +19,18 @@ from .configuration_een import ExitConfigurationError
 
 # A threshold that no score reaches, and that JSON can carry.
 NEVER = 1e30
+# Beyond these a float32 softmax is one-hot, NaN or uniform whatever the logits are.
+TEMPERATURE_RANGE = (1e-4, 1e4)
 
 _CRITERIA: dict[str, type["ExitCriterion"]] = {}
+
+
+def is_number(value: object) -> bool:
+    """Whether a value read from a file is a number that a float holds: no bool, no NaN, no integer beyond floats."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    except OverflowError:
+        return False
 
 
 def register_criterion(name: str):
@@ -39,13 +50,20 @@ def get_criterion(name: str, params: dict | None = None) -> "ExitCriterion":
     Raises:
         ExitConfigurationError: unknown name or parameter.
     """
-    if name not in _CRITERIA:
+    if not isinstance(name, str) or name not in _CRITERIA:
         raise ExitConfigurationError(f"--exit_criterion {name!r} is not one of: {', '.join(sorted(_CRITERIA))}.")
     criterion, params = _CRITERIA[name], params or {}
-    unknown = sorted(params.keys() - criterion.defaults.keys())
+    if not isinstance(params, dict):
+        raise ExitConfigurationError(f"Criterion {name!r}: params must be a dict of parameters, not {params!r}.")
+    unknown = sorted(params.keys() - criterion.defaults.keys(), key=str)
     if unknown:
         known = ", ".join(sorted(criterion.defaults)) or "none"
         raise ExitConfigurationError(f"Criterion {name!r} has no parameter {unknown[0]!r}; it has: {known}.")
+    for param, value in params.items():
+        if is_number(criterion.defaults[param]) and not (is_number(value) and 0 < value < math.inf):
+            raise ExitConfigurationError(
+                f"Criterion {name!r}: {param} must be a number above 0, not {reprlib.repr(value)}."
+            )
     return criterion({**criterion.defaults, **params})
 
 
@@ -186,7 +204,7 @@ class Patience(ExitCriterion):
         if exit_logits.shape[-1] > 1 or len(moves) == 0:
             return [{}]
         deciles = np.quantile(moves.numpy(), np.arange(1, 10) / 10)
-        return [{"tolerance": float(tolerance)} for tolerance in np.unique(deciles)]
+        return [{"tolerance": float(tolerance)} for tolerance in np.unique(deciles[deciles > 0])] or [{}]
 
     def step(self, logits, state):
         regression = logits.shape[-1] == 1
@@ -231,11 +249,19 @@ class ExitPolicy:
     """
 
     criterion: str
-    thresholds: list[float]
+    thresholds: list[float] | None = None
     temperatures: list[float] | None = None
     params: dict = field(default_factory=dict)
     calibrated_for: dict = field(default_factory=dict)
     guarantee: dict | None = None
+
+    def __post_init__(self):
+        if self.thresholds is None:
+            get_criterion(self.criterion)
+            raise ExitConfigurationError(
+                f"ExitPolicy({self.criterion!r}) needs thresholds, one per exit; `calibrate` finds them, and "
+                "ExitPolicy.from_results(path, target_cost=0.5) reads those of a run."
+            )
 
     @cached_property
     def scorer(self) -> ExitCriterion:
@@ -255,10 +281,15 @@ class ExitPolicy:
         """The policy of a dict as `to_dict` makes it; optional keys may be missing.
 
         Raises:
-            ExitConfigurationError: a key that is not known, or no criterion or thresholds.
+            ExitConfigurationError: no dict, a key that is not known, or no criterion or thresholds.
         """
+        if not isinstance(values, dict):
+            raise ExitConfigurationError(
+                f"exit_policy must be a dict as ExitPolicy.to_dict makes it, not {reprlib.repr(values)}."
+            )
         names = {f.name for f in fields(cls)}
-        unknown, missing = sorted(values.keys() - names), sorted({"criterion", "thresholds"} - values.keys())
+        given = {name for name, value in values.items() if value is not None}
+        unknown, missing = sorted(values.keys() - names, key=str), sorted({"criterion", "thresholds"} - given)
         if unknown or missing:
             what = f"has an unknown key {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
             raise ExitConfigurationError(f"exit_policy {what}; its keys are: {', '.join(sorted(names))}.")
@@ -269,13 +300,24 @@ class ExitPolicy:
         """The policy in an `exit_results.json`: the calibrated one, or that of the largest budget <= `target_cost`.
 
         Raises:
-            ExitConfigurationError: the file holds no such policy; the budgets that it holds are named.
+            ExitConfigurationError: the file cannot be read, or holds no such policy; the budgets that it holds are
+                named.
         """
-        with open(path) as file:
-            results = json.load(file)
+        try:
+            with open(path, encoding="utf-8") as file:
+                results = json.load(file)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ExitConfigurationError(f"{path} cannot be read as the results of a run: {error}") from error
+        if not isinstance(results, dict):
+            raise ExitConfigurationError(f"{path} does not hold the results of a run.")
         found = results.get("policy")
         if target_cost is not None:
-            budgets = sorted(results.get("budgeted") or [], key=lambda row: row["target_cost"])
+            rows = results.get("budgeted") or []
+            if not isinstance(rows, list) or not all(
+                isinstance(row, dict) and is_number(row.get("target_cost")) for row in rows
+            ):
+                raise ExitConfigurationError(f"{path}: `budgeted` must be a list of budgets, each with a target_cost.")
+            budgets = sorted(rows, key=lambda row: row["target_cost"])
             fitting = [row for row in budgets if row["target_cost"] <= target_cost + 1e-9]
             if not fitting:
                 known = ", ".join(f"{row['target_cost']:.3g}" for row in budgets) or "none"
@@ -283,6 +325,8 @@ class ExitPolicy:
             found = {**fitting[-1], "calibrated_for": {"target_cost": fitting[-1]["target_cost"]}}
         if found is None:
             raise ExitConfigurationError(f"{path} holds no calibrated policy; name a budget: target_cost=0.5.")
+        if not isinstance(found, dict):
+            raise ExitConfigurationError(f"{path}: `policy` must be a dict, not {reprlib.repr(found)}.")
         if "criterion" in results:
             found = {"criterion": results["criterion"], **found}
         return cls.from_dict({f.name: found[f.name] for f in fields(cls) if f.name in found})
@@ -299,20 +343,31 @@ class ExitPolicy:
             raise ExitConfigurationError(
                 f"exit_policy: --exit_criterion {self.criterion} scores regression with 1 label, not {num_labels}."
             )
+        for name in ("calibrated_for", "guarantee"):
+            value = getattr(self, name)
+            if not isinstance(value, dict | None):
+                raise ExitConfigurationError(f"exit_policy: {name} must be a dict or None, not {reprlib.repr(value)}.")
         for name in ("thresholds", "temperatures"):
             values = getattr(self, name)
+            if not isinstance(values, list | tuple | None):
+                raise ExitConfigurationError(
+                    f"exit_policy: {name} must be a list of numbers, not {reprlib.repr(values)}."
+                )
             if values is not None and len(values) != num_exits:
                 raise ExitConfigurationError(
                     f"exit_policy has {len(values)} {name}, but the model has {num_exits} exits: give one per exit."
                 )
-            if any(not isinstance(value, numbers.Real) or math.isnan(value) for value in values or []):
-                raise ExitConfigurationError(f"exit_policy has {name} that are no numbers: {values}.")
+            if not all(map(is_number, values or [])):
+                raise ExitConfigurationError(f"exit_policy has {name} that are no numbers: {reprlib.repr(values)}.")
         if self.temperatures and problem_type == "regression":
             raise ExitConfigurationError(
                 "exit_policy has temperatures, which mean nothing in regression: leave them out."
             )
-        if any(not 0 < temperature < math.inf for temperature in self.temperatures or []):
-            raise ExitConfigurationError(f"exit_policy needs temperatures above 0, not {self.temperatures}.")
+        low, high = TEMPERATURE_RANGE
+        if any(not low <= temperature <= high for temperature in self.temperatures or []):
+            raise ExitConfigurationError(
+                f"exit_policy needs temperatures above 0, from {low:g} to {high:g}, not {self.temperatures}."
+            )
 
     def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
         """Who leaves at an exit before the last.

@@ -579,6 +579,22 @@ def test_policy_that_does_not_fit_is_refused(architecture, load_exits, policy, w
         model(**architecture.inputs())
 
 
+@pytest.mark.parametrize("given", [0.5, "confidence", [0.5, 0.5, 0.0], True])
+def test_what_is_no_policy_is_answered_with_a_sentence(bert, load_exits, given):
+    """A cost in place of a policy is an easy mistake; an AttributeError says nothing of it."""
+    model = load_exits(bert, exit_layers=EXIT_LAYERS)
+    with pytest.raises(ExitConfigurationError, match="set_exit_policy takes an ExitPolicy.*not .*from_results"):
+        model.set_exit_policy(given)
+
+
+@pytest.mark.parametrize("given", ["no", 0.5, 1, [True]])
+def test_early_exit_is_no_word(bert, load_exits, given):
+    """`early_exit="no"` used to mean yes."""
+    model = load_exits(bert, exit_layers=EXIT_LAYERS).eval()
+    with pytest.raises(ExitConfigurationError, match="early_exit is True, False"):
+        model(**bert.inputs(), early_exit=given)
+
+
 # Corners
 
 

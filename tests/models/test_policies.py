@@ -225,6 +225,20 @@ def test_wrong_keys_are_named(values, word):
         (ExitPolicy("confidence", [0.5, math.nan, 0.0]), ["exit_policy", "thresholds"]),
         (ExitPolicy("confidence", [0.5, None, 0.0]), ["exit_policy", "thresholds"]),
         (ExitPolicy("confidence", [0.5, "0.5", 0.0]), ["exit_policy", "thresholds"]),
+        (ExitPolicy("confidence", [0.5] * 3, [1.0, 1e-300, 1.0]), ["exit_policy", "temperatures above 0", "0.0001"]),
+        (ExitPolicy("confidence", [0.5] * 3, [1.0, math.inf, 1.0]), ["exit_policy", "temperatures above 0"]),
+        (ExitPolicy("confidence", [0.5] * 3, [1.0, True, 1.0]), ["exit_policy", "temperatures"]),
+        (ExitPolicy("confidence", [10**400, 0.5, 0.5]), ["exit_policy", "thresholds"]),
+        (ExitPolicy("confidence", 0.5), ["exit_policy", "thresholds", "list"]),
+        (ExitPolicy("confidence", "0.5"), ["exit_policy", "thresholds", "list"]),
+        (ExitPolicy("confidence", [0.5] * 3, calibrated_for=[1]), ["calibrated_for", "dict"]),
+        (ExitPolicy("confidence", [0.5] * 3, guarantee="yes"), ["guarantee", "dict"]),
+        (ExitPolicy(["confidence"], [0.5] * 3), ["--exit_criterion", *CRITERIA]),
+        (ExitPolicy("patience", [0.5] * 3, params=[1]), ["params", "dict"]),
+        *(
+            (ExitPolicy("patience", [0.5] * 3, params={"tolerance": tolerance}), ["tolerance", "above 0"])
+            for tolerance in ("0.5", None, math.nan, 0.0, -1, math.inf, True, 10**400)
+        ),
         (ExitPolicy("certainty", [0.5] * 3), ["--exit_criterion", *CRITERIA]),
         (ExitPolicy("patience", [0.5] * 3, params={"tolerence": 1}), ["tolerence", "tolerance"]),
     ],
@@ -257,6 +271,31 @@ def test_regression_of_several_labels_is_refused():
     """Patience would compare the index of the largest of several numbers."""
     with pytest.raises(ExitConfigurationError, match="--exit_criterion patience.*1 label, not 3"):
         ExitPolicy("patience", [0.5] * 3).validate(3, "regression", 3)
+
+
+@pytest.mark.parametrize(("given", "words"), [("foo", ["foo", *CRITERIA]), ("margin", ["thresholds", "one per exit"])])
+def test_a_policy_of_a_name_alone_is_answered_with_a_sentence(given, words):
+    with pytest.raises(ExitConfigurationError) as error:
+        ExitPolicy(given)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("content", ["[1]", "7", '"x"', "null", '{"policy": 3}', '{"policy": []}', '{"policy": {"a', ""])
+def test_from_results_refuses_files_of_other_kinds(tmp_path, content):
+    path = tmp_path / "exit_results.json"
+    path.write_text(content)
+    with pytest.raises(ExitConfigurationError, match="exit_results.json|exit_policy"):
+        ExitPolicy.from_results(path)
+    with pytest.raises(ExitConfigurationError, match="exit_results.json"):
+        ExitPolicy.from_results(path, target_cost=0.5)
+    with pytest.raises(ExitConfigurationError, match="not_there"):
+        ExitPolicy.from_results(tmp_path / "not_there")
+
+
+def test_patience_of_predictions_that_never_move_has_a_tolerance():
+    """A tolerance of 0 keeps every row to the last exit: deciles of zeros are no choice."""
+    still = torch.ones(20, 3, 1)
+    assert get_criterion("patience").choices(still) == [{}]
 
 
 def test_unknown_criterion_is_answered_with_the_known():
