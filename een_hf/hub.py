@@ -46,6 +46,7 @@ _EXAMPLE_TITLES = {
     "deep": "Only the last exit was right",
     "mistakes": "Confident mistakes of exit 1",
 }
+_EXAMPLE_IMAGE = re.compile(r"\w+-\d+\.png")
 
 
 # The card
@@ -94,7 +95,7 @@ def write_model_card(
         **(metadata or {}),
     )
     sections = [
-        f"# {repo_id.split('/')[-1]}",
+        f"# {_text(repo_id.split('/')[-1])}",
         _introduction(results, name if settings else None, base_model or _started_from(settings)),
         "## Load",
         _loading(results, repo_id),
@@ -115,7 +116,10 @@ def write_model_card(
 
 def is_run_card(path: str | os.PathLike) -> bool:
     """Whether a file is there and was written by `write_model_card`."""
-    return os.path.isfile(path) and _TAG in (ModelCard.load(path).data.tags or ())
+    try:
+        return os.path.isfile(path) and _TAG in (ModelCard.load(path).data.tags or ())
+    except (OSError, TypeError, ValueError, yaml.YAMLError):  # a header that is none
+        return False
 
 
 def refresh_model_card(folder, results: dict[str, Any], config: PreTrainedConfig, settings: dict[str, Any]) -> None:
@@ -123,7 +127,9 @@ def refresh_model_card(folder, results: dict[str, Any], config: PreTrainedConfig
     path, kept = Path(folder, CARD_NAME), {}
     if is_run_card(path):
         old = ModelCard.load(path).data
-        kept = {"repo_id": old.model_name, "base_model": old.base_model, "dataset_id": (old.datasets or [None])[0]}
+        datasets = old.datasets if isinstance(old.datasets, list) else [old.datasets]
+        kept = {"repo_id": old.model_name, "base_model": old.base_model, "dataset_id": (datasets or [None])[0]}
+        kept = {name: value for name, value in kept.items() if isinstance(value, str)}
         kept["metadata"] = {name: old.get(name) for name in ("license", "language") if old.get(name)}
     write_model_card(folder, results, config, settings=settings, **kept)
 
@@ -133,7 +139,7 @@ def guarantee_in_words(guarantee: dict) -> str:
     event = {
         "accuracy_gap": "the policy is wrong where the last exit is right",
         "consistency": "the policy answers differently from the last exit",
-    }.get(guarantee["risk"], f"the risk {guarantee['risk']} is met")
+    }.get(guarantee["risk"], f"the risk {guarantee['risk']!r} is met")
     return (
         f"Guarantee: on at most {guarantee['limit']:.3g} of new rows like these {event}, with confidence "
         f"{guarantee['confidence']:g} ({guarantee['errors']:g} of {guarantee['num_rows']} certifying rows)."
@@ -148,7 +154,12 @@ def hub_name(name: str | None, installed: tuple[str, ...] = ()) -> str | None:
 
 
 def _kind(results: dict) -> tuple[str, str, str]:
-    return _KINDS[MODEL_CLASSES[results["model_type"]].main_input_name]
+    model_class = MODEL_CLASSES.get(results["model_type"])
+    if model_class is None:
+        raise ExitConfigurationError(
+            f"A card needs a model_type of: {', '.join(MODEL_CLASSES)}; the results say {results['model_type']!r}."
+        )
+    return _KINDS[model_class.main_input_name]
 
 
 def _eval_results(results: dict, task: str, dataset_id: str | None, name: str) -> list[EvalResult]:
@@ -188,22 +199,24 @@ def _introduction(results: dict, name: str | None, base_model: str | None) -> st
 
 def _loading(results: dict, repo_id: str) -> str:
     task, auto_class, processor = _kind(results)
+    name = _string(repo_id)
+    pipeline = _code(f'pipeline("early-exit-{task}", model={name})')
     return f"""```python
 from transformers import {auto_class}, {processor}
 
-model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
-processor = {processor}.from_pretrained("{repo_id}")
+model = {auto_class}.from_pretrained({name}, trust_remote_code=True)
+processor = {processor}.from_pretrained({name}, trust_remote_code=True)
 ```
 
 The code of the model lies beside its weights. Where the package `een_hf` is imported, `trust_remote_code` is not
-needed, and `pipeline("early-exit-{task}", model="{repo_id}")` also answers at which layer each input left
-and what it saved. The model leaves early in eval mode; `model(**inputs, early_exit=False)` evaluates every exit, and
-its `exit_logits` has shape (batch, {len(results["exit_layers"])}, labels)."""
+needed, and {pipeline} also answers at which layer each
+input left and what it saved. The model leaves early in eval mode; `model(**inputs, early_exit=False)` evaluates every
+exit, and its `exit_logits` has shape (batch, {len(results["exit_layers"])}, labels)."""
 
 
 def _exit_table(results: dict) -> str:
     policy, metrics = results["policy"], list(results["anytime"][0]["metrics"])
-    header = ["exit", "layer", "relative cost", *metrics, "loss", *(["share leaving"] if policy else [])]
+    header = ["exit", "layer", "relative cost", *map(_text, metrics), "loss", *(["share leaving"] if policy else [])]
     rows = [
         [
             str(row["exit"]),
@@ -235,13 +248,15 @@ def _policy(results: dict, config: PreTrainedConfig) -> str:
     }
     reasons = [goal[name].format(value) for name, value in (policy["calibrated_for"] or {}).items() if name in goal]
     chosen = f" The policy is {reasons[0]}, chosen on {results['num_calibration_samples']} rows." if reasons else ""
-    scores = ", ".join(f"{name} {_figure(value)}" for name, value in policy["metrics"].items())
+    scores = ", ".join(f"{_text(name)} {_figure(value)}" for name, value in policy["metrics"].items())
     thresholds = ", ".join(map(_threshold, policy["thresholds"][:-1]))
     lines = [
-        f"An input leaves at the first exit whose `{policy['criterion']}` is at least that exit's threshold "
+        f"An input leaves at the first exit whose {_code(policy['criterion'])} is at least that exit's threshold "
         f"({thresholds}); the last exit takes whoever is left.{chosen}",
         f"On rows that calibrated nothing: relative cost {_figure(policy['relative_cost'])}, {scores}.",
-        guarantee_in_words(policy["guarantee"]) if policy["guarantee"] else "No guarantee goes with this policy.",
+        _text(guarantee_in_words(policy["guarantee"]))
+        if policy["guarantee"]
+        else "No guarantee goes with this policy.",
     ]
     return "\n\n".join(lines)
 
@@ -266,7 +281,7 @@ def _changing(results: dict, repo_id: str) -> str:
     policy = {name: chosen[name] for name in ("criterion", "thresholds", "temperatures", "params") if chosen.get(name)}
     return f"""Budgets, measured on the rows that calibrated nothing:
 
-{_table(["budget", "relative cost", *metrics], rows)}
+{_table(["budget", "relative cost", *map(_text, metrics)], rows)}
 
 To change the policy, set another, or `None` for no early exit:
 
@@ -274,22 +289,20 @@ To change the policy, set another, or `None` for no early exit:
 from een_hf import ExitPolicy
 from huggingface_hub import hf_hub_download
 
-path = hf_hub_download("{repo_id}", "exit_results.json")
+path = hf_hub_download({_string(repo_id)}, "exit_results.json")
 model.set_exit_policy(ExitPolicy.from_results(path, target_cost={target:g}))
 ```
 
 Without `een_hf`, the same by hand:
 
-```python
-model.set_exit_policy({policy})
-```"""
+{_fenced(f"model.set_exit_policy({policy})", "python")}"""
 
 
 def _training(results: dict, settings: dict | None) -> list[str]:
     if results["method"] == "unknown":
         return ["What trained the exits is not recorded."]
     if not settings:
-        return [f"Trained by the scheme `{results['method']}`."]
+        return [f"Trained by the scheme {_code(results['method'])}."]
     own = _scheme_class(results["method"])
     own = getattr(getattr(own, "arguments_class", None), "__dataclass_fields__", {})
     shown = {name: settings[name] for name in ("model_name_or_path", "dataset_name", "task_name") if name in settings}
@@ -298,8 +311,8 @@ def _training(results: dict, settings: dict | None) -> list[str]:
     shown = {name: _public(value) for name, value in shown.items() if value not in empty}
     listed = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=100).strip()
     return [
-        f"Trained by the scheme `{results['method']}` with these flags of the scripts of `een_hf`:",
-        f"```yaml\n{listed}\n```",
+        f"Trained by the scheme {_code(results['method'])} with these flags of the scripts of `een_hf`:",
+        _fenced(listed, "yaml"),
     ]
 
 
@@ -318,12 +331,10 @@ def _paper(method: str) -> list[str]:
 
 
 def _scheme_class(method: str) -> type | None:
-    from .training.trainer import get_scheme
+    """The registered class of a name that may come from a file: it is looked up, and never imported."""
+    from .training.trainer import registered_scheme
 
-    try:
-        return get_scheme(method)
-    except ExitConfigurationError:
-        return None
+    return registered_scheme(method)
 
 
 def _started_from(settings: dict | None) -> str | None:
@@ -424,22 +435,32 @@ def _example_sections(folder: Path) -> list[str]:
     path = folder / "examples.json"
     if not path.is_file():
         return []
-    sections = ["## Examples"]
-    for kind, chosen in json.loads(path.read_text(encoding="utf-8")).items():
-        rows = [
-            [
-                f"![]({folder.name}/{example['image']})" if "image" in example else _text(" / ".join(example["text"])),
-                _text(example["label"]),
-                *map(_text, example["predictions"]),
-                _figure(example["confidence"]),
-            ]
-            for example in chosen
-        ]
-        if rows:
-            exits = [f"exit {number}" for number in range(1, len(chosen[0]["predictions"]) + 1)]
-            table = _table(["input", "label", *exits, "confidence of exit 1"], rows)
-            sections += [f"### {_EXAMPLE_TITLES[kind]}", table]
-    return sections
+    try:
+        examples = json.loads(path.read_text(encoding="utf-8"))
+        tables = {title: _example_table(folder.name, examples.get(kind)) for kind, title in _EXAMPLE_TITLES.items()}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ExitConfigurationError(
+            f"{path} cannot be read as examples of a run ({error!r}): remove the folder."
+        ) from error
+    sections = [part for title, table in tables.items() if table for part in (f"### {title}", table)]
+    return ["## Examples", *sections]
+
+
+def _example_table(folder: str, chosen: list[dict] | None) -> str | None:
+    if not chosen:
+        return None
+    rows = []
+    for example in chosen:
+        if "image" in example:
+            if not _EXAMPLE_IMAGE.fullmatch(example["image"]):
+                raise ValueError(f"{example['image']!r} is no image of a card")
+            shown = f"![]({folder}/{example['image']})"
+        else:
+            shown = _text(" / ".join(example["text"]))
+        answers = map(_text, (example["label"], *example["predictions"]))
+        rows.append([shown, *answers, _figure(example["confidence"])])
+    exits = [f"exit {number}" for number in range(1, len(chosen[0]["predictions"]) + 1)]
+    return _table(["input", "label", *exits, "confidence of exit 1"], rows)
 
 
 # Markdown
@@ -454,6 +475,22 @@ def _text(value: str) -> str:
     line = " ".join(str(value).split())
     line = html.escape(line if len(line) <= 300 else f"{line[:299]}…", quote=False)
     return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", line)
+
+
+def _code(value: str) -> str:
+    """Text of unknown origin as a code span of one line."""
+    return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any in the text."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _string(value: str) -> str:
+    """Text of unknown origin as a Python string of one line."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _figure(value: float | None) -> str:

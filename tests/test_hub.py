@@ -1,5 +1,6 @@
 """Sharing on the Hub, through a real server on the loopback interface, and the model card that goes along."""
 
+import ast
 import json
 import os
 import re
@@ -20,11 +21,12 @@ from een_hf.hub import (
     choose_examples,
     guarantee_in_words,
     hub_name,
+    is_run_card,
     refresh_model_card,
     write_examples,
     write_model_card,
 )
-from een_hf.models import EarlyExitBertConfig, ExitPolicy
+from een_hf.models import EarlyExitBertConfig, ExitConfigurationError, ExitPolicy
 
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +39,9 @@ from transformers import BertTokenizer, ViTImageProcessor
 
 import een_hf
 from een_hf.data.cifar import IMAGES
+from een_hf.hub import write_model_card
 from een_hf.training.experiment import main
+from test_callbacks import RESULTS
 
 folder = sys.argv[1]
 torch.manual_seed(0)
@@ -57,6 +61,7 @@ pixels = torch.randn(6, 3, 8, 8)
 inputs = {"bert": dict(tokenizer(texts, padding=True, return_tensors="pt")), "vit": {"pixel_values": pixels}}
 loaders = {"bert": AutoModelForSequenceClassification, "vit": AutoModelForImageClassification}
 expected = {}
+write_model_card(folder, RESULTS, bert.config, repo_id="someone/bert").rename(f"{folder}/bert_card.md")
 for name, model in (("bert", bert), ("vit", vit)):
     model.eval()
     with torch.no_grad():
@@ -85,6 +90,7 @@ main(IMAGES, flags)
 """
 
 LOAD = """
+import re
 import sys
 
 
@@ -96,10 +102,15 @@ class NotInstalled:
 
 sys.meta_path.insert(0, NotInstalled())
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import (
     AutoImageProcessor, AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 )
 
+# First of all, before any class is known: the card's own block, a prompt of which nobody would answer.
+for card in (sys.argv[1] + "/bert_card.md", hf_hub_download("someone/digits-run", "README.md")):
+    with open(card) as file:
+        exec(re.search(r"```python\\n(.*?)```", file.read(), re.DOTALL)[1])
 found = torch.load(sys.argv[1] + "/expected.pt")
 loaders = {"bert": AutoModelForSequenceClassification, "vit": AutoModelForImageClassification}
 for name, auto_class in loaders.items():
@@ -150,6 +161,7 @@ def run_python(code, folder, endpoint, **environment):
         [sys.executable, "-c", code, str(folder)],
         env={**kept, **hub, **environment},
         cwd=folder,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
@@ -164,7 +176,8 @@ def hub(tmp_path_factory):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             endpoint = server.stdout.readline().strip()
-            run_python(PUSH, folder, endpoint, HF_HOME=str(folder / "pusher"), PYTHONPATH=str(ROOT))
+            ours = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+            run_python(PUSH, folder, endpoint, HF_HOME=str(folder / "pusher"), PYTHONPATH=ours)
             run_python(LOAD, folder, endpoint, HF_HOME=str(folder / "loader"))
             run_python(CARD, folder, endpoint, HF_HOME=str(folder / "reader"), PYTHONPATH=str(ROOT))
         finally:
@@ -373,6 +386,74 @@ def test_a_card_without_a_policy_says_only_what_works(tmp_path):
     path = write_exit_results(tmp_path, results)
     target = float(re.search(r"target_cost=([\d.]+)", text)[1])
     assert ExitPolicy.from_results(path, target_cost=target).thresholds == budget["thresholds"]
+
+
+HOSTILE = 'x`y|<b>z</b>\n# owned\n```\n[l](http://e) "+exit()+" '
+
+
+def test_no_name_changes_the_card_or_its_code(tmp_path):
+    """Names of metrics, criteria, risks, repositories and flags are data: who picks them must not write the card."""
+    policy = {"criterion": HOSTILE, "thresholds": [0.25, 0.0], "calibrated_for": {"max_risk": 0.02}}
+    policy |= {"guarantee": {**GUARANTEE, "risk": HOSTILE}, "relative_cost": 0.7, "exit_fractions": [0.6, 0.4]}
+    policy["metrics"] = {HOSTILE: 0.5}
+    budget = {**WHOLE_RESULTS["budgeted"][0], "metrics": {HOSTILE: 0.5}, "criterion": HOSTILE}
+    rows = [{**row, "metrics": {HOSTILE: 0.5}} for row in WHOLE_RESULTS["anytime"]]
+    results = {**RESULTS, "anytime": rows, "policy": policy, "budgeted": [budget], "method": HOSTILE}
+    results |= {"dataset": HOSTILE, "task_name": HOSTILE, "metric": HOSTILE}
+    settings = {"model_name_or_path": HOSTILE, "dataset_name": HOSTILE, "max_seq_length": HOSTILE}
+    path = write_model_card(tmp_path, results, EarlyExitBertConfig(), settings=settings, repo_id=HOSTILE)
+    text = ModelCard.load(path).text
+    outside, blocks = [], []
+    for number, part in enumerate(re.split(r"^(```+)(\w*)$", text, flags=re.MULTILINE)):
+        (outside if number % 6 == 0 else blocks if number % 6 == 3 else []).append(part)
+    outside = re.sub(r"(?<!\\)`[^`]*`", "", "".join(outside))
+    assert not re.search(r"^ *# owned|<b>|(?<!\\)\]\(http", outside, re.MULTILINE)
+    for line in outside.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (4, 7), line  # the columns of budgets, and of exits
+    code = [block for block in blocks if "import" in block or "set_exit_policy" in block]
+    assert len(code) == 3
+    for block in code:
+        calls = [node.func for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+        assert calls and not [call for call in calls if getattr(call, "id", None) == "exit"]
+
+
+def test_a_scheme_that_a_file_names_is_not_imported(tmp_path, monkeypatch):
+    """exit_results.json and config.json come with a model: their strings must not run code."""
+    (tmp_path / "payload.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    results = {**RESULTS, "method": "payload:X"}
+    for settings in (None, {"method": "payload:X"}):
+        text = write_model_card(tmp_path, results, EarlyExitBertConfig(), settings=settings).read_text()
+        assert "`payload:X`" in text
+    refresh_model_card(tmp_path, results, EarlyExitBertConfig(training_scheme="payload:X"), {})
+    assert "payload" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"surest": 3}',
+        '{"surest": [{}]}',
+        '{"surest": [{"image": "../../x](http://e) ![", "label": 1, "predictions": [], "confidence": 1}]}',
+    ],
+)
+def test_examples_that_are_none_are_named(tmp_path, content):
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "examples.json").write_text(content)
+    with pytest.raises(ExitConfigurationError, match="examples.json"):
+        write_model_card(tmp_path, RESULTS, EarlyExitBertConfig())
+
+
+def test_a_card_without_a_header_is_nobodys(tmp_path):
+    path = tmp_path / "README.md"
+    for content in ("", "---\n: [\n---\n", "---\ntags: 3\n---\n", "text"):
+        path.write_text(content)
+        assert not is_run_card(path)
+        refresh_model_card(tmp_path, RESULTS, EarlyExitBertConfig(), {})
+        assert is_run_card(path)
 
 
 def test_the_card_of_an_evaluation_claims_no_training(tmp_path):

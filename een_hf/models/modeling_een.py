@@ -229,12 +229,14 @@ class EarlyExitMixin:
             ExitConfigurationError: the policy does not fit the number of exits or the problem.
         """
         if policy is not None:
-            policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
-            if not isinstance(policy, ExitPolicy):
+            # A model of custom code and the package have an ExitPolicy each: what both know is its dict.
+            values = policy.to_dict() if hasattr(policy, "to_dict") else policy
+            if not isinstance(values, dict):
                 raise ExitConfigurationError(
                     f"set_exit_policy takes an ExitPolicy, its dict, or None for no early exit, not {policy!r}. The "
                     "policy of a budget: ExitPolicy.from_results(path, target_cost=0.5)."
                 )
+            policy = ExitPolicy.from_dict(values)
             policy.validate(self.num_exits, self.config.problem_type, self.config.num_labels)
             policy = policy.to_dict()
         self.config.exit_policy = policy

@@ -56,8 +56,13 @@ def scheme_names() -> list[str]:
     return sorted({trainer_class.method for trainer_class in _SCHEMES.values()})
 
 
+def registered_scheme(name: str) -> type["EarlyExitTrainer"] | None:
+    """The trainer class of a registered scheme, or `None`: what a file names is looked up and never imported."""
+    return _SCHEMES.get(name)
+
+
 def get_scheme(name: str) -> type["EarlyExitTrainer"]:
-    """The trainer class of a registered scheme, or of `package.module:Class`.
+    """The trainer class of a registered scheme, or of `package.module:Class`, which is imported: for what users type.
 
     Raises:
         ExitConfigurationError: an unknown name, a module or class that is not there, or no `EarlyExitTrainer`.
@@ -154,6 +159,11 @@ class EarlyExitTrainer(Trainer):
                 "with EarlyExitBertForSequenceClassification or EarlyExitViTForImageClassification."
             )
         args = args or EarlyExitTrainingArguments()
+        if not isinstance(args, EarlyExitTrainingArguments):
+            raise ExitConfigurationError(
+                f"{type(self).__name__} needs EarlyExitTrainingArguments, which take all that TrainingArguments take, "
+                f"not {type(args).__name__}."
+            )
         if args.batch_eval_metrics:
             raise ExitConfigurationError("--batch_eval_metrics is not supported: metrics need all rows of an exit.")
         args.method = self.method

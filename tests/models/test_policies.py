@@ -280,7 +280,9 @@ def test_a_policy_of_a_name_alone_is_answered_with_a_sentence(given, words):
     assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("content", ["[1]", "7", '"x"', "null", '{"policy": 3}', '{"policy": []}', '{"policy": {"a', ""])
+@pytest.mark.parametrize(
+    "content", ["[1]", "7", '"x"', "null", '{"policy": 3}', '{"policy": []}', '{"policy": {"a', ""]
+)
 def test_from_results_refuses_files_of_other_kinds(tmp_path, content):
     path = tmp_path / "exit_results.json"
     path.write_text(content)

@@ -210,6 +210,11 @@ def test_a_plain_trainer_with_ordinary_metrics(tmp_path, kind):
     assert all(not torch.equal(model.state_dict()[name], tensor) for name, tensor in heads.items() if "weight" in name)
 
 
+def test_stock_arguments_are_answered_with_a_sentence(tmp_path):
+    with pytest.raises(ExitConfigurationError, match="needs EarlyExitTrainingArguments.*not TrainingArguments"):
+        JointExitTrainer(model=scratch(), args=TrainingArguments(str(tmp_path), **QUIET), train_dataset=make_rows())
+
+
 def test_a_model_without_exits_is_refused(tmp_path):
     with pytest.raises(ExitConfigurationError, match="needs an early-exit model, not BertForSequenceClassification"):
         JointExitTrainer(model=BertForSequenceClassification(BertConfig(**TEXT)))
