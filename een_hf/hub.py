@@ -414,6 +414,8 @@ def write_examples(
         shutil.rmtree(Path(folder, name), ignore_errors=True)
     path = Path(folder, SHARED_EXAMPLES if shared else PRIVATE_EXAMPLES)
     path.mkdir()
+    from .data.images import standard_image  # brings timm
+
     told = {kind: [] for kind in examples}
     for kind, chosen in examples.items():
         for number, example in enumerate(chosen, 1):
@@ -423,7 +425,7 @@ def write_examples(
                 shown = {"text": values}
             else:
                 shown = {"image": f"{kind}-{number}.png"}
-                image = values[0].convert("RGB")
+                image = standard_image(values[0]).convert("RGB")
                 image.thumbnail((160, 160))
                 image.save(path / shown["image"])
             told[kind].append({**example, **shown})

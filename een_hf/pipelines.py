@@ -1,8 +1,10 @@
 """`pipeline("early-exit-text-classification")` and its image twin: answers that say where they left."""
 
+import os
 from functools import cache
 from typing import Any
 
+from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
@@ -69,7 +71,19 @@ class EarlyExitTextClassificationPipeline(_ExitAnswers, TextClassificationPipeli
 
 
 class EarlyExitImageClassificationPipeline(_ExitAnswers, ImageClassificationPipeline):
-    """`ImageClassificationPipeline` whose answers carry `exit_layer` and `cost_saved`."""
+    """`ImageClassificationPipeline` whose answers carry `exit_layer` and `cost_saved`.
+
+    Images, given as such or as files, are decoded as those that the model was trained and calibrated on.
+    """
+
+    def preprocess(self, image, timeout=None):
+        from .data.images import standard_image  # brings timm and datasets
+
+        if isinstance(image, str) and os.path.isfile(image):
+            image = Image.open(image)
+        if isinstance(image, Image.Image):
+            image = standard_image(image)
+        return super().preprocess(image, timeout)
 
 
 for _task, _pipeline_class, _model_class, _type in (

@@ -1,6 +1,7 @@
 """Image data sets: CIFAR-10 and CIFAR-100, the installed digits, Hub data sets and local folders."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,11 +84,24 @@ class ImageDataArguments(DataArguments):
                 raise DataError(f"--{name} must be 0 or more, not {getattr(self, name)}.")
         if self.auto_augment is not None:
             try:
-                create_transform(32, is_training=True, auto_augment=self.auto_augment)
+                _check_auto_augment(self.auto_augment)
             except (AssertionError, KeyError, ValueError) as error:
                 raise DataError(
-                    f"--auto_augment {self.auto_augment!r} is none of timm's: rand-..., augmix-..., original, v0, 3a."
+                    f"--auto_augment {self.auto_augment!r} is none of timm's: rand-m9-mstd0.5-inc1 and its like "
+                    "(m, n, p, mstd, mmax, inc with a number; tweights, t3a, t3aw), augmix-m5-w4-d2 (m, w, d, a, b, "
+                    "mstd), original, originalr, v0, v0r, 3a (mstd)."
                 ) from error
+
+
+def _check_auto_augment(policy: str) -> None:
+    """Raise AssertionError, KeyError or ValueError for a string that timm refuses, or of which it ignores a part."""
+    name, *parts = policy.split("-")
+    choices = ("tweights", "t3a", "t3aw") if name == "rand" else ()
+    if ignored := [part for part in parts if part not in choices and not re.fullmatch(r"(?!t)[a-z]+\d[\d.]*", part)]:
+        raise ValueError(ignored)
+    if not name:
+        raise ValueError(policy)
+    create_transform(32, is_training=True, auto_augment=policy)
 
 
 def load_image_data(

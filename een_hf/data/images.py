@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from timm.data import Mixup, auto_augment, create_transform
 from timm.data.transforms import interp_mode_to_str
 from torchvision.transforms import InterpolationMode
@@ -26,6 +26,13 @@ def _posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
     return auto_augment.posterize(image, max(1, bits_to_keep), **kwargs)
 
 
+_ORIENTATION = ExifTags.Base.Orientation
+# What an image becomes before its pixels are read, by its mode: Pillow's own conversion to 8 bits is right for these.
+_EIGHT_BIT_MODES = {
+    **dict.fromkeys(("1", "L", "LA"), "L"),
+    **dict.fromkeys(("P", "PA", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"), "RGB"),
+    "RGBA": "RGBA",
+}
 auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
 
 
@@ -34,7 +41,7 @@ class ImageRows(torch.utils.data.Dataset):
 
     Args:
         rows: with images in `image_column`.
-        image_column: decoded on access.
+        image_column: decoded on access by `decode_image`.
         labels: class ids or numbers, (num_rows,); `None` without labels.
         transform: PIL image to tensor.
         seed: of a random `transform`; its draws depend on seed, epoch and row alone, so that neither workers nor a
@@ -42,7 +49,8 @@ class ImageRows(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows, image_column: str, labels, transform: Callable, seed: int | None = None):
-        self.rows, self.image_column, self.transform, self.seed = rows, image_column, transform, seed
+        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self.image_column, self.transform, self.seed = image_column, transform, seed
         self.labels = None if labels is None else np.asarray(labels)
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
 
@@ -56,7 +64,10 @@ class ImageRows(torch.utils.data.Dataset):
     def __getitem__(self, index: int | str) -> dict[str, Any] | np.ndarray:
         if index == "labels":
             return self.labels
-        image = self.rows[int(index)][self.image_column]
+        encoded = self.rows[int(index)][self.image_column]
+        image, problem = decode_image(encoded)
+        if problem:
+            raise DataError(f"The image {encoded['path'] or f'of row {index}'} is corrupt ({problem}).")
         row = {} if self.labels is None else {"labels": self.labels[index].item()}
         if self.seed is None:
             return row | {"pixel_values": self.transform(image)}
@@ -100,7 +111,7 @@ class EvaluationTransform:
         self.processor, self.mode = processor, color_mode(num_channels)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        return self.processor(image.convert(self.mode), return_tensors="pt")["pixel_values"][0]
+        return self.processor(standard_image(image).convert(self.mode), return_tensors="pt")["pixel_values"][0]
 
 
 class TrainingTransform:
@@ -123,7 +134,7 @@ class TrainingTransform:
         )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        return self.transform(image.convert(self.mode))
+        return self.transform(standard_image(image).convert(self.mode))
 
 
 def color_mode(num_channels: int) -> str:
@@ -197,13 +208,35 @@ def warn_of_skipped(where: str, num_broken: int, num_rows: int, first: str) -> N
 
 
 def decode_image(image: dict) -> tuple[Image.Image | None, str]:
-    """An undecoded image of a data set (`bytes`, `path`), decoded, or what is wrong with it."""
+    """An undecoded image of a data set (`bytes`, `path`) as `standard_image` gives it, or what is wrong with it.
+
+    The one way from a file to pixels: rows that are held or streamed, parts, `een-hf retrofit` and predictions all
+    take it.
+    """
     try:
         opened = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
         opened.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise
+        return standard_image(opened), ""
+    except Exception as error:  # Pillow's readers raise nearly anything on a broken file
         return None, str(error) or type(error).__name__
-    return opened, ""
+
+
+def standard_image(image: Image.Image) -> Image.Image:
+    """The image upright, as its EXIF orientation says, in 8 bits: mode `L`, `RGB` or `RGBA`.
+
+    Of 16-bit grey the high byte is taken, as Pillow does for 16-bit colour. An image in standard form comes back
+    equal.
+
+    Raises:
+        ValueError: pixels of another kind, for example floating point.
+    """
+    image = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
+    # Pillow reads some 16-bit files into 32 bits.
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise ValueError(f"pixels of mode {image.mode}; 8-bit grey or colour and 16-bit grey are understood")
+    return image.convert(_EIGHT_BIT_MODES[image.mode])
 
 
 def _find_problem(row: dict, column: str) -> dict[str, str]:

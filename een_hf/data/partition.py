@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
 from PIL import Image
 
+from .images import decode_image
 from .labels import SINGLE_LABEL, resolve_labels
 from .samples import load_bbc_news, load_digits
 from .sources import FILE_FORMATS, check_columns, load_files, load_hub, load_image_folder, parquet_files
@@ -456,8 +457,10 @@ def _is_text(feature) -> bool:
 def _npz_writer(data: LabelledRows, inputs: list[str]) -> Callable:
     """A writer of `x` and `y`; an image must be like the first one, so that all parts are of one shape."""
     is_image = isinstance(data.rows.features[inputs[0]], datasets.Image)
-    shape = _image_array(data.rows, 0, inputs[0]).shape if is_image else None
     columns = data.rows.select_columns(inputs)
+    if is_image:
+        columns = columns.cast_column(inputs[0], datasets.Image(decode=False))
+        shape = _image_array(columns, 0, inputs[0]).shape
 
     def write(_, numbers: np.ndarray, path: Path) -> None:
         if is_image:
@@ -479,18 +482,11 @@ def _npz_writer(data: LabelledRows, inputs: list[str]) -> Callable:
 
 def _image_array(rows: datasets.Dataset, number: int, column: str) -> np.ndarray:
     """Pixels of one image: (height, width) for grey, else with 3 or 4 channels last."""
-    try:
-        image = rows[number][column]
-        mode = image.mode if image is not None else "no image"
-        pixels = np.asarray(image) if mode in ("L", "RGB", "RGBA") else None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise
-        raise DataError(f"The image of row {number} (counted from 0) cannot be decoded: {error}.") from error
-    if pixels is None:
-        raise DataError(
-            f"--format npz holds 8-bit grey or colour images; that of row {number} (counted from 0) is {mode}. Give "
-            "--format parquet."
-        )
-    return pixels
+    encoded = rows[number][column]
+    image, problem = (None, "there is no image") if encoded is None else decode_image(encoded)
+    if problem:
+        raise DataError(f"--format npz: row {number} (counted from 0) has an image that cannot be read: {problem}.")
+    return np.asarray(image)
 
 
 def _text_array(texts: dict[str, list], inputs: list[str]) -> np.ndarray:

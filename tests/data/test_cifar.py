@@ -162,6 +162,10 @@ def test_the_processor_gives_the_models_size(tmp_path, model):
         ({"dataset_name": "digits", "image_size": 0}, "--image_size"),
         ({"dataset_name": "digits", "train_val_split": 1.0}, "--train_val_split"),
         ({"dataset_name": "digits", "auto_augment": "wild"}, "--auto_augment 'wild'"),
+        ({"dataset_name": "digits", "auto_augment": "rand-foo"}, "--auto_augment 'rand-foo' is none of timm's"),
+        ({"dataset_name": "digits", "auto_augment": "rand-m9-tfoo"}, "--auto_augment 'rand-m9-tfoo'"),
+        ({"dataset_name": "digits", "auto_augment": "augmix-w"}, "--auto_augment 'augmix-w'"),
+        ({"dataset_name": "digits", "auto_augment": ""}, "--auto_augment ''"),
     ],
 )
 def test_flags_that_make_no_sense(flags, message):
