@@ -35,11 +35,20 @@ def metrics_by_exit(logs: dict[str, float], prefix: str) -> dict[int, dict[str, 
 
 
 class EpochCallback(TrainerCallback):
-    """Tell training rows which epoch it is; accelerate leaves it out in the epoch in which a run resumes."""
+    """Tell training rows and samplers which epoch it is.
+
+    accelerate leaves out the rows in the epoch in which a run resumes, and with several processes the sampler below
+    the wrapper that skips the batches of before.
+    """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if hasattr(train_dataloader.dataset, "set_epoch"):
-            train_dataloader.dataset.set_epoch(int(state.epoch))
+        part, parts = train_dataloader.batch_sampler, [train_dataloader.dataset]
+        while part is not None:
+            parts.append(part)
+            part = getattr(part, "batch_sampler", getattr(part, "sampler", None))
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(int(state.epoch))
 
 
 class ExitTableCallback(TrainerCallback):

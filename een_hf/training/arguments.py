@@ -103,10 +103,6 @@ class EarlyExitTrainingArguments(TrainingArguments):
             "help": "Show example inputs of the evaluation split in the model card, and so publish them with a push."
         },
     )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={"help": "`group_by_length` (default, texts only), `random` or `sequential` batches."},
-    )
 
     def __post_init__(self):
         super().__post_init__()

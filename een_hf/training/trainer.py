@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from dataclasses import asdict
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -272,21 +273,22 @@ class EarlyExitTrainer(Trainer):
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
         """Answer as the model will: with its exit policy where it has one, else from the last exit.
 
-        The rows run through `een_hf.inference.predict`, spread over the processes.
+        The rows run through `een_hf.inference.predict`, spread over the processes; each is read once.
+
+        Args:
+            test_dataset: a map-style data set, or a stream.
+            ignore_keys: without effect, as nothing but logits is predicted.
+            metric_key_prefix: of the names of the metrics.
 
         Returns:
             predictions (num_rows, num_labels); labels, where the rows have them; metrics, with `exit_fractions` where
-            rows leave early.
+            the model has an exit policy.
         """
-        if isinstance(test_dataset, datasets.Dataset):
-            test_dataset = self._remove_unused_columns(test_dataset, "test")
-        answers = self.predict_dynamic(test_dataset)
+        answers, kept = self._answer_rows(test_dataset)
         logits, labels, metrics = answers.logits.numpy(), None, {}
-        columns = getattr(test_dataset, "column_names", None) or (test_dataset[0] if len(test_dataset) else ())
-        label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
+        label_column = next((name for name in LABEL_COLUMNS if kept and name in kept[0]), None)
         if label_column is not None:
-            held = hasattr(test_dataset, "column_names")
-            labels = np.array(test_dataset[label_column] if held else [row[label_column] for row in test_dataset])
+            labels = np.array([np.asarray(row[label_column]) for row in kept])
             if self.task_metrics is not None:
                 metrics = self.task_metrics(EvalPrediction(predictions=logits, label_ids=labels))
         config = self.accelerator.unwrap_model(self.model).config
@@ -294,6 +296,7 @@ class EarlyExitTrainer(Trainer):
             counts = np.bincount(answers.exit_index, minlength=len(config.exit_layers))
             metrics = {**metrics, "exit_fractions": (counts / max(len(logits), 1)).tolist()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         return PredictionOutput(predictions=logits, label_ids=labels, metrics=metrics)
 
     def predict_dynamic(self, dataset) -> ExitPredictions:
@@ -301,21 +304,39 @@ class EarlyExitTrainer(Trainer):
 
         Under the precision of the evaluation (`--bf16`, `--fp16`), as the thresholds were calibrated.
         """
+        return self._answer_rows(dataset)[0]
+
+    def _answer_rows(self, dataset) -> tuple[ExitPredictions, list[dict]]:
+        """Answers of all rows in input order, and of each row the columns that metrics read."""
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, "test")
         accelerator = self.accelerator
-        rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        first, step = accelerator.process_index, accelerator.num_processes
+        sized = hasattr(dataset, "__len__")
+        ids = range(first, len(dataset), step) if sized else None
+        rows = ((row, dataset[row]) for row in ids) if sized else islice(enumerate(dataset), first, None, step)
+        kept = []
+
+        def own_rows():
+            for index, row in rows:
+                kept.append((index, {name: row[name] for name in LABEL_COLUMNS if name in row}))
+                yield row
+
         with accelerator.autocast():
             own = predict(
                 accelerator.unwrap_model(self.model).to(self.args.device),
-                (dataset[row] for row in rows),
+                own_rows(),
                 self.args.per_device_eval_batch_size,
-                collator=self.data_collator,
-                window=max(len(rows), 1),
+                collator=self._get_collator_with_removed_columns(self.data_collator, "test"),
+                window=max(len(ids), 1) if sized else None,
                 progress=not self.args.disable_tqdm and accelerator.is_main_process,
-                total=len(rows),
+                total=len(ids) if sized else None,
             )
-        ids, *answers = zip(*gather_object([(list(rows), *vars(own).values())]), strict=True)
-        order = torch.tensor([row for part in ids for row in part], dtype=torch.int64).argsort()
-        return ExitPredictions(*(None if parts[0] is None else torch.cat(parts)[order] for parts in answers))
+        kept, *answers = zip(*gather_object([(kept, *vars(own).values())]), strict=True)
+        kept = [pair for part in kept for pair in part]
+        order = torch.tensor([index for index, _ in kept], dtype=torch.int64).argsort()
+        answers = (None if parts[0] is None else torch.cat(parts)[order] for parts in answers)
+        return ExitPredictions(*answers), [kept[place][1] for place in order.tolist()]
 
     def calibrate(self, calibration_data, **settings):
         """Choose an exit policy on rows that nothing else has chosen; it is returned, not set.
@@ -353,14 +374,28 @@ class EarlyExitTrainer(Trainer):
     # Batches
 
     def _get_train_sampler(self, train_dataset=None):
-        """As in `Trainer`; rows of similar length share a batch, the same rows for any number of processes."""
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(rows, "__len__"):
+        """As in `Trainer`; `group_by_length` batches hold the same rows for any number of processes.
+
+        Raises:
+            ExitConfigurationError: rows are to be ordered by their lengths, which only reading them all would give.
+        """
+        rows, strategy = self.train_dataset, self.args.train_sampling_strategy
+        if strategy not in ("group_by_length", "batch_rebalance") or not hasattr(rows, "__len__"):
             return super()._get_train_sampler(train_dataset)
-        in_columns = "input_ids" in getattr(rows, "column_names", ())
-        if not in_columns and "input_ids" not in rows[0]:
-            return torch.utils.data.RandomSampler(rows)
-        lengths = [len(ids) for ids in (rows["input_ids"] if in_columns else (row["input_ids"] for row in rows))]
+        columns = getattr(rows, "column_names", None)
+        if columns is None and isinstance(rows, (list, tuple)) and rows:
+            columns = rows[0]
+        known = [name for name in (self.args.length_column_name, "input_ids") if name in (columns or ())]
+        if not known:
+            raise ExitConfigurationError(
+                f"--train_sampling_strategy {strategy} needs the length of each row before training: a column "
+                f"`input_ids` or `{self.args.length_column_name}` (--length_column_name) of a datasets.Dataset, or a "
+                "list. Other rows are not read for it: use `random`."
+            )
+        if strategy == "batch_rebalance":
+            return super()._get_train_sampler(train_dataset)
+        values = rows[known[0]] if hasattr(rows, "column_names") else [row[known[0]] for row in rows]
+        lengths = list(values) if known[0] == self.args.length_column_name else [len(tokens) for tokens in values]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochLengthGroupedSampler(step, lengths, seed)

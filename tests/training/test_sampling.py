@@ -1,11 +1,13 @@
-"""Batches of texts hold rows of similar length; evaluation keeps the rows' order."""
+"""Which rows make a batch, in what order they are read, and how often."""
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
+from een_hf.inference import predict
+from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification, ExitConfigurationError
 from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer
 from een_hf.training.trainer import EpochLengthGroupedSampler
 
@@ -43,7 +45,22 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert list(EpochLengthGroupedSampler(8, LENGTHS, seed=2)) != orders[0]
 
 
-def make_trainer(folder, kind):
+class MapStyle(torch.utils.data.Dataset):
+    """Rows that end by their length alone: `__getitem__` takes any index, as many in the wild do."""
+
+    def __init__(self, rows):
+        self.rows, self.reads = rows, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        assert self.reads < 100 * len(self.rows), "read without end"
+        return self.rows[index % len(self.rows)]
+
+
+def make_trainer(folder, kind, **settings):
     config = EarlyExitBertConfig(
         vocab_size=60,
         hidden_size=16,
@@ -53,13 +70,15 @@ def make_trainer(folder, kind):
         max_position_embeddings=64,
     )
     rows = [{"input_ids": [1] * length, "labels": row % 2} for row, length in enumerate(LENGTHS[:64])]
-    args = EarlyExitTrainingArguments(
-        str(folder), per_device_train_batch_size=4, report_to="none", disable_tqdm=True, use_cpu=True
-    )
+    if kind == "length column":
+        rows = [{**row, "size": len(row["input_ids"])} for row in rows]
+        settings |= {"length_column_name": "size"}
+    settings = {"per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True, **settings}
+    args = EarlyExitTrainingArguments(str(folder), use_cpu=True, **settings)
     return JointExitTrainer(
         model=EarlyExitBertForSequenceClassification(config),
         args=args,
-        train_dataset=datasets.Dataset.from_list(rows) if kind == "dataset" else rows,
+        train_dataset={"list": list, "map-style": MapStyle}.get(kind, datasets.Dataset.from_list)(rows),
         data_collator=lambda rows: {
             "input_ids": torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True),
             "labels": torch.tensor([row["labels"] for row in rows]),
@@ -67,13 +86,62 @@ def make_trainer(folder, kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["dataset", "list"])
-def test_a_trainer_groups_texts_by_default(kind, tmp_path):
+def widths(trainer):
+    return [batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()]
+
+
+@pytest.mark.parametrize("kind", ["dataset", "list", "length column"])
+def test_a_trainer_groups_texts_where_asked(kind, tmp_path):
     """What breaks: every batch of 4 is as wide as the longest of the data set."""
-    trainer = make_trainer(tmp_path, kind)
-    widths = [batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()]
+    trainer = make_trainer(tmp_path, kind, train_sampling_strategy="group_by_length")
     chance = np.random.default_rng(0).permutation(LENGTHS[:64]).reshape(-1, 4).max(1).sum()
-    assert sum(widths) < 0.8 * chance
+    assert sum(widths(trainer)) < 0.8 * chance
+
+
+def test_by_default_rows_come_as_in_transformers(tmp_path):
+    """What breaks: rows grouped by length, which costs accuracy in short runs."""
+    assert EarlyExitTrainingArguments.train_sampling_strategy == TrainingArguments.train_sampling_strategy == "random"
+    trainer = make_trainer(tmp_path, "list")
+    stock = Trainer(
+        model=trainer.model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        data_collator=trainer.data_collator,
+    )
+    assert widths(trainer) == widths(stock)
+
+
+def test_rows_that_end_by_their_length_alone(tmp_path):
+    """What breaks: `for row in rows` reads on for ever: in training, evaluation, calibration and prediction."""
+    trainer = make_trainer(tmp_path, "map-style", max_steps=2, save_strategy="no")
+    rows = trainer.train_dataset
+    trainer.train()
+    assert rows.reads <= 3 * 4  # two batches, and one that is fetched ahead
+    assert len(trainer.predict_exits(rows).predictions) == 64
+    trainer.model.set_exit_policy(trainer.calibrate(rows, target_cost=0.8).policy)
+    found = trainer.predict(rows)
+    assert found.label_ids.tolist() == [row["labels"] for row in rows.rows]
+    answers = predict(trainer.model, rows, batch_size=8, collator=trainer.data_collator)
+    assert np.array_equal(answers.logits, found.predictions)
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_lengths_cost_no_pass_over_a_lazy_data_set(strategy, tmp_path):
+    trainer = make_trainer(tmp_path, "map-style", train_sampling_strategy=strategy)
+    with pytest.raises(ExitConfigurationError, match="--train_sampling_strategy.*`input_ids` or `length`"):
+        trainer.train()
+    assert trainer.train_dataset.reads == 0
+
+
+def test_prediction_on_a_stream(tmp_path):
+    """What breaks: a stream has no length; its labels go by with its rows."""
+    trainer = make_trainer(tmp_path, "list", per_device_eval_batch_size=5)
+    held = trainer.predict(trainer.train_dataset)
+    stream = datasets.Dataset.from_list(trainer.train_dataset).to_iterable_dataset()
+    for rows in (stream, iter(trainer.train_dataset)):
+        found = trainer.predict(rows)
+        np.testing.assert_allclose(found.predictions, held.predictions, atol=1e-6)
+        assert found.label_ids.tolist() == held.label_ids.tolist() == [row % 2 for row in range(64)]
 
 
 def test_evaluation_keeps_the_order(tmp_path):
