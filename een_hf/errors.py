@@ -9,13 +9,22 @@ from .models import ExitConfigurationError
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Of writers that are not Python's: safetensors, torch.save.
-_FULL_WORDS = (*(f"os error {number}" for number in _FULL), "PytorchStreamWriter failed writing")
+# Of writers that are not Python's: safetensors, and torch.save, whose last error is about the position in the file.
+_FULL_WORDS = (
+    *(f"os error {number}" for number in _FULL),
+    "PytorchStreamWriter failed writing",
+    "iostream error",
+    "unexpected pos",
+)
 
 
-def is_full_disk(error: Exception) -> bool:
-    """Whether something could not be written for want of room."""
-    return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS)
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether something could not be written for want of room, by the error or by one that it followed."""
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

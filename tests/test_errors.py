@@ -1,10 +1,15 @@
 """What a command answers bad input with."""
 
+import errno
+import resource
+import signal
+
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from een_hf.data.task import DataError
-from een_hf.errors import one_line_errors
+from een_hf.errors import is_full_disk, one_line_errors
 
 
 class Broken:
@@ -21,3 +26,34 @@ def test_bad_input_is_told_in_one_line_wherever_it_is_read(workers):
     with pytest.raises(SystemExit) as end, one_line_errors():
         list(DataLoader(Broken(), num_workers=workers))
     assert str(end.value) == "error: images/0.png: it is corrupt."
+
+
+def test_a_full_disk_is_recognised_inside_torch_save(tmp_path):
+    """What breaks: a run of days ends in "unexpected pos 704 vs 598" and deletes nothing that is half-written."""
+    with pytest.raises(RuntimeError) as no_space:
+        torch.save({"weights": torch.zeros(100_000)}, "/dev/full")
+    assert is_full_disk(no_space.value)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(RuntimeError) as too_large:
+            torch.save({"weights": torch.zeros(100_000)}, tmp_path / "model.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert is_full_disk(too_large.value)
+
+
+def test_a_full_disk_is_recognised_behind_another_error():
+    def write(error):
+        try:
+            raise error
+        except OSError:
+            raise RuntimeError("the file could not be closed")  # noqa: B904
+
+    for number, wanted in ((errno.ENOSPC, True), (errno.EACCES, False)):
+        with pytest.raises(RuntimeError) as found:
+            write(OSError(number, "message"))
+        assert is_full_disk(found.value) is wanted
+    with pytest.raises(SystemExit, match="a file could not be written"), one_line_errors():
+        write(OSError(errno.ENOSPC, "message"))

@@ -5,10 +5,10 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
 from PIL import Image
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from .images import decode_image
 from .labels import SINGLE_LABEL, resolve_labels
@@ -33,6 +39,9 @@ _SAMPLES = {"bbc_news": load_bbc_news, "digits": load_digits}
 _LABEL_COLUMNS = ("label", "fine_label")
 _READ_ERRORS = (OSError, ValueError, KeyError, EOFError, pa.ArrowException, zipfile.BadZipFile, zlib.error)
 _FOLDERS = {"train": "train", "validation": "valid"}
+_PLOT_FILE = "partition.png"
+_MARK = ".unfinished"  # in a folder whose files are not all there yet
+_FILES = {*_FOLDERS.values(), PARTITION_FILE, _PLOT_FILE, _MARK}
 # Spread of unbalanced sizes: one part in six has less than 0.22 and one in six more than 1.6 times the mean.
 _SIZE_SIGMA = 1.0
 _MAX_ALPHA = 1e9
@@ -349,7 +358,8 @@ def write_partition(
 ) -> dict:
     """Write `train/<part>` and `valid/<part>` files, partition.json and partition.png; all of them or nothing.
 
-    The first rows of a part, `valid_fraction` of them rounded down, are its validation rows.
+    The first rows of a part, `valid_fraction` of them rounded down, are its validation rows. partition.json, without
+    which nothing is loaded, is written last; what a killed process left is removed by the next one.
 
     Args:
         data: what the row numbers point into.
@@ -403,29 +413,62 @@ def write_partition(
         of_all[:, np.unique(data.labels)] = shares
         about["label_shares"] = of_all.tolist()
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as temporary:
-        made = Path(temporary) / output_dir.name
-        made.mkdir()
+    with _unfinished(output_dir):
         for split, indices in split_rows.items():
-            folder = made / _FOLDERS[split]
+            folder = output_dir / _FOLDERS[split]
             folder.mkdir()
             for part, numbers in enumerate(indices):
                 write(rows, numbers, folder / f"{part}.{format}")
+        plot_partition(counts, data.label_names, output_dir / _PLOT_FILE)
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
-        (made / PARTITION_FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-        plot_partition(counts, data.label_names, made / "partition.png")
-        if output_dir.is_dir():
-            output_dir.rmdir()
-        shutil.move(made, output_dir)
+        (output_dir / PARTITION_FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return about
 
 
 def check_output_dir(folder: str | os.PathLike) -> None:
-    """Raise DataError where files would be overwritten."""
+    """Raise DataError where files would be overwritten. What a killed process left may be."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_symlink() and not folder.exists():
+        raise DataError(f"--output_dir {folder} is a link to nothing: make the folder that it names, or give another.")
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--output_dir {folder} is not an empty folder but a file: give another.")
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if found - (_FILES if _MARK in found else set()):
         raise DataError(f"--output_dir {folder} is there and not an empty folder: give another, or remove it.")
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[None]:
+    """Mark a folder as unfinished while it is written; after an error it is as it was before.
+
+    Raises:
+        DataError: another process is writing there.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _MARK, "w") as mark:
+        try:
+            if fcntl is not None:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process holds none
+        except OSError as error:
+            raise DataError(f"--output_dir {folder}: another process writes a partition there.") from error
+        try:
+            _remove(folder, _FILES - {_MARK})
+            yield
+        except BaseException:
+            _remove(folder, _FILES)
+            if new:
+                folder.rmdir()
+            raise
+        (folder / _MARK).unlink()
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _write_parquet(rows: datasets.Dataset, numbers: np.ndarray, path: Path) -> None:

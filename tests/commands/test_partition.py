@@ -244,6 +244,17 @@ def test_the_original_call_with_other_words(run_recipe):
             run_recipe(*words)
 
 
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["noniid", "balance", "dir", "--help"]])
+def test_the_original_call_tells_its_options(words, run_recipe, capsys):
+    """Breaks if --help, alone or after the three words, is answered by an error instead of the options."""
+    with pytest.raises(SystemExit) as end:
+        run_recipe(*words)
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    for part in ("iid|noniid balance|- dir|pat|-", "1,000 parts", "--valid_fraction", "--dataset_name"):
+        assert part in printed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "npz"])
 def test_a_thousand_parts_of_cifar100(format, shared_dir, run_recipe, tmp_path):

@@ -1,7 +1,10 @@
 """Partitions: every row once, the law that each scheme promises, and files that give the same rows back."""
 
 import json
+import multiprocessing
 import random
+import signal
+import time
 from collections import Counter
 
 import datasets
@@ -403,3 +406,58 @@ def test_a_folder_with_files_is_not_overwritten(digits, tmp_path):
         with pytest.raises(DataError, match="--output_dir .*not an empty folder"):
             write_partition(digits, [np.arange(8)], path)
     assert len(load_partition(tmp_path / "out", 0)["train"]) == 6
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(digits, tmp_path):
+    """Breaks if an interrupted command blocks its folder, or leaves files that nobody finds."""
+    out, parts = tmp_path / "out", list(np.arange(8).reshape(8, 1)) * 500
+    child = multiprocessing.get_context("fork").Process(target=write_partition, args=(digits, parts, out))
+    child.start()
+    while not (out / "train" / "3.parquet").exists():
+        assert child.is_alive()
+        time.sleep(0.01)
+    with pytest.raises(DataError, match="another process writes a partition there"):
+        write_partition(digits, [np.arange(8)], out)
+    assert (out / "train" / "3.parquet").exists()
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    with pytest.raises(DataError, match="holds no partition.json"):
+        load_partition(out, 0)
+    write_partition(digits, [np.arange(8)], out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in out.iterdir()) == ["partition.json", "partition.png", "train", "valid"]
+    assert len(list(out.rglob("*.parquet"))) == 2 and len(load_partition(out, "all")["train"]) == 6
+
+
+def test_a_folder_of_others_is_not_taken_for_unfinished(digits, tmp_path):
+    """Breaks if a user's own file beside what a killed process left is removed, or refused without a word."""
+    for name in (".unfinished", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match="--output_dir .*not an empty folder"):
+        write_partition(digits, [np.arange(8)], tmp_path)
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_links_and_the_current_folder(digits, tmp_path, monkeypatch):
+    """Breaks if a link is replaced by a folder, or `.` has no name to make a folder beside it from."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_partition(digits, [np.arange(8)], tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and len(load_partition(tmp_path / "real", 0)["train"]) == 6
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_partition(digits, [np.arange(8)], ".")
+    assert len(load_partition(".", 0)["train"]) == 6
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="broken is a link to nothing"):
+        write_partition(digits, [np.arange(8)], tmp_path / "broken")
+
+
+def test_an_error_leaves_a_folder_as_it_was(tmp_path):
+    rows = image_rows(Image.new("RGB", (4, 4)), Image.new("RGB", (8, 4)))
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        with pytest.raises(DataError, match="row 1"):
+            write_partition(rows, [np.arange(2)], tmp_path / name, format="npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not any((tmp_path / "empty").iterdir())
