@@ -96,7 +96,7 @@ def write_model_card(
     )
     sections = [
         f"# {_text(repo_id.split('/')[-1])}",
-        _introduction(results, name if settings else None, base_model or _started_from(settings)),
+        _introduction(results, _trained_on(name, settings), base_model or _started_from(settings)),
         "## Load",
         _loading(results, repo_id),
         "## Exits",
@@ -195,6 +195,16 @@ def _introduction(results: dict, name: str | None, base_model: str | None) -> st
         "behind it do not run; only a hard one pays for the whole network. In a batch, rows that have left make room: "
         "the others go on in a smaller batch."
     )
+
+
+def _trained_on(evaluated_on: str, settings: dict | None) -> str | None:
+    """The data set, or the part of a partition, that a run trained on; `None` where that is not known."""
+    folder = _public((settings or {}).get("partition_dir"))
+    if folder is None:
+        return evaluated_on if settings else None
+    part = settings["partition_id"]
+    name = f"{'all parts' if part == 'all' else f'part {part}'} of {folder}"
+    return name if folder == evaluated_on else f"{name}, evaluated on {evaluated_on},"
 
 
 def _loading(results: dict, repo_id: str) -> str:
@@ -305,7 +315,8 @@ def _training(results: dict, settings: dict | None) -> list[str]:
         return [f"Trained by the scheme {_code(results['method'])}."]
     own = _scheme_class(results["method"])
     own = getattr(getattr(own, "arguments_class", None), "__dataclass_fields__", {})
-    shown = {name: settings[name] for name in ("model_name_or_path", "dataset_name", "task_name") if name in settings}
+    sources = ("model_name_or_path", "dataset_name", "task_name", "partition_dir", "partition_id")
+    shown = {name: settings[name] for name in sources if name in settings}
     shown |= {name: settings[name] for name in (*_SHOWN, *own) if name in settings}
     empty = (None, [], "", False)
     shown = {name: _public(value) for name, value in shown.items() if value not in empty}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hub_server import header_errors
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -459,6 +460,18 @@ def test_a_card_without_a_header_is_nobodys(tmp_path):
 def test_the_card_of_an_evaluation_claims_no_training(tmp_path):
     text = write_model_card(tmp_path, {**RESULTS, "method": "unknown"}, EarlyExitBertConfig()).read_text()
     assert "trained on" not in text and "scheme" not in text and "- unknown" not in text
+
+
+@pytest.mark.parametrize(("part", "words"), [("3", "part 3 of digits9"), ("all", "all parts of digits9")])
+def test_the_card_names_the_part_that_was_trained_on(tmp_path, part, words):
+    """What breaks: a model of 50 images claims to be one of the whole data set."""
+    settings = {"dataset_name": "cifar100", "partition_dir": "/home/me/digits9", "partition_id": part}
+    text = write_model_card(tmp_path, RESULTS, EarlyExitBertConfig(), settings=settings).read_text()
+    assert f"trained on {words}, evaluated on {RESULTS['dataset']}" in text.replace("\\", "")
+    assert "partition_dir: digits9" in text and f"partition_id: {yaml.safe_dump(part).split()[0]}" in text
+    assert "/home/me" not in text
+    own = write_model_card(tmp_path, {**RESULTS, "dataset": "digits9"}, EarlyExitBertConfig(), settings=settings)
+    assert f"trained on {words}" in own.read_text() and "evaluated on" not in own.read_text()
 
 
 def test_what_counts_as_a_hub_name(tmp_path, monkeypatch):
