@@ -27,6 +27,12 @@ def is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
+def in_one_line(error: Exception) -> str:
+    """An error of a library as the end of a message: its kind and the beginning of what it says."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}{f': {text[:200]}' if text else ''}"
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process with one line, instead of a traceback, on bad input and on a full disk."""

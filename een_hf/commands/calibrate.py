@@ -8,12 +8,12 @@ others measure it. A certified risk (--max_risk) holds for one choice of flags m
 several tries on the same rows.
 """
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from transformers import AutoConfig
 
+from ..errors import in_one_line
 from ..evaluation import (
     METRICS,
     calibrate,
@@ -64,8 +64,8 @@ def run(args) -> None:
         risk=args.risk,
         risk_confidence=args.risk_confidence,
     )
-    calibration, reported = _load_rows(folder)
     costs = [entry["relative_cost"] for entry in results["anytime"]]
+    calibration, reported = _load_rows(folder, len(costs))
     report = calibrate(
         *calibration,
         costs,
@@ -111,18 +111,23 @@ def _load_config(folder: Path):
             f"{folder} holds no config.json: it evaluated a model of another folder. Give --target_cost to that run, "
             "or --output_dir the model's own folder."
         )
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ExitConfigurationError(f"{folder}/config.json cannot be read: {in_one_line(error)}") from error
     if not is_early_exit_config(config):
         raise ExitConfigurationError(f"{folder}/config.json is of a {config.model_type} model, which has no exits.")
     return config
 
 
-def _load_rows(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def _load_rows(folder: Path, num_exits: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Logits and labels that calibrate, and those that are reported."""
-    try:
-        saved = load_exit_logits(folder)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ExitConfigurationError(f"{folder}/exit_logits.npz cannot be read: {error}") from error
+    saved = load_exit_logits(folder)
+    if saved["logits"].shape[1] != num_exits:
+        raise ExitConfigurationError(
+            f"{folder}: exit_logits.npz holds {saved['logits'].shape[1]} exits, exit_results.json {num_exits}; they "
+            "are of different runs."
+        )
     calibrates = np.isin(saved["part"], CALIBRATION_PARTS)
     if not calibrates.any():
         raise ExitConfigurationError(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from ..errors import in_one_line
 from ..models.configuration_een import ExitConfigurationError
 from ..models.exit_losses import loss_matrix
+from ..models.policies import is_number
 from .metrics import expected_calibration_error
 
 
@@ -22,36 +25,83 @@ RESULTS_NAME = "exit_results.json"
 LOGITS_NAME = "exit_logits.npz"
 SCHEMA_VERSION = 1
 
-_ANYTIME_KEYS = ("exit", "layer", "relative_cost", "loss", "metrics", "ece")
-_ENTRY_KEYS = {
-    "anytime": _ANYTIME_KEYS,
-    "anytime_report": _ANYTIME_KEYS,
-    "budgeted": ("target_cost", "relative_cost", "metrics", "thresholds", "exit_fractions"),
-    "baselines": ("name", "relative_cost", "metrics"),
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and is_number(value) and value >= 0
+
+
+def _is_score(value) -> bool:
+    return value is None or is_number(value)
+
+
+def _are_scores(value) -> bool:
+    return isinstance(value, dict) and all(map(_is_score, value.values()))
+
+
+def _are_numbers(value) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+def _is_goal(value) -> bool:
+    numbers = ("target_cost", "max_risk", "risk_confidence")
+    return value is None or isinstance(value, dict) and all(is_number(value.get(name, 0)) for name in numbers)
+
+
+def _is_guarantee(value) -> bool:
+    if value is None:
+        return True
+    numbers = ("limit", "confidence", "errors", "num_rows")
+    return (
+        isinstance(value, dict) and _is_text(value.get("risk")) and all(is_number(value.get(name)) for name in numbers)
+    )
+
+
+# What each part of the file must have, and how a value of its kind is known.
+_ANYTIME = {
+    "exit": _is_count,
+    "layer": _is_count,
+    "relative_cost": is_number,
+    "loss": _is_score,
+    "metrics": _are_scores,
+    "ece": _is_score,
 }
-_POLICY_KEYS = (
-    "criterion",
-    "thresholds",
-    "calibrated_for",
-    "guarantee",
-    "relative_cost",
-    "metrics",
-    "exit_fractions",
-)
-_REQUIRED_KEYS = (
-    "method",
-    "model_type",
-    "dataset",
-    "task_name",
-    "metric",
-    "exit_layers",
-    "num_eval_samples",
-    "num_calibration_samples",
-    "anytime",
-    "anytime_report",
-    "budgeted",
-    "policy",
-)
+_CURVE = {
+    "relative_cost": is_number,
+    "metrics": _are_scores,
+    "thresholds": _are_numbers,
+    "exit_fractions": _are_numbers,
+}
+_ENTRIES = {
+    "anytime": _ANYTIME,
+    "anytime_report": _ANYTIME,
+    "budgeted": {"target_cost": is_number, **_CURVE},
+    "baselines": {"name": _is_text, "relative_cost": is_number, "metrics": _are_scores},
+}
+_POLICY = {"criterion": _is_text, "calibrated_for": _is_goal, "guarantee": _is_guarantee, **_CURVE}
+_REQUIRED = {
+    "method": _is_text,
+    "model_type": _is_text,
+    "dataset": _is_text,
+    "task_name": lambda value: value is None or _is_text(value),
+    "metric": _is_text,
+    "exit_layers": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "num_eval_samples": _is_count,
+    "num_calibration_samples": _is_count,
+    "anytime": lambda value: isinstance(value, list) and len(value) > 0,
+    "anytime_report": lambda value: isinstance(value, list),
+    "budgeted": lambda value: isinstance(value, list),
+    "policy": lambda value: value is None or isinstance(value, dict),
+}
+_OPTIONAL = {
+    "baselines": lambda value: value is None or isinstance(value, list),
+    "calibration_rows_chose": lambda value: value is None or _is_text(value),
+    "cost_unit": lambda value: value is None or _is_text(value),
+    "plain_operations": _is_score,
+}
 
 
 def anytime_table(
@@ -127,7 +177,8 @@ def read_exit_results(run: str | os.PathLike) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         _check_schema(results)
-    except (ValueError, TypeError) as error:
+        _check_types(results)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExitConfigurationError(f"{path} is no complete {RESULTS_NAME}: {error}") from error
     return results
 
@@ -214,9 +265,38 @@ def save_exit_logits(
 
 
 def load_exit_logits(output_dir: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read `exit_logits.npz`: `logits`, `labels`, `row_ids`, `part`, as `save_exit_logits` takes them."""
-    with np.load(Path(output_dir) / LOGITS_NAME, allow_pickle=False) as file:
-        return dict(file)
+    """Read `exit_logits.npz`: `logits`, `labels`, `row_ids`, `part`, as `save_exit_logits` takes them.
+
+    Raises:
+        ExitConfigurationError: the file is not there, is damaged, or holds something else; it is named.
+    """
+    path = Path(output_dir) / LOGITS_NAME
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        wrong = _wrong_array(arrays)
+    except Exception as error:  # a damaged archive raises nearly anything: zlib.error, EOFError, MemoryError, ...
+        wrong = in_one_line(error)
+    if wrong:
+        raise ExitConfigurationError(f"{path} cannot be read: {wrong}")
+    return arrays
+
+
+def _wrong_array(arrays: dict[str, np.ndarray]) -> str | None:
+    """What is wrong with the content of `exit_logits.npz`."""
+    kinds = {"logits": "f", "labels": "iufb", "row_ids": "iuU", "part": "U"}
+    for name, kind in kinds.items():
+        if name not in arrays:
+            return f"it has no array {name!r}."
+        if arrays[name].dtype.kind not in kind:
+            return f"{name} are of type {arrays[name].dtype}."
+    logits = arrays["logits"]
+    if logits.ndim != 3 or 0 in logits.shape[1:]:
+        return f"logits have shape {logits.shape}, not (rows, exits, labels)."
+    for name, dimensions in (("labels", (1, 2)), ("row_ids", (1,)), ("part", (1,))):
+        if arrays[name].ndim not in dimensions or len(arrays[name]) != len(logits):
+            return f"{name} have shape {arrays[name].shape}, logits {logits.shape}."
+    return None
 
 
 def format_exit_table(results: dict[str, Any]) -> str:
@@ -255,19 +335,45 @@ def format_exit_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _places(results: dict[str, Any]) -> Iterator[tuple[str, dict, dict]]:
+    """Every part of the results by its name, with what it must have."""
+    places = [("results", results, _REQUIRED)]
+    for place, mapping, kinds in places:  # grows
+        if not isinstance(mapping, dict):
+            raise TypeError(f"{place} is {reprlib.repr(mapping)}.")
+        yield place, mapping, kinds
+        if place == "results":
+            for name, entry_kinds in _ENTRIES.items():
+                entries = results.get(name) or []
+                if not isinstance(entries, list):
+                    raise TypeError(f"results: {name} is {reprlib.repr(entries)}.")
+                places += [(f"results[{name!r}][{index}]", entry, entry_kinds) for index, entry in enumerate(entries)]
+            if results.get("policy") is not None:
+                places.append(("results['policy']", results["policy"], _POLICY))
+
+
 def _check_schema(results: dict[str, Any]) -> None:
-    places = [("results", results, _REQUIRED_KEYS)]
-    places += [
-        (f"results[{name!r}][{index}]", entry, keys)
-        for name, keys in _ENTRY_KEYS.items()
-        for index, entry in enumerate(results.get(name) or ())
-    ]
-    if results.get("policy") is not None:
-        places.append(("results['policy']", results["policy"], _POLICY_KEYS))
-    for place, mapping, keys in places:
-        missing = [key for key in keys if key not in mapping]
+    for place, mapping, kinds in _places(results):
+        missing = [key for key in kinds if key not in mapping]
         if missing:
             raise ValueError(f"{place} lacks {', '.join(missing)}.")
+
+
+def _check_types(results: dict[str, Any]) -> None:
+    """Refuse values of another kind, and tables of other exits or metrics than the first."""
+    for place, mapping, kinds in _places(results):
+        kinds = {**kinds, **_OPTIONAL} if place == "results" else kinds
+        for key, fits in kinds.items():
+            if key in mapping and not fits(mapping[key]):
+                raise TypeError(f"{place}: {key} is {reprlib.repr(mapping[key])}.")
+    num_exits = len(results["exit_layers"])
+    rows = [*results["budgeted"], *([results["policy"]] if results["policy"] else [])]
+    lengths = {len(results["anytime"]), *(len(row[name]) for row in rows for name in ("thresholds", "exit_fractions"))}
+    if len(results["anytime_report"]) not in (0, num_exits) or lengths != {num_exits}:
+        raise TypeError(f"its tables are not all of {num_exits} exits.")
+    for name in ("anytime", "anytime_report", "budgeted"):
+        if len({tuple(row["metrics"]) for row in results[name]}) > 1:
+            raise TypeError(f"{name} has other metrics in some rows.")
 
 
 def _strict(value: Any) -> Any:

@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from ..models import ExitConfigurationError
+
 
 RUN_FILE = "_run_arguments.json"  # holds local paths; what begins with an underscore is never pushed
 # Flags that say which training rows --calibration_samples or --train_val_split hold out.
@@ -15,12 +17,30 @@ _UNKNOWN = "the weights, for all that is known"
 
 
 def read_run(folder: str | os.PathLike) -> dict | None:
-    """The record of the run in a folder, or of the run that a checkpoint belongs to; `None`: there is none."""
+    """The record of the run in a folder, or of the run that a checkpoint belongs to; `None`: there is none.
+
+    Raises:
+        ExitConfigurationError: a record that is damaged; its file is named.
+    """
     if not os.path.isdir(folder):
         return None  # a name of the Hub
     paths = (Path(place, RUN_FILE) for place in (folder, Path(folder).parent))
     path = next(filter(Path.is_file, paths), None)
-    return None if path is None else json.loads(path.read_text())
+    if path is None:
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(record["settings"], dict) and all(
+            isinstance(run, dict | None) for run in record.get("history", [])
+        )
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ExitConfigurationError(
+            f"{path} cannot be read as the record of a run. If the model is to be taken as one of unknown origin, "
+            "remove that file."
+        )
+    return record
 
 
 def write_run(folder: str | os.PathLike, settings: dict, *, trained: bool, finished: bool, history: list) -> None:
@@ -84,11 +104,11 @@ def _split_with(path: str, run: dict) -> str | None:
     for split in ("train", "validation"):
         for kind in ("file", "dir"):
             given = run.get(f"{split}_{kind}")
-            if given is not None and _overlap(path, given):
+            if isinstance(given, str) and _overlap(path, given):
                 return split
     for name in ("dataset_name", "partition_dir"):
         folder = run.get(name)
-        if folder is not None and os.path.isdir(folder) and _overlap(path, folder):
+        if isinstance(folder, str) and os.path.isdir(folder) and _overlap(path, folder):
             name = Path(path).stem.split("-")[0]
             return name if name in ("validation", "test") else "train"
     return None

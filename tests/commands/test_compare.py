@@ -56,7 +56,7 @@ def write_run(tmp_path):
             for k in (1, 2)
         ]
         for entry in points:
-            entry |= {"thresholds": [0.5, 0.0], "exit_fractions": [0.5, 0.5]}
+            entry |= dict.fromkeys(("thresholds", "exit_fractions"), [0.5] * len(keys.get("anytime", exits)))
         results = {"schema_version": 1, "method": "joint", "model_type": "bert", "dataset": "news", "task_name": None}
         results |= {"metric": "accuracy", "exit_layers": [1, 2], "num_eval_samples": 9, "num_calibration_samples": 4}
         results |= {"anytime": exits, "anytime_report": exits, "budgeted": points, "policy": None, **keys}

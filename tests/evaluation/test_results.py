@@ -6,17 +6,22 @@ import sys
 import numpy as np
 import pytest
 import torch
+from damage import damaged, wrong_json
 from transformers import EvalPrediction
 
+from een_hf.commands.compare import comparison_table
 from een_hf.evaluation import (
     anytime_table,
     expected_calibration_error,
     format_exit_table,
     load_exit_logits,
     make_compute_metrics,
+    read_exit_results,
     save_exit_logits,
     write_exit_results,
 )
+from een_hf.hub import write_model_card
+from een_hf.models import EarlyExitBertConfig, ExitConfigurationError, ExitPolicy
 
 
 @pytest.fixture
@@ -122,6 +127,107 @@ def test_a_missing_key_is_named_and_nothing_is_written(results, tmp_path, drop, 
     with pytest.raises(ValueError, match=named):
         write_exit_results(tmp_path, results)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda results: results.update(exit_layers=5), "exit_layers is 5"),
+        (lambda results: results.update(method=["joint"]), "method is"),
+        (lambda results: results.update(anytime=[]), "anytime is"),
+        (lambda results: results["anytime"].pop(), "not all of 3 exits"),
+        (lambda results: results["policy"]["thresholds"].pop(), "not all of 3 exits"),
+        (lambda results: results["anytime"][1].update(relative_cost=10**400), r"\[1\]: relative_cost"),
+        (lambda results: results["anytime"][1]["metrics"].update(accuracy="high"), r"\[1\]: metrics"),
+        (lambda results: results["anytime"][1]["metrics"].pop("f1"), "anytime has other metrics"),
+        (lambda results: results["policy"].update(guarantee={"risk": "consistency"}), "guarantee"),
+        (lambda results: results["policy"].update(calibrated_for={"max_risk": "x"}), "calibrated_for"),
+        (lambda results: results["budgeted"].append("x"), r"budgeted'\]\[2\] is 'x'"),
+        (lambda results: results.update(baselines=3), "baselines is 3"),
+        (lambda results: results.update(calibration_rows_chose=3), "calibration_rows_chose"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(results, tmp_path, change, named):
+    path = tmp_path / "exit_results.json"
+    path.write_text(json.dumps(results))
+    assert read_exit_results(tmp_path) == results
+    change(results)
+    path.write_text(json.dumps(results))
+    with pytest.raises(ExitConfigurationError, match=f"exit_results.json.*{named}"):
+        read_exit_results(tmp_path)
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(3000, marks=pytest.mark.slow)])
+def test_damaged_results_are_refused_or_of_use(results, tmp_path, count):
+    """Fails if a part of the file that is cut or of another kind ends in a traceback, in its reader or behind it."""
+    results["policy"]["guarantee"] = {
+        "risk": "consistency",
+        "limit": 0.1,
+        "confidence": 0.9,
+        "errors": 1,
+        "num_rows": 9,
+    }
+    results["budgeted"][0] |= {"criterion": "margin", "temperatures": [1.0, 2.0, 1.0], "params": {}}
+    path, refused = tmp_path / "exit_results.json", 0
+    for text in wrong_json(results, np.random.default_rng(count), count):
+        path.write_text(text)
+        for use in (use_results, ExitPolicy.from_results, lambda path: ExitPolicy.from_results(path, 0.9)):
+            try:
+                use(path)
+            except ExitConfigurationError as error:
+                assert "\n" not in str(error) and len(str(error)) < 600
+                refused += 1
+    assert count < refused < 3 * count
+
+
+def use_results(path):
+    found = read_exit_results(path)
+    format_exit_table(found)
+    comparison_table({"one": found})
+    write_model_card(path.parent, found, EarlyExitBertConfig())
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)])
+def test_damaged_logits_are_refused(tmp_path, rng, count):
+    """Fails if a cut or overwritten archive ends in a traceback of zip, zlib or numpy."""
+    save_exit_logits(tmp_path, rng.normal(size=(30, 3, 2)).astype(np.float32), np.arange(30) % 2, range(30), "report")
+    path = tmp_path / "exit_logits.npz"
+    whole, refused = path.read_bytes(), 0
+    for data in damaged(whole, np.random.default_rng(count), count):
+        path.write_bytes(data)
+        try:
+            assert {name: len(array) for name, array in load_exit_logits(tmp_path).items()} == dict.fromkeys(
+                ("logits", "labels", "row_ids", "part"), 30
+            )
+        except ExitConfigurationError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > count / 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({"labels": None}, "it has no array 'labels'"),
+        ({"logits": np.zeros((4, 3))}, "logits have shape"),
+        ({"logits": np.zeros((4, 3, 2), int)}, "logits are of type"),
+        ({"labels": np.array(["a"] * 4)}, "labels are of type"),
+        ({"part": np.zeros(4)}, "part are of type"),
+        ({"part": np.array(["report"] * 3)}, "part have shape"),
+        ({"row_ids": np.array([[1]] * 4)}, "row_ids have shape"),
+    ],
+)
+def test_logits_of_another_kind_are_named(tmp_path, arrays, named):
+    whole = {"logits": np.zeros((4, 3, 2)), "labels": np.zeros(4, int), "row_ids": np.arange(4)}
+    whole |= {"part": np.array(["report"] * 4), **arrays}
+    np.savez(tmp_path / "exit_logits.npz", **{name: array for name, array in whole.items() if array is not None})
+    with pytest.raises(ExitConfigurationError, match=f"exit_logits.npz cannot be read: {named}"):
+        load_exit_logits(tmp_path)
+
+
+def test_logits_that_are_not_there(tmp_path):
+    with pytest.raises(ExitConfigurationError, match="exit_logits.npz cannot be read: FileNotFoundError"):
+        load_exit_logits(tmp_path)
 
 
 def test_an_interrupted_write_keeps_the_old_file(results, tmp_path, monkeypatch):

@@ -1,7 +1,12 @@
 """What rows may certify, from what the runs behind a model have read."""
 
-import pytest
+import json
 
+import numpy as np
+import pytest
+from damage import wrong_json
+
+from een_hf.models import ExitConfigurationError
 from een_hf.training.history import history_of, rows_chose, trained_on, write_run
 
 
@@ -60,3 +65,21 @@ def test_a_local_data_set_trains_on_its_training_files(tmp_path):
     assert trained_on(str(tmp_path / "train-00000-of-00001.parquet"), history)
     assert not trained_on(str(tmp_path / "validation-00000-of-00001.parquet"), history)
     assert not trained_on(str(tmp_path.parent / "other.csv"), history)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_damaged_record_is_named(tmp_path, count):
+    """A record that cannot be read must neither end in a traceback nor count as no record: that would certify more."""
+    settings = {**CUT, "dataset_name": str(tmp_path), "load_best_model_at_end": False, "calibration_file": None}
+    write_run(tmp_path, settings, trained=True, finished=False, history=[None, NOW])
+    path, refused = tmp_path / "_run_arguments.json", 0
+    for text in wrong_json(json.loads(path.read_text()), np.random.default_rng(count), count):
+        path.write_text(text)
+        try:
+            history = history_of(str(tmp_path), has_head=True)
+            trained_on(str(tmp_path / "x"), history)
+            rows_chose(HELD_OUT, history, trains=True, new_head=False)
+        except ExitConfigurationError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused >= count // 4
