@@ -1,12 +1,12 @@
 """Partitions: a labelled data set cut into IID or non-IID parts, as files, and back."""
 
+import hashlib
 import heapq
 import json
 import math
 import os
+import reprlib
 import shutil
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from ..errors import in_one_line
 from .images import decode_image
 from .labels import SINGLE_LABEL, resolve_labels
 from .samples import load_bbc_news, load_digits
@@ -37,7 +38,6 @@ FORMATS = ("parquet", "npz")
 PARTITION_FILE = "partition.json"
 _SAMPLES = {"bbc_news": load_bbc_news, "digits": load_digits}
 _LABEL_COLUMNS = ("label", "fine_label")
-_READ_ERRORS = (OSError, ValueError, KeyError, EOFError, pa.ArrowException, zipfile.BadZipFile, zlib.error)
 _FOLDERS = {"train": "train", "validation": "valid"}
 _PLOT_FILE = "partition.png"
 _MARK = ".unfinished"  # in a folder whose files are not all there yet
@@ -407,6 +407,7 @@ def write_partition(
         "label_names": data.label_names,
         "features": datasets.Features({name: rows.features[name] for name in columns}).to_dict(),
         "label_counts": counts.tolist(),
+        "sha256": {},
     }
     if shares is not None:
         of_all = np.zeros(counts.shape)
@@ -419,6 +420,7 @@ def write_partition(
             folder.mkdir()
             for part, numbers in enumerate(indices):
                 write(rows, numbers, folder / f"{part}.{format}")
+            about["sha256"][split] = [_sha256(folder / f"{part}.{format}") for part in range(len(indices))]
         plot_partition(counts, data.label_names, output_dir / _PLOT_FILE)
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
         (output_dir / PARTITION_FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
@@ -473,7 +475,8 @@ def _remove(folder: Path, names: set[str]) -> None:
 
 def _write_parquet(rows: datasets.Dataset, numbers: np.ndarray, path: Path) -> None:
     table = embed_table_storage(rows.with_format("arrow")[numbers.tolist()])
-    pq.write_table(table.replace_schema_metadata(rows.features.arrow_schema.metadata), path)
+    table = table.replace_schema_metadata(rows.features.arrow_schema.metadata)
+    pq.write_table(table, path)
 
 
 def _input_columns(data: LabelledRows, names: Sequence[str] | None) -> list[str]:
@@ -591,35 +594,51 @@ def load_partition(folder: str | os.PathLike, partition_id: int | str) -> datase
         partition_id: number of a part, or `all`.
 
     Raises:
-        DataError: a folder that holds no partition, a part that is not there, or a file that cannot be read.
+        DataError: a folder that holds no partition, a part that is not there, or a file that cannot be read or is
+            not what partition.json says.
     """
     folder = Path(folder)
-    about = _read_partition_file(folder)
-    features = datasets.Features.from_dict(about["features"])
+    about, features = _read_partition_file(folder)
     parts = _part_numbers(partition_id, about["num_partitions"])
     read = _read_npz if about["format"] == "npz" else _read_parquet
     splits = {}
-    for split in about["sizes"]:
+    for split, sizes in about["sizes"].items():
         tables = []
         for part in parts:
             path = folder / _FOLDERS[split] / f"{part}.{about['format']}"
             try:
-                tables.append(read(path, about, features))
-            except _READ_ERRORS as error:
-                raise DataError(f"--partition_dir {folder}: {path} cannot be read: {error}") from error
+                if about.get("sha256") and _sha256(path) != about["sha256"][split][part]:
+                    raise DataError(f"it is not the file that {PARTITION_FILE} was written for.")
+                table = read(path, about, features)
+                if not table.schema.equals(features.arrow_schema):
+                    table = table.cast(features.arrow_schema)
+            except Exception as error:  # a damaged file raises nearly anything
+                wrong = error if isinstance(error, DataError) else in_one_line(error)
+                raise DataError(f"--partition_dir {folder}: {path} cannot be read: {wrong}") from error
+            if len(table) != sizes[part]:
+                raise DataError(
+                    f"--partition_dir {folder}: {path} holds {len(table)} rows, {PARTITION_FILE} says {sizes[part]}: "
+                    "they are of different partitions."
+                )
+            tables.append(table)
         table = pa.concat_tables(tables).replace_schema_metadata(features.arrow_schema.metadata)
         splits[split] = datasets.Dataset(table)
     return datasets.DatasetDict(splits)
 
 
-def _read_partition_file(folder: Path) -> dict:
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_partition_file(folder: Path) -> tuple[dict, datasets.Features]:
+    """What partition.json says, checked, and the features of the rows."""
     path = folder / PARTITION_FILE
     if not path.is_file():
         raise DataError(f"--partition_dir {folder} holds no {PARTITION_FILE}: make one by `een-hf partition`.")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"--partition_dir {folder}: {PARTITION_FILE} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"--partition_dir {folder}: {PARTITION_FILE} cannot be read: {in_one_line(error)}") from error
     missing = [
         key
         for key in ("format", "num_partitions", "sizes", "features", "label_column", "label_names", "input_columns")
@@ -627,7 +646,48 @@ def _read_partition_file(folder: Path) -> dict:
     ]
     if missing:
         raise DataError(f"--partition_dir {folder}: {PARTITION_FILE} does not name {', '.join(missing)}.")
-    return about
+    try:
+        features = datasets.Features.from_dict(about["features"])
+        features.arrow_schema  # noqa: B018  names types, which may be none
+    except Exception as error:
+        raise DataError(
+            f"--partition_dir {folder}: {PARTITION_FILE}, features cannot be read: {in_one_line(error)}"
+        ) from error
+    wrong = [key for key, fits in _partition_kinds(about, features).items() if not fits]
+    if wrong:
+        raise DataError(
+            f"--partition_dir {folder}: {PARTITION_FILE}, {wrong[0]} is {reprlib.repr(about.get(wrong[0]))}, which "
+            "cannot be."
+        )
+    return about, features
+
+
+def _partition_kinds(about: dict, features: datasets.Features) -> dict[str, bool]:
+    """Whether each value of partition.json is of its kind and fits the others."""
+
+    def is_count(value, least=0) -> bool:
+        return type(value) is int and least <= value < 2**62
+
+    def are_names(value, known) -> bool:
+        return isinstance(value, list) and len(value) > 0 and all(isinstance(n, str) and n in known for n in value)
+
+    number, sizes, inputs = about["num_partitions"], about["sizes"], about["input_columns"]
+    label, names, digests = about["label_column"], about["label_names"], about.get("sha256")
+    return {
+        "format": about["format"] in FORMATS,
+        "num_partitions": is_count(number, 1),
+        "sizes": isinstance(sizes, dict)
+        and {"train"} <= sizes.keys() <= _FOLDERS.keys()
+        and all(isinstance(s, list) and len(s) == number and all(map(is_count, s)) for s in sizes.values()),
+        "label_column": isinstance(label, str) and label in features,
+        "label_names": isinstance(names, list) and len(names) > 0 and all(isinstance(name, str) for name in names),
+        "input_columns": are_names(inputs, features) if about["format"] == "npz" else True,
+        "sha256": digests is None  # of a partition by an earlier version
+        or isinstance(digests, dict)
+        and isinstance(sizes, dict)
+        and digests.keys() == sizes.keys()
+        and all(isinstance(of_split, list) and len(of_split) == number for of_split in digests.values()),
+    }
 
 
 def _part_numbers(partition_id: int | str, num_partitions: int) -> list[int]:

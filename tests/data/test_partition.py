@@ -3,13 +3,17 @@
 import json
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 from collections import Counter
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from damage import damaged, wrong_json
 from PIL import Image
 
 from een_hf.data import DataError, load_partition, partition_indices
@@ -366,6 +370,92 @@ def test_load_partition_names_the_flag(digits, tmp_path):
     (tmp_path / "out" / "partition.json").write_text("{")
     with pytest.raises(DataError, match="--partition_dir .*cannot be read"):
         load_partition(tmp_path / "out", 1)
+
+
+@pytest.mark.parametrize("format", ["parquet", "npz"])
+def test_files_of_another_partition_are_refused(digits, tmp_path, format):
+    """Breaks if a part that was swapped, cut or mixed with another cut of the data trains without a word."""
+    parts = [np.arange(8), np.arange(8, 20)]
+    write_partition(digits, parts, tmp_path / "out", format=format)
+    write_partition(digits, parts[::-1], tmp_path / "other", format=format)
+    file, about = tmp_path / "out" / "train" / f"0.{format}", tmp_path / "out" / "partition.json"
+    shutil.copy(tmp_path / "other" / "train" / f"0.{format}", file)
+    with pytest.raises(DataError, match=rf"--partition_dir .*0\.{format} cannot be read: it is not the file"):
+        load_partition(tmp_path / "out", 0)
+    about.write_text(json.dumps({**json.loads(about.read_text()), "sha256": None}))  # by an earlier version
+    with pytest.raises(DataError, match=rf"--partition_dir .*0\.{format} holds 9 rows, partition.json says 6"):
+        load_partition(tmp_path / "out", 0)
+    load_partition(tmp_path / "out", 1)
+
+
+def test_columns_of_another_kind_are_refused(digits, tmp_path):
+    write_partition(digits, [np.arange(8)], tmp_path / "out")
+    file, about = tmp_path / "out" / "train" / "0.parquet", tmp_path / "out" / "partition.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "sha256": None}))
+    table = pq.read_table(file)
+    for wrong in (table.drop_columns("label"), table.set_column(1, "label", pa.array(["x"] * len(table)))):
+        pq.write_table(wrong, file)
+        with pytest.raises(DataError, match=r"--partition_dir .*0\.parquet cannot be read"):
+            load_partition(tmp_path / "out", 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", "../../secret"),
+        ("format", ["npz"]),
+        ("num_partitions", 10**400),
+        ("num_partitions", "2"),
+        ("sizes", {"train": [6]}),
+        ("sizes", {"../x": [6, 9], "train": [6, 9]}),
+        ("features", {"image": {"_type": "Path"}}),
+        ("label_column", 3),
+        ("label_names", [1, 2]),
+        ("input_columns", ["../x"]),
+        ("sha256", {"train": ["x", "y"]}),
+    ],
+)
+def test_a_partition_file_of_another_kind_is_named(digits, tmp_path, key, value):
+    write_partition(digits, [np.arange(8), np.arange(8, 20)], tmp_path / "out", format="npz")
+    about = tmp_path / "out" / "partition.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), key: value}))
+    with pytest.raises(DataError, match=f"--partition_dir .*partition.json, {key}"):
+        load_partition(tmp_path / "out", 0)
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("format", ["parquet", "npz"])
+def test_damaged_partitions_are_refused(digits, tmp_path, format, count):
+    """Breaks if a damaged file ends in a traceback, or gives other rows than were written."""
+    write_partition(digits, [np.arange(8)], tmp_path / "out", format=format)
+    file, about = tmp_path / "out" / "train" / f"0.{format}", tmp_path / "out" / "partition.json"
+    rng, content, data = np.random.default_rng(count), json.loads(about.read_text()), file.read_bytes()
+    refused = 0
+
+    def load():
+        nonlocal refused
+        try:
+            found = load_partition(tmp_path / "out", 0)["train"]
+        except DataError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            return found
+
+    # Without checksums, as an earlier version wrote it, only a traceback is a fault.
+    about.write_text(json.dumps({**content, "sha256": None}))
+    for damage in damaged(data, rng, count):
+        file.write_bytes(damage)
+        load()
+    file.write_bytes(data)
+    for text in wrong_json(content, rng, count):
+        about.write_text(text)
+        load()
+    about.write_text(json.dumps(content))
+    for damage in damaged(data, rng, count):
+        file.write_bytes(damage)
+        assert damage == data or load() is None
+    assert refused > count
 
 
 def image_rows(*images):
