@@ -139,9 +139,11 @@ def guarantee_in_words(guarantee: dict) -> str:
     event = {
         "accuracy_gap": "the policy is wrong where the last exit is right",
         "consistency": "the policy answers differently from the last exit",
+        "hamming": "the policy answers differently from the last exit",
     }.get(guarantee["risk"], f"the risk {guarantee['risk']!r} is met")
+    what = "labels of new rows" if guarantee["risk"] == "hamming" else "new rows"
     return (
-        f"Guarantee: on at most {guarantee['limit']:.3g} of new rows like these {event}, with confidence "
+        f"Guarantee: on at most {guarantee['limit']:.3g} of {what} like these {event}, with confidence "
         f"{guarantee['confidence']:g} ({guarantee['errors']:g} of {guarantee['num_rows']} certifying rows)."
     )
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .models import EarlyExitMixin, ExitConfigurationError
-from .models.policies import answer_confidence, temper
+from .models.policies import answer_confidence
 
 
 @dataclass
@@ -214,9 +214,8 @@ def predict(
     ids, logits, exit_index = (torch.cat(tensors) for tensors in zip(*answers, strict=True))
     order = ids.argsort()
     logits, exit_index = logits[order], exit_index[order]
-    temperatures = engine.policy and engine.policy.temperatures
-    confidence = answer_confidence(temper(logits, exit_index, temperatures), model.config.problem_type)
-    return ExitPredictions(logits, exit_index, confidence)
+    tempered = logits if engine.policy is None else engine.policy.temper(logits, exit_index)
+    return ExitPredictions(logits, exit_index, answer_confidence(tempered, model.config.problem_type))
 
 
 def _in_eval_mode(model: EarlyExitMixin) -> EarlyExitMixin:

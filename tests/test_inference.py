@@ -318,9 +318,17 @@ def test_confidence_is_the_probability_at_the_exits_temperature(temperatures, la
     assert (found.confidence >= thresholds[found.exit_index] - 1e-6)[early].all()  # what the policy decided by
 
 
-def test_confidence_of_several_labels_is_that_of_the_least_certain():
-    model, rows = make_model("bert", problem_type="multi_label_classification"), make_rows("bert", 6)
-    found = predict(model, rows)
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_several_labels_leave_and_are_read_by_the_least_certain(kind):
+    model, rows = make_model(kind, problem_type="multi_label_classification"), make_rows(kind)
+    logits = all_exits(model, rows).double()
+    scores = torch.stack([logits.sigmoid(), 1 - logits.sigmoid()]).amax(0).amin(-1)
+    thresholds = scores.quantile(0.7, 0).tolist()
+    model.set_exit_policy({"criterion": "label_confidence", "thresholds": thresholds})
+    found = predict(model, rows, 8)
+    wanted = [next((k for k in range(3) if row[k] >= thresholds[k]), 3) for row in scores.tolist()]
+    assert found.exit_index.tolist() == wanted and len(set(wanted)) >= 3
+    assert [int(output.exit_index) for output in one_by_one(model, rows)] == wanted
     for logits, confidence in zip(found.logits.double().tolist(), found.confidence, strict=True):
         probabilities = [1 / (1 + math.exp(-value)) for value in logits]
         assert confidence == pytest.approx(min(max(p, 1 - p) for p in probabilities), abs=1e-5)

@@ -112,6 +112,10 @@ def row_scores(criterion, exit_logits, temperatures):
             scores.append(max(predictions.count(label) for label in predictions))
             continue
         logits = logits / (temperatures[index] if temperatures else 1)
+        if criterion == "label_confidence":
+            probabilities = 1 / (1 + np.exp(-logits))
+            scores.append(np.maximum(probabilities, 1 - probabilities).min())
+            continue
         probabilities = np.exp(logits - logits.max())
         probabilities /= probabilities.sum()
         first, second = np.sort(probabilities)[::-1][:2]
@@ -196,6 +200,15 @@ def test_every_criterion(tmp_path, kind, criterion, aggregation):
     """Fails if a criterion, or what it remembers of earlier exits, is not what PyTorch computes."""
     policy = {"criterion": criterion, "thresholds": [0.5] * 3, "temperatures": TEMPERATURES}
     exported = Exported(tmp_path, make_model(kind, exit_aggregation=aggregation), policy)
+    check_against_pytorch(exported, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_several_labels(tmp_path, kind):
+    """Fails if the graph leaves before its least certain label is sure."""
+    policy = {"criterion": "label_confidence", "thresholds": [0.5] * 3, "temperatures": TEMPERATURES}
+    exported = Exported(tmp_path, make_model(kind, problem_type="multi_label_classification"), policy)
     check_against_pytorch(exported, kind)
 
 

@@ -339,16 +339,25 @@ def test_bf16_predictions_agree_with_what_the_exits_say(finished, files, tmp_pat
 # What a run without a policy is told
 
 
-def test_a_run_of_several_labels_is_told_that_no_criterion_fits(minilm_path, tmp_path, capsys):
-    rows = {"text": sentences(40, 1)[0], "label": [[0, 1], [1], [], [0]] * 10}
+def test_a_run_of_several_labels_calibrates(minilm_path, tmp_path, capsys):
+    """Such a model could never leave early; budgets, a policy and a certified share of labels come as for others."""
     kind = datasets.List(datasets.ClassLabel(names=["a", "b"]))
     features = datasets.Features({"text": datasets.Value("string"), "label": kind})
-    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows.parquet")
-    flags = [f"--{split}_file={tmp_path / 'rows.parquet'}" for split in ("train", "validation")]
+    for split, count in (("train", 40), ("validation", 400)):
+        rows = {"text": [f"{split} {text}" for text in sentences(count, 1)[0]], "label": [[0, 1], [1], [], [0]]}
+        rows["label"] *= count // 4
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{split}.parquet")
+    flags = [f"--{split}_file={tmp_path / split}.parquet" for split in ("train", "validation")]
     flags += ["--do_train", "--do_eval", "--max_steps=1", f"--output_dir={tmp_path / 'run'}"]
     main(TEXT, tiny(minilm_path, *flags))
-    told = capsys.readouterr().out
-    assert "No criterion fits this problem" in told and "een-hf calibrate" not in told
+    assert f"een-hf calibrate {tmp_path / 'run'}" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "exit_results.json").read_text())
+    assert {row["criterion"] for row in results["budgeted"]} == {"label_confidence"}
+    command_main(["calibrate", str(tmp_path / "run"), "--max_risk", "0.2", "--risk", "hamming", "--save"])
+    assert "on at most 0.2 of labels of new rows" in capsys.readouterr().out
+    policy = json.loads((tmp_path / "run" / "config.json").read_text())["exit_policy"]
+    assert policy["criterion"] == "label_confidence" and policy["guarantee"]["risk"] == "hamming"
+    assert len(policy["temperatures"]) == 3
 
 
 def test_idle_exits_are_named_whatever_the_metric(minilm_path, tmp_path, caplog):

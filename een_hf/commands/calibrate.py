@@ -40,10 +40,14 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--risk",
         choices=[risk.value for risk in Risk],
-        help="what --max_risk limits: last exit right and policy wrong (default), or policy unlike the last exit",
+        help="what --max_risk limits: last exit right and policy wrong (default), policy unlike the last exit, or, "
+        "multi-label, share of labels in which it is",
     )
     parser.add_argument("--risk_confidence", type=float, default=0.9, help="of --max_risk; default: 0.9")
-    parser.add_argument("--exit_criterion", help="confidence, entropy, margin, patience, vote; default: the run's")
+    parser.add_argument(
+        "--exit_criterion",
+        help="confidence, entropy, margin, patience, vote or, multi-label, label_confidence; default: the run's",
+    )
     parser.add_argument("--seed", type=int, help="parts searching from certifying rows; default: the run's")
     parser.add_argument(
         "--save", action="store_true", help="write the policy into RUN: config, results, plot and card"

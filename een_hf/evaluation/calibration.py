@@ -12,10 +12,12 @@ import torch
 from transformers import EvalPrediction
 
 from ..models.configuration_een import ExitConfigurationError
-from ..models.policies import NEVER, ExitPolicy, get_criterion
+from ..models.policies import NEVER, ExitPolicy, get_criterion, resolve_problem_type
+from .metrics import check_labels, predict_labels
 
 
-RISKS = ("accuracy_gap", "consistency")
+RISKS = ("accuracy_gap", "consistency", "hamming")
+_BINARY_RISKS = ("accuracy_gap", "consistency")
 _SHARE_RATIOS = np.geomspace(1 / 30, 30, 61)  # q of the geometric split; below 1 most rows leave early
 _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS = 50, 500
 _PATH_LEVELS = 100
@@ -29,8 +31,8 @@ class CalibrationReport:
     Args:
         policy: to be set with `model.set_exit_policy`; `None` means no early exit.
         relative_cost: average over rows.
-        score: share of rows answered right (regression: minus the mean squared error); without labels, right means as
-            the last exit.
+        score: share of rows answered right (multi-label: of labels; regression: minus the mean squared error); without
+            labels, right means as the last exit.
         exit_fractions: share of rows that leave at each exit.
         message: one sentence for a person.
     """
@@ -61,21 +63,24 @@ def calibrate(
 
     Args:
         exit_logits: (num_rows, num_exits, num_labels), raw.
-        labels: class indices or numbers, (num_rows,); `None`: the last exit's own predictions.
+        labels: class indices or numbers, (num_rows,), soft labels or, multi-label, 0/1, (num_rows, num_labels);
+            `None`: the last exit's own predictions.
         costs: relative cost of leaving at each exit.
         criterion: a registered exit criterion.
         params: its parameters; those left open may be chosen too (the tolerance of `patience` in regression).
         target_cost: set the best policy whose average cost is at most this.
         max_risk: set the cheapest policy with P(risk <= max_risk) >= risk_confidence (give one of the two).
-        risk: `accuracy_gap` (default with labels), `consistency`, or a function of (exit_logits, exit_index, labels)
-            that returns a loss in [0, 1] for each row.
+        risk: `accuracy_gap` (default with labels): the last exit is right (multi-label: in all labels) and the policy
+            is not; `consistency`: the policy differs from the last exit (in any label); `hamming`, multi-label: the
+            share of labels in which it differs; or a function of (exit_logits, exit_index, labels) that returns a loss
+            in [0, 1] for each row.
         problem_type: as in transformers.
         seed: of the permutation that parts searching from certifying rows.
         chosen_by: what these rows already chose (a checkpoint, say); then no guarantee is written, and this is why.
 
     Raises:
-        ExitConfigurationError: a criterion that does not fit the problem, a target below the first exit's cost, or
-            settings that contradict each other.
+        ExitConfigurationError: a criterion that does not fit the problem, a target below the first exit's cost,
+            labels that are missing or that the model does not have, or settings that contradict each other.
     """
     if (target_cost is None) == (max_risk is None):
         raise ExitConfigurationError("Give one of target_cost (--target_cost) and max_risk (--max_risk).")
@@ -89,45 +94,53 @@ def calibrate(
 
 
 class _Scored:
-    """Calibration rows with their temperatures, scores (num_rows, num_exits) and gains (num_rows, num_exits)."""
+    """Calibration rows with their temperatures, scores (num_rows, num_exits) and gains (num_rows, num_exits).
 
-    def __init__(self, logits, labels, costs, criterion, params, problem_type, temperatures=None):
+    `tempered` says whether the scores are of logits divided by the temperatures.
+    """
+
+    def __init__(self, logits, labels, costs, criterion, params, problem_type, temperatures=None, tempered=True):
         self.logits, self.labels, self.costs = logits, labels, costs
         self.criterion, self.params, self.problem_type = criterion, params, problem_type
         self.regression = problem_type == "regression"
         if temperatures is None and not self.regression:
-            temperatures = fit_temperatures(logits, labels)
-        self.temperatures = temperatures
-        self.scores = get_criterion(criterion, params).scores(logits, temperatures).numpy()
+            temperatures = fit_temperatures(logits, labels, problem_type)
+        self.temperatures, self.tempered = temperatures, tempered and temperatures is not None
+        self.scores = get_criterion(criterion, params).scores(logits, temperatures if tempered else None).numpy()
         self.num_rows, self.num_exits = self.scores.shape
-        predictions = predicted(logits, problem_type)
-        targets = predictions[:, -1] if labels is None else labels
-        if targets.ndim == 2 and not self.regression:
-            targets = targets.argmax(-1)
-        # What a row is worth at each exit: 1 if right, or minus the squared error.
-        gap = predictions.astype(np.float64) - targets.reshape(-1, 1)
-        self.right = (gap == 0).astype(np.float64)
+        # (num_rows, num_exits, answers): one answer for each label of a multi-label problem, else one.
+        self.predictions = predict_labels(logits.numpy(), problem_type).reshape(self.num_rows, self.num_exits, -1)
+        targets = _targets(self.predictions[:, -1], labels, problem_type)
+        # What a row is worth at each exit: the share of its answers that are right, or minus the squared error.
         if not self.regression:
+            self.right = (self.predictions == targets[:, None]).mean(-1)
             # Of policies that are right equally often, the one that gives the targets more probability.
             scaled = logits.numpy() / np.array(temperatures).reshape(1, -1, 1)
-            sureness = np.take_along_axis(scipy.special.softmax(scaled, -1), targets.reshape(-1, 1, 1), -1)[..., 0]
-            self.gains = self.right + np.nan_to_num(sureness) / (2 * self.num_rows)
+            sureness = np.nan_to_num(_probability_of(targets, scaled, problem_type))
+            self.gains = self.right + sureness / (2 * self.num_rows * targets.shape[1])
         else:
             # A broken answer is as bad as the worst whole one: a NaN would make all policies equal.
-            self.gains = -np.square(gap)
+            self.gains = -np.square(self.predictions.astype(np.float64)[..., 0] - targets)
             whole = np.isfinite(self.gains)
             self.gains[~whole] = self.gains[whole].min(initial=0.0)
             self.right = self.gains
 
-    def select(self, rows: np.ndarray | slice, temperatures=None, params: dict | None = None) -> "_Scored":
+    def select(self, rows: np.ndarray | slice, temperatures=None, params=None, tempered=True) -> "_Scored":
         labels = None if self.labels is None else self.labels[rows]
-        params = self.params if params is None else params
-        return _Scored(self.logits[rows], labels, self.costs, self.criterion, params, self.problem_type, temperatures)
+        settings = (self.criterion, self.params if params is None else params, self.problem_type)
+        return _Scored(self.logits[rows], labels, self.costs, *settings, temperatures, tempered)
 
     def choices(self) -> list["_Scored"]:
-        """The same rows under each setting of the criterion that is worth trying, where none is given."""
-        tried = [{}] if self.params else get_criterion(self.criterion).choices(self.logits)
-        return [self if params == {} else self.select(slice(None), self.temperatures, params) for params in tried]
+        """The same rows under each setting that is worth trying: parameters where none are given, and plain scores.
+
+        No temperature at all is a setting of its own: one per exit shifts which exits rows leave at, and is not always
+        for the better.
+        """
+        criterion = get_criterion(self.criterion)
+        tried = [{}] if self.params else criterion.choices(self.logits)
+        found = [self if params == {} else self.select(slice(None), self.temperatures, params) for params in tried]
+        plain = [self.select(slice(None), self.temperatures, one.params, tempered=False) for one in found]
+        return [*found, *(plain if criterion.scores_probabilities else [])]
 
     def exits(self, thresholds: np.ndarray) -> np.ndarray:
         """The 0-based exit, (num_rows,), that each row takes."""
@@ -146,7 +159,9 @@ class _Scored:
         return float(shares @ self.costs), float(self.gains[np.arange(self.num_rows), exits].mean())
 
     def policy(self, thresholds: np.ndarray, **about) -> ExitPolicy:
-        policy = ExitPolicy(self.criterion, [*map(float, thresholds)], self.temperatures, self.params, **about)
+        name = "temperatures" if self.tempered else "confidence_temperatures"
+        about = {**about, "params": self.params, name: self.temperatures}
+        policy = ExitPolicy(self.criterion, [*map(float, thresholds)], **about)
         return ExitPolicy.from_dict(policy.to_dict())
 
     def report(self, policy: ExitPolicy | None, thresholds: np.ndarray, message: str) -> CalibrationReport:
@@ -157,6 +172,21 @@ class _Scored:
     def score(self, thresholds: np.ndarray) -> float:
         """Share of rows answered right, or minus the mean squared error."""
         return float(self.right[np.arange(self.num_rows), self.exits(thresholds)].mean())
+
+
+def _targets(last_answers: np.ndarray, labels: np.ndarray | None, problem_type: str) -> np.ndarray:
+    """The right answers, (num_rows, answers): the labels, or what the last exit answers."""
+    if labels is None:
+        return last_answers
+    soft = problem_type == "single_label_classification" and labels.ndim == 2
+    return (labels.argmax(-1) if soft else labels).reshape(last_answers.shape)
+
+
+def _probability_of(targets: np.ndarray, logits: np.ndarray, problem_type: str) -> np.ndarray:
+    """The probability (num_rows, num_exits) of the right class, or, multi-label, the mean over the labels."""
+    if problem_type == "multi_label_classification":
+        return scipy.special.expit(np.where(targets[:, None] == 1, logits, -logits)).mean(-1)
+    return np.take_along_axis(scipy.special.softmax(logits, -1), targets[:, None], -1)[..., 0]
 
 
 def _tensor(values) -> torch.Tensor:
@@ -172,42 +202,44 @@ def _scored(exit_logits, labels, costs, criterion, params, problem_type) -> _Sco
             f"{len(costs)} costs."
         )
     num_rows, num_exits, num_labels = logits.shape
-    if num_labels == 1 and problem_type != "multi_label_classification":
-        problem_type = "regression"
+    problem_type = resolve_problem_type(problem_type, num_labels)
     ExitPolicy(criterion, [NEVER] * num_exits, params=params).validate(num_exits, problem_type, num_labels)
     if labels is not None:
-        labels = labels.detach().cpu().numpy() if torch.is_tensor(labels) else np.asarray(labels)
-        if len(labels) != num_rows:
-            raise ExitConfigurationError(f"{num_rows} calibration rows need as many labels, not {len(labels)}.")
+        labels = check_labels(labels, num_rows, num_labels, problem_type)
     return _Scored(logits, labels, np.asarray(costs, dtype=np.float64), criterion, params, problem_type)
 
 
-def predicted(logits: torch.Tensor, problem_type: str) -> np.ndarray:
-    """Predictions (num_rows, num_exits): classes, or numbers in regression."""
-    logits = _tensor(logits).numpy()
-    return logits[..., 0] if problem_type == "regression" else logits.argmax(-1)
-
-
-def fit_temperatures(exit_logits: np.ndarray, labels: np.ndarray | None) -> list[float]:
+def fit_temperatures(
+    exit_logits: np.ndarray, labels: np.ndarray | None, problem_type: str = "single_label_classification"
+) -> list[float]:
     """One temperature per exit that minimises its negative log-likelihood (Guo et al., ICML 2017, section 4.2).
 
-    Searched between 1/20 and 20. An exit that answers every row right has no minimum (the likelihood rises all the way
-    to temperature 0) and keeps 1.
+    Multi-label: the mean over the labels of the binary one. Searched between 1/20 and 20. An exit that answers every
+    row right has no minimum (the likelihood rises all the way to temperature 0) and keeps 1.
 
     Args:
         exit_logits: (num_rows, num_exits, num_labels).
-        labels: class indices (num_rows,), or soft labels (num_rows, num_labels); `None`: the last exit's own
-            predictions.
+        labels: as `check_labels` takes them; `None`: the last exit's own predictions.
+        problem_type: `single_label_classification` or `multi_label_classification`.
+
+    Raises:
+        ExitConfigurationError: labels that are missing or impossible.
     """
     logits = _tensor(exit_logits).double().numpy()
-    targets = logits[:, -1].argmax(-1) if labels is None else np.asarray(labels)
+    num_rows, num_exits, num_labels = logits.shape
+    if labels is None:
+        labels = predict_labels(logits[:, -1], problem_type)
+    targets = check_labels(labels, num_rows, num_labels, problem_type)
+    if targets.ndim == 1:
+        targets = np.eye(num_labels)[targets.astype(np.int64)]
     finite = np.isfinite(logits).all((1, 2))
-    num_exits, num_labels = logits.shape[1:]
     logits, targets = logits[finite], targets[finite]
     if len(logits) == 0:
         return [1.0] * num_exits
-    if targets.ndim == 1:
-        targets = np.eye(num_labels)[targets]
+    if problem_type == "multi_label_classification":
+        # Each label is a choice between two classes of logits 0 and z.
+        logits = np.stack([np.zeros_like(logits), logits], -1).swapaxes(1, 2).reshape(-1, num_exits, 2)
+        targets = np.stack([1 - targets, targets], -1).reshape(-1, 2)
     classes = targets.argmax(-1)
     hard = (targets.max(-1) == 1).all()
 
@@ -284,7 +316,8 @@ def geometric_policy(
 ) -> ExitPolicy:
     """The plain geometric split (MSDNet, Huang et al., ICLR 2018) of the best ratio that `target_cost` affords.
 
-    The baseline that `calibrate` improves on; arguments as there.
+    Of the scores with and without temperatures, whichever is better. The baseline that `calibrate` improves on;
+    arguments as there.
     """
     choices = _scored(exit_logits, labels, costs, criterion, params, problem_type).choices()
     scored, thresholds = _best_choice(choices, _geometric_start, target_cost)
@@ -326,9 +359,11 @@ def _calibrate_cost(choices: list[_Scored], target_cost: float) -> CalibrationRe
         raise ExitConfigurationError(
             f"--target_cost {target_cost:g} cannot be met: rows with NaN scores never leave early (cost {cost:.4g})."
         )
-    name = (
-        "score" if scored.regression else "accuracy" if scored.labels is not None else "agreement with the last exit"
-    )
+    name = "agreement with the last exit"
+    if scored.labels is not None:
+        name = {"regression": "score", "multi_label_classification": "accuracy over labels"}.get(
+            scored.problem_type, "accuracy"
+        )
     score = scored.score(best)
     message = f"At {cost:.3f} of the full cost: {name} {score:.4f} on {scored.num_rows} calibration rows."
     return scored.report(scored.policy(best, **about), best, message)
@@ -454,27 +489,29 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
     name = getattr(risk, "__name__", risk)
     never = np.full(scored.num_exits, NEVER)
     num_search = _num_search_rows(scored.num_rows)
-    num_certify = max(0, scored.num_rows - num_search)
+    num_certify = scored.num_rows - num_search
     if (1 - max_risk) ** num_certify > 1 - confidence:
         needed, total = rows_needed(max_risk, confidence)
         message = (
-            f"No early exit: {num_certify} certifying rows cannot show a risk of at most {max_risk:g} with confidence "
-            f"{confidence:g}, whatever the policy; that takes at least {needed}, so {total} calibration "
-            "rows or more. Give more of them (--calibration_file, --calibration_samples), or a larger --max_risk, or "
-            "a lower --risk_confidence."
+            f"No early exit: {rows_in_words(scored.num_rows)}. That cannot show a risk of at most {max_risk:g} with "
+            f"confidence {confidence:g}, whatever the policy: it takes at least {needed} rows that certify, so "
+            f"{total} calibration rows or more. Give more of them (--calibration_file, --calibration_samples), or a "
+            "larger --max_risk, or a lower --risk_confidence."
         )
         return scored.report(None, never, message)
 
     order = np.random.default_rng(seed).permutation(scored.num_rows)
-    choices = scored.select(order[:num_search]).choices()
-    search = choices[len(choices) // 2]
+    search = scored.select(order[:num_search])
+    if scored.regression:
+        choices = search.choices()
+        search = choices[len(choices) // 2]
     certify = scored.select(order[num_search:], search.temperatures, search.params)
     certified = None
     for level in range(1, _PATH_LEVELS + 1):
         leaving = round(level * num_search / _PATH_LEVELS)
         thresholds = np.array([_threshold_between(search.scores[:, k], leaving) for k in range(scored.num_exits)])
         losses = _risk_losses(risk, certify, certify.exits(thresholds))
-        p_value = risk_p_value(losses, max_risk, binary=not callable(risk))
+        p_value = risk_p_value(losses, max_risk, binary=risk in _BINARY_RISKS)
         if p_value > 1 - confidence:
             break
         certified = (thresholds, float(losses.sum()), p_value)
@@ -524,6 +561,8 @@ def check_risk(risk: str | Callable | None, problem_type: str, labelled: bool) -
         raise ExitConfigurationError(
             f"--max_risk with --risk {risk} counts classes and does not fit regression: use --target_cost."
         )
+    if risk == "hamming" and problem_type != "multi_label_classification":
+        raise ExitConfigurationError("--risk hamming counts the labels of a multi-label problem: use consistency.")
     if risk == "accuracy_gap" and not labelled:
         raise ExitConfigurationError("--risk accuracy_gap needs labels; without them use --risk consistency.")
     return risk
@@ -536,8 +575,19 @@ def rows_needed(max_risk: float, confidence: float) -> tuple[int, int]:
     return needed, total
 
 
+def rows_in_words(num_rows: int) -> str:
+    """What calibration rows are used for: a sentence without its full stop."""
+    num_search = _num_search_rows(num_rows)
+    if num_search == num_rows:
+        return f"there are {num_rows} calibration rows, all of them search for a policy and none certifies it"
+    return (
+        f"there are {num_rows} calibration rows, {num_search} of them search for a policy and {num_rows - num_search} "
+        "certify it"
+    )
+
+
 def _num_search_rows(num_rows: int) -> int:
-    return int(np.clip(num_rows // 5, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS))
+    return min(num_rows, int(np.clip(num_rows // 5, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS)))
 
 
 def _risk_losses(risk: str | Callable, scored: _Scored, exits: np.ndarray) -> np.ndarray:
@@ -549,9 +599,10 @@ def _risk_losses(risk: str | Callable, scored: _Scored, exits: np.ndarray) -> np
         return losses
     rows = np.arange(scored.num_rows)
     if risk == "accuracy_gap":
-        return np.maximum(scored.right[:, -1] - scored.right[rows, exits], 0)
-    predictions = predicted(scored.logits, scored.problem_type)
-    return (predictions[rows, exits] != predictions[:, -1]).astype(np.float64)
+        right = scored.right == 1
+        return (right[:, -1] & ~right[rows, exits]).astype(np.float64)
+    differs = scored.predictions[rows, exits] != scored.predictions[:, -1]
+    return differs.mean(1) if risk == "hamming" else differs.any(1).astype(np.float64)
 
 
 # Tables

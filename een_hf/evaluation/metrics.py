@@ -10,7 +10,10 @@ import numpy as np
 import scipy.special
 import scipy.stats
 import sklearn.metrics
+import torch
 from transformers import EvalPrediction
+
+from ..models.configuration_een import ExitConfigurationError
 
 
 _MULTI_LABEL = "multilabel"
@@ -176,6 +179,59 @@ def predict_labels(logits: np.ndarray, problem_type: str) -> np.ndarray:
     )
 
 
+def check_labels(labels, num_rows: int, num_labels: int, problem_type: str) -> np.ndarray:
+    """Labels as an array, after checking that each row has one: a missing one would count as an error of every exit.
+
+    Args:
+        labels: an array, a tensor or a list. `single_label_classification`: class indices (num_rows,), or soft labels
+            (num_rows, num_labels) that sum to 1. `multi_label_classification`: 0/1, (num_rows, num_labels).
+            `regression`: numbers, (num_rows,) or (num_rows, num_labels).
+        num_rows: how many there must be.
+        num_labels: of the model.
+        problem_type: as in transformers.
+
+    Raises:
+        ExitConfigurationError: labels of another number, shape or kind, or some that are missing (-1, -100, NaN) or
+            that the model does not have; they are counted, and the first is named.
+    """
+    if torch.is_tensor(labels):
+        labels = labels.detach().cpu()
+        labels = (labels.float() if labels.is_floating_point() else labels).numpy()
+    labels = np.asarray(labels)
+    if labels.ndim == 0 or len(labels) != num_rows:
+        raise ExitConfigurationError(
+            f"{num_rows} rows need as many labels, not {len(labels) if labels.ndim else labels}."
+        )
+    vectors = labels.ndim == 2 and labels.shape[1] == num_labels
+    numbers = labels.dtype.kind in "iufb"
+    if problem_type == "single_label_classification":
+        wanted = f"class indices from 0 to {num_labels - 1}"
+        if numbers and vectors and num_labels > 1:
+            wanted = f"soft labels, {num_labels} numbers from 0 that sum to 1"
+            valid = (labels >= 0).all(1) & (np.abs(labels.sum(1, dtype=np.float64) - 1) < 1e-2)
+        elif labels.dtype.kind in "iub" and labels.ndim == 1:
+            valid = (labels >= 0) & (labels < num_labels)
+        else:
+            valid = None
+    elif problem_type == "multi_label_classification":
+        wanted = f"{num_labels} numbers for each row, 0 or 1"
+        valid = np.isin(labels, (0, 1)).all(1) if numbers and vectors else None
+    else:
+        wanted = "one finite number for each row" if num_labels == 1 else f"{num_labels} finite numbers for each row"
+        fits = numbers and labels.size == num_rows * num_labels
+        valid = np.isfinite(labels).reshape(num_rows, num_labels).all(1) if fits else None
+    if valid is None:
+        raise ExitConfigurationError(f"Labels of {problem_type} are {wanted}, not {labels.dtype} {labels.shape}.")
+    if not valid.all():
+        first = int(np.argmin(valid))
+        raise ExitConfigurationError(
+            f"{np.count_nonzero(~valid)} of {num_rows} rows have no label that the model knows, the first of them row "
+            f"{first} (counted from 0) with {labels[first]}. Labels are {wanted}: leave the other rows out, or give "
+            "no labels at all, which is enough to calibrate for agreement with the last exit (--risk consistency)."
+        )
+    return labels
+
+
 def make_compute_metrics(names: Sequence[str], problem_type: str) -> Callable[[EvalPrediction], dict[str, float]]:
     """A `compute_metrics` for a `Trainer` whose predictions are logits (num_rows, num_labels).
 
@@ -211,13 +267,17 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins:
 
     Args:
         logits: (num_rows, num_labels).
-        labels: class indices, (num_rows,).
+        labels: as `check_labels` takes them.
         num_bins: M.
+
+    Raises:
+        ExitConfigurationError: missing or impossible labels.
     """
     logits = np.asarray(logits, dtype=np.float64)
+    labels = check_labels(labels, *logits.shape, "single_label_classification")
     probabilities = scipy.special.softmax(logits, axis=-1)
     confidence = probabilities.max(-1)
-    right = logits.argmax(-1) == np.asarray(labels)
+    right = logits.argmax(-1) == (labels if labels.ndim == 1 else labels.argmax(-1))
     edges = np.linspace(0, 1, num_bins + 1)
     bins = np.searchsorted(edges[1:-1], confidence, side="left")
     # |B_m| (acc - conf) is the sum of (right - confidence) over the bin.

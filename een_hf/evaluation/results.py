@@ -18,7 +18,7 @@ from ..errors import in_one_line
 from ..models.configuration_een import ExitConfigurationError
 from ..models.exit_losses import loss_matrix
 from ..models.policies import is_number
-from .metrics import expected_calibration_error
+from .metrics import check_labels, expected_calibration_error
 
 
 RESULTS_NAME = "exit_results.json"
@@ -126,8 +126,12 @@ def anytime_table(
     Returns:
         one dict per exit: `exit` (from 1), `layer`, `relative_cost`, `loss` (mean over rows), `metrics`, `ece` (`None`
         where rows have no single class).
+
+    Raises:
+        ExitConfigurationError: missing or impossible labels.
     """
-    exit_logits, labels = np.asarray(exit_logits), np.asarray(labels)
+    exit_logits = np.asarray(exit_logits)
+    labels = check_labels(labels, len(exit_logits), exit_logits.shape[-1], problem_type)
     with torch.no_grad():
         losses = loss_matrix(torch.tensor(exit_logits), torch.tensor(labels), problem_type).double().mean(0).tolist()
     table = []

@@ -77,25 +77,16 @@ def resolve_problem_type(problem_type: str | None, num_labels: int) -> str:
     return problem_type or "single_label_classification"
 
 
-def temper(logits: torch.Tensor, exit_index: torch.Tensor, temperatures: list[float] | None) -> torch.Tensor:
-    """Answers' logits (rows, num_labels), divided by the temperature of the exit (rows,) that gave them."""
-    if temperatures is None:
-        return logits
-    return logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[exit_index].unsqueeze(-1)
-
-
 def answer_confidence(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor | None:
     """How probable it is that answers (rows, num_labels) are right, (rows,): what people read as confidence.
 
-    Classes: the largest softmax probability. Multi-label: the probability of the label nearest to its threshold, min
-    over labels of max(p, 1 - p). Regression: `None`.
+    Classes: the criterion `confidence`. Multi-label: `label_confidence`. Regression: `None`.
     """
     problem_type = resolve_problem_type(problem_type, logits.shape[-1])
     if problem_type == "regression":
         return None
-    if problem_type == "multi_label_classification":
-        return logits.abs().amin(-1).sigmoid()
-    return logits.softmax(-1).amax(-1)
+    name = "label_confidence" if problem_type == "multi_label_classification" else "confidence"
+    return get_criterion(name).score(logits, ())[0]
 
 
 def fitting_criteria(problem_type: str) -> list[str]:
@@ -107,7 +98,7 @@ class ExitCriterion:
     """Scores exits one after the other; what it remembers of a row is a tuple of tensors, row first.
 
     A subclass supplies `step`, and names in `defaults` its parameters, in `problem_types` what it can score, and in
-    `scores_probabilities` whether it reads softmax probabilities: only those are sharpened by a temperature.
+    `scores_probabilities` whether it reads probabilities: only those are sharpened by a temperature.
     """
 
     name: str
@@ -185,6 +176,19 @@ class Margin(ExitCriterion):
         return top[..., 0] - (top[..., 1] if top.shape[-1] > 1 else 0), state
 
 
+@register_criterion("label_confidence")
+class LabelConfidence(ExitCriterion):
+    """Of several labels, each with a probability p of its own, the least certain: min over labels of max(p, 1 - p).
+
+    It reaches a threshold where every label is that far from being answered otherwise.
+    """
+
+    problem_types = ("multi_label_classification",)
+
+    def step(self, logits, state):
+        return logits.abs().amin(-1).sigmoid(), state
+
+
 @register_criterion("patience")
 class Patience(ExitCriterion):
     """Exits in a row, before and with this one, that agree with the exit before (PABEE, Zhou et al., NeurIPS 2020).
@@ -242,10 +246,13 @@ class ExitPolicy:
         criterion: a registered name.
         thresholds: one per exit; a row leaves at the first exit whose score is at least its threshold. The last is
             ignored: the last exit takes whoever is left. `NEVER` is a threshold that no score reaches.
-        temperatures: one per exit, or `None`; logits are divided by them for scoring only.
+        temperatures: one per exit, or `None`; logits are divided by them for scoring, and for what people read as
+            confidence.
         params: the criterion's parameters.
         calibrated_for: what the thresholds were chosen for, for example `{"target_cost": 0.5}`.
         guarantee: what is certified of the policy, or `None`.
+        confidence_temperatures: one per exit, for what people read as confidence, where `temperatures` is `None`
+            because the plain scores were better to decide by.
     """
 
     criterion: str
@@ -254,6 +261,7 @@ class ExitPolicy:
     params: dict = field(default_factory=dict)
     calibrated_for: dict = field(default_factory=dict)
     guarantee: dict | None = None
+    confidence_temperatures: list[float] | None = None
 
     def __post_init__(self):
         if self.thresholds is None:
@@ -272,8 +280,9 @@ class ExitPolicy:
         """A plain dict, ready for strict JSON; thresholds beyond `NEVER`, infinite ones too, become `NEVER`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["thresholds"] = [max(-NEVER, min(NEVER, float(threshold))) for threshold in self.thresholds]
-        if self.temperatures is not None:
-            values["temperatures"] = [float(temperature) for temperature in self.temperatures]
+        for name in ("temperatures", "confidence_temperatures"):
+            if values[name] is not None:
+                values[name] = [float(temperature) for temperature in values[name]]
         return values
 
     @classmethod
@@ -347,7 +356,7 @@ class ExitPolicy:
             value = getattr(self, name)
             if not isinstance(value, dict | None):
                 raise ExitConfigurationError(f"exit_policy: {name} must be a dict or None, not {reprlib.repr(value)}.")
-        for name in ("thresholds", "temperatures"):
+        for name in ("thresholds", "temperatures", "confidence_temperatures"):
             values = getattr(self, name)
             if not isinstance(values, list | tuple | None):
                 raise ExitConfigurationError(
@@ -359,14 +368,15 @@ class ExitPolicy:
                 )
             if not all(map(is_number, values or [])):
                 raise ExitConfigurationError(f"exit_policy has {name} that are no numbers: {reprlib.repr(values)}.")
-        if self.temperatures and problem_type == "regression":
+        temperatures = [*(self.temperatures or []), *(self.confidence_temperatures or [])]
+        if temperatures and problem_type == "regression":
             raise ExitConfigurationError(
                 "exit_policy has temperatures, which mean nothing in regression: leave them out."
             )
         low, high = TEMPERATURE_RANGE
-        if any(not low <= temperature <= high for temperature in self.temperatures or []):
+        if any(not low <= temperature <= high for temperature in temperatures):
             raise ExitConfigurationError(
-                f"exit_policy needs temperatures above 0, from {low:g} to {high:g}, not {self.temperatures}."
+                f"exit_policy needs temperatures above 0, from {low:g} to {high:g}, not {temperatures}."
             )
 
     def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
@@ -383,6 +393,13 @@ class ExitPolicy:
         temperature = self.temperatures[exit_index] if self.temperatures else None
         scores, state = self.scorer.score(logits, state, temperature)
         return scores >= self.thresholds[exit_index], state
+
+    def temper(self, logits: torch.Tensor, exit_index: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, num_labels) of answers, divided by the temperature of the 0-based exit (rows,) of each."""
+        temperatures = self.confidence_temperatures or self.temperatures
+        if temperatures is None:
+            return logits
+        return logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[exit_index].unsqueeze(-1)
 
     def scores(self, exit_logits: torch.Tensor) -> torch.Tensor:
         """Scores (num_rows, num_exits) of logits (num_rows, num_exits, num_labels)."""

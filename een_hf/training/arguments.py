@@ -128,6 +128,7 @@ class Risk(ExplicitEnum):
 
     ACCURACY_GAP = "accuracy_gap"
     CONSISTENCY = "consistency"
+    HAMMING = "hamming"
 
 
 class CostUnit(ExplicitEnum):
@@ -143,7 +144,10 @@ class CalibrationArguments:
 
     exit_criterion: str = field(
         default="confidence",
-        metadata={"help": "How sure an exit is: `confidence`, `entropy`, `margin`, `patience` or `vote`."},
+        metadata={
+            "help": "How sure an exit is: `confidence`, `entropy`, `margin`, `patience` or `vote`; multi-label: "
+            "`label_confidence`."
+        },
     )
     target_cost: float | None = field(
         default=None, metadata={"help": "Set the most accurate policy at this average relative cost."}
@@ -155,7 +159,8 @@ class CalibrationArguments:
         default=None,
         metadata={
             "help": "`accuracy_gap`: last exit right and policy wrong (default with labels); `consistency`: policy "
-            "differs from the last exit (needs no labels)."
+            "differs from the last exit, in any label (needs no labels); `hamming`, multi-label: share of labels in "
+            "which it differs (needs no labels)."
         },
     )
     risk_confidence: float = field(

@@ -41,7 +41,7 @@ from ..evaluation import (
     text_functions,
     write_exit_results,
 )
-from ..evaluation.calibration import CalibrationReport, rows_needed
+from ..evaluation.calibration import CalibrationReport, rows_in_words, rows_needed
 from ..hub import choose_examples, hub_name, write_examples, write_model_card
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
 from ..models.configuration_een import is_classifier
@@ -459,13 +459,13 @@ class Experiment:
 
     def _warn_of_few_rows(self) -> None:
         risk, confidence = self.args.calibration.max_risk, self.args.calibration.risk_confidence
-        needed = rows_needed(risk, confidence)[1]
+        _, needed = rows_needed(risk, confidence)
         rows = self.calibration_rows
         found = len(self.splits["validation"]) // 2 if rows is None else len(rows)
         if found < needed:
             logger.warning(
                 f"No early exit will be certified: --max_risk {risk:g} with --risk_confidence {confidence:g} takes at "
-                f"least {needed} calibration rows, there are {found}. Give more, or a larger --max_risk."
+                f"least {needed} calibration rows; {rows_in_words(found)}. Give more, or a larger --max_risk."
             )
 
     def _check_budget(self) -> None:

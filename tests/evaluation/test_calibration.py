@@ -30,6 +30,16 @@ def _rows(num_rows, num_exits=4, num_labels=3, seed=0):
     return logits.astype(np.float32), labels
 
 
+def _multi_label_rows(num_rows, num_exits=4, num_labels=3, seed=0):
+    """As `_rows`, each label a matter of its own; labels are 0/1, (num_rows, num_labels)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, (num_rows, num_labels))
+    logits = rng.normal(size=(num_rows, num_exits, num_labels))
+    ease = rng.normal(size=(num_rows, 1)) + np.linspace(0.8, 3, num_exits)
+    logits += np.maximum(0, ease)[..., None] * (2 * labels - 1)[:, None]
+    return logits.astype(np.float32), labels
+
+
 def _costs(num_exits):
     return np.arange(1, num_exits + 1) / num_exits
 
@@ -73,6 +83,20 @@ def test_temperatures_take_soft_labels_and_the_last_exit():
     assert fit_temperatures(logits, None) == pytest.approx(fit_temperatures(logits, logits[:, -1].argmax(-1)))
     smooth = 0.9 * np.eye(3)[labels] + 0.1 / 3
     assert all(soft > sharp for soft, sharp in zip(fit_temperatures(logits, smooth), hard, strict=True))
+
+
+def test_temperatures_of_several_labels_minimise_the_binary_likelihood():
+    """A softmax over labels that do not exclude each other has another optimum."""
+    logits, labels = _multi_label_rows(400)
+    logits *= np.array([0.3, 1.0, 2.0, 5.0], dtype=np.float32)[:, None]
+    grid = np.geomspace(0.05, 20, 4001)
+    for index, temperature in enumerate(fit_temperatures(logits, labels, "multi_label_classification")):
+        signed = np.where(labels == 1, 1.0, -1.0) * logits[:, index]
+        best = grid[np.argmin([np.logaddexp(0, -signed / value).mean() for value in grid])]
+        assert temperature == pytest.approx(best, rel=5e-3)
+    perfect = 5.0 * (2 * labels[:, None].repeat(2, 1) - 1)
+    assert fit_temperatures(perfect, labels, "multi_label_classification") == [1.0, 1.0]
+    assert fit_temperatures(perfect, None, "multi_label_classification") == [1.0, 1.0]
 
 
 def test_temperature_without_an_optimum_is_one():
@@ -131,6 +155,42 @@ def test_never_below_the_geometric_split(num_rows, criterion):
             plain_cost, plain_accuracy = _outcome(plain, logits, labels, costs)
             assert plain_cost <= target + 1e-12
             assert report.score >= plain_accuracy - 1e-12
+
+
+def _plain_geometric_split(logits, labels, costs, target):
+    """The accuracy of MSDNet's split of the softmax scores as they are, its best q that the target affords."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    scores = (shifted / shifted.sum(-1, keepdims=True)).max(-1)
+    best = 0.0
+    for ratio in np.geomspace(1 / 30, 30, 61):
+        shares = ratio ** np.arange(len(costs))
+        left, exits = list(range(len(labels))), np.full(len(labels), len(costs) - 1)
+        wanted = np.round(np.cumsum(shares / shares.sum()) * len(labels)).astype(int)
+        for index, count in enumerate(np.diff(wanted, prepend=0)[:-1]):
+            left.sort(key=lambda row, index=index: -scores[row, index])
+            exits[left[:count]] = index
+            left = left[count:]
+        if costs[exits].mean() <= target:
+            best = max(best, (logits[np.arange(len(labels)), exits].argmax(-1) == labels).mean())
+    return best
+
+
+def test_never_below_the_geometric_split_of_the_plain_scores():
+    """One temperature per exit, fitted to the likelihood, may order rows worse than none."""
+    costs, worse_with_temperatures = _costs(4), 0
+    for seed in range(40):
+        logits, labels = _rows(60, seed=seed)
+        logits *= np.array([4.0, 0.3, 1.0, 1.0], dtype=np.float32)[:, None]
+        for target in (0.4, 0.6):
+            report = calibrate(logits, labels, costs, target_cost=target)
+            plain = _plain_geometric_split(logits, labels, costs, target)
+            assert report.score >= plain - 1e-12
+            worse_with_temperatures += report.policy.temperatures is None
+            # People read calibrated numbers whichever scores decide.
+            read = report.policy.confidence_temperatures or report.policy.temperatures
+            assert read == pytest.approx(fit_temperatures(logits, labels))
+            assert (report.policy.confidence_temperatures is None) != (report.policy.temperatures is None)
+    assert worse_with_temperatures > 3
 
 
 @pytest.mark.parametrize("criterion", ["patience", "vote"])
@@ -315,6 +375,100 @@ def test_without_labels_the_last_exit_is_right():
     assert "agreement" in report.message
 
 
+# Several labels
+
+
+MULTI = {"problem_type": "multi_label_classification", "criterion": "label_confidence"}
+
+
+def _label_outcome(policy, logits, costs, target):
+    """Average cost and losses against 0/1 targets (num_rows, num_labels), a row, an exit and a label at a time."""
+    spent, shares = 0.0, []
+    for row, exits in enumerate(logits.astype(np.float64)):
+        for index, one in enumerate(exits):
+            p = 1 / (1 + np.exp(-one / (policy.temperatures or [1.0] * len(costs))[index]))
+            if index == len(costs) - 1 or min(max(value, 1 - value) for value in p) >= policy.thresholds[index]:
+                break
+        spent += costs[index]
+        shares.append(np.mean([(value > 0) != truth for value, truth in zip(one, target[row], strict=True)]))
+    return spent / len(logits), np.array(shares)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_several_labels_meet_a_cost(labelled):
+    """A policy that stops where the likeliest label is sure ignores all others."""
+    logits, labels = _multi_label_rows(400)
+    costs = _costs(4)
+    truth = labels if labelled else logits[:, -1] > 0
+    for target in (0.3, 0.5, 0.8):
+        report = calibrate(logits, labels if labelled else None, costs, target_cost=target, **MULTI)
+        cost, losses = _label_outcome(report.policy, logits, costs, truth)
+        assert cost <= target + 1e-12
+        assert report.relative_cost == pytest.approx(cost)
+        assert report.score == pytest.approx(1 - losses.mean())
+        # Better than one exit for all that costs no more.
+        deepest = int(target * 4 + 1e-9) - 1
+        assert report.score > 1 - ((logits[:, deepest] > 0) != truth).mean()
+    soft = calibrate(logits, labels.astype(np.float32), costs, target_cost=0.5, **MULTI)
+    assert soft.policy == calibrate(logits, labels, costs, target_cost=0.5, **MULTI).policy
+
+
+@pytest.mark.parametrize("risk", ["accuracy_gap", "consistency", "hamming"])
+def test_risks_of_several_labels_can_be_recomputed(risk):
+    """An answer differs where any label does; the share of labels is no coin toss and needs the bound for any loss."""
+    logits, labels = _multi_label_rows(1000)
+    limit = 0.05 if risk == "hamming" else 0.1
+    report = calibrate(logits, labels, _costs(4), max_risk=limit, risk=risk, seed=5, **MULTI)
+    certifying = np.random.default_rng(5).permutation(1000)[200:]
+    rows, truth = logits[certifying], labels[certifying]
+    last = rows[:, -1] > 0
+    cost, shares = _label_outcome(report.policy, rows, _costs(4), last)
+    if risk == "hamming":
+        losses = shares
+        mean = losses.sum() / 800
+        divergence = mean * math.log(mean / limit) + (1 - mean) * math.log((1 - mean) / (1 - limit))
+        bentkus = math.e * scipy.stats.binom.cdf(math.ceil(losses.sum()), 800, limit)
+        p_value = min(math.exp(-800 * divergence), bentkus)
+    else:
+        losses = shares > 0
+        if risk == "accuracy_gap":
+            wrong = _label_outcome(report.policy, rows, _costs(4), truth)[1] > 0
+            losses = (last == truth).all(1) & wrong
+        p_value = scipy.stats.binom.cdf(losses.sum(), 800, limit)
+    guarantee = report.policy.guarantee
+    assert guarantee["risk"] == risk
+    assert guarantee["errors"] == pytest.approx(losses.sum())
+    assert guarantee["p_value"] == pytest.approx(p_value)
+    assert 0 < guarantee["p_value"] <= 0.1
+    assert report.relative_cost == pytest.approx(cost) and cost < 1
+
+
+def test_the_promise_on_labels_holds_over_many_draws():
+    """As below, for losses that are shares: the risk exceeds its limit as rarely as was promised."""
+    num_draws, confidence, limit = 150, 0.8, 0.05
+    logits, labels = _multi_label_rows(12000, num_exits=3, seed=1)
+    population, answers = torch.tensor(logits), logits > 0
+    rng, exceeded, left_early = np.random.default_rng(2), 0, 0
+    for draw in range(num_draws):
+        rows = rng.integers(0, len(labels), 300)
+        settings = {"max_risk": limit, "risk": "hamming", "risk_confidence": confidence, "seed": draw}
+        report = calibrate(logits[rows], None, _costs(3), **settings, **MULTI)
+        if report.policy is None:
+            continue
+        left_early += 1
+        exits = report.policy.exits_of(population).numpy()
+        exceeded += (answers[np.arange(12000), exits] != answers[:, -1]).mean() > limit
+    allowed = 1 - confidence
+    assert exceeded / num_draws <= allowed + 3 * math.sqrt(allowed * (1 - allowed) / num_draws)
+    assert left_early / num_draws > 0.7
+
+
+def test_labels_are_counted_in_multi_label_problems_only():
+    logits, labels = _rows(300)
+    with pytest.raises(ExitConfigurationError, match="--risk hamming.*multi-label.*consistency"):
+        calibrate(logits, labels, _costs(4), max_risk=0.1, risk="hamming")
+
+
 # Certified risk
 
 
@@ -436,8 +590,10 @@ def test_too_few_rows_say_how_many_would_do():
     assert report.policy is None
     assert report.relative_cost == 1
     flags = ("--calibration_file", "--calibration_samples", "--max_risk", "--risk_confidence")
-    for word in (*flags, "50", "114", "164"):
+    for word in (*flags, "100 calibration rows, 50 of them search for a policy and 50 certify it", "114", "164"):
         assert word in report.message
+    few = calibrate(*_rows(50), _costs(4), max_risk=0.02)
+    assert "there are 50 calibration rows, all of them search for a policy and none certifies it" in few.message
     # 0.98^114 <= 0.1 < 0.98^113; 114 certify, 50 search. The number is right to the row.
     assert 0.98**114 <= 0.1 < 0.98**113
     for num_rows, possible in ((163, False), (164, True)):
@@ -515,7 +671,7 @@ def test_settings_that_cannot_work_name_the_flag(settings, words):
 def test_arrays_that_do_not_fit_are_refused():
     """Labels of one row broadcast over all; costs of another model shift every budget."""
     logits, labels = _rows(100)
-    with pytest.raises(ExitConfigurationError, match="100 calibration rows.*not 1"):
+    with pytest.raises(ExitConfigurationError, match="100 rows.*not 1"):
         calibrate(logits, labels[:1], _costs(4), target_cost=0.5)
     with pytest.raises(ExitConfigurationError, match="5 costs"):
         calibrate(logits, labels, _costs(5), target_cost=0.5)
@@ -523,6 +679,46 @@ def test_arrays_that_do_not_fit_are_refused():
         calibrate(logits[:0], labels[:0], _costs(4), target_cost=0.5)
     with pytest.raises(ExitConfigurationError, match="--risk accuracy_gap needs labels"):
         calibrate(logits, None, _costs(4), max_risk=0.1, risk="accuracy_gap")
+
+
+def _spoilt(labels, value):
+    """Labels whose row 7 has this value."""
+    labels = labels.astype(np.float64 if isinstance(value, float) else labels.dtype)
+    labels[7] = value
+    return labels
+
+
+NO_LABEL = "1 of 100 rows have no label that the model knows, the first of them row 7 .*--risk consistency"
+
+
+@pytest.mark.parametrize("settings", [{"target_cost": 0.5}, {"max_risk": 0.1, "risk": "consistency"}])
+@pytest.mark.parametrize(
+    ("problem_type", "spoil", "named"),
+    [
+        ("single_label_classification", lambda labels: _spoilt(labels, -1), NO_LABEL),
+        ("single_label_classification", lambda labels: _spoilt(labels, -100), "with -100"),
+        ("single_label_classification", lambda labels: _spoilt(labels, 3), "with 3.*from 0 to 2"),
+        ("single_label_classification", lambda labels: torch.tensor(_spoilt(labels, -1)), NO_LABEL),
+        ("single_label_classification", lambda labels: _spoilt(labels, 1.0), "from 0 to 2, not float64"),
+        ("single_label_classification", lambda labels: _spoilt(labels, math.nan), "from 0 to 2, not float64"),
+        ("single_label_classification", lambda labels: [None] * len(labels), "from 0 to 2, not object"),
+        ("single_label_classification", lambda labels: _spoilt(np.eye(3)[labels], 0.0), NO_LABEL + "|sum to 1"),
+        ("single_label_classification", lambda labels: _spoilt(np.eye(3)[labels], math.nan), NO_LABEL),
+        ("multi_label_classification", lambda labels: _spoilt(np.eye(3)[labels], -1.0), NO_LABEL),
+        ("multi_label_classification", lambda labels: _spoilt(np.eye(3)[labels], math.nan), NO_LABEL),
+        ("multi_label_classification", lambda labels: labels, "3 numbers for each row, 0 or 1, not int64"),
+        ("regression", lambda labels: _spoilt(labels, math.nan), NO_LABEL),
+        ("regression", lambda labels: [None] * len(labels), "one finite number for each row, not object"),
+    ],
+)
+def test_missing_and_impossible_labels_are_an_error(problem_type, spoil, named, settings):
+    """A row without label counts as an error of every exit, the last too, and so hides what leaving early costs."""
+    logits, labels = _rows(100)
+    criterion = {"multi_label_classification": "label_confidence", "regression": "patience"}.get(problem_type)
+    logits = logits[..., :1] if problem_type == "regression" else logits
+    given = spoil(labels)
+    with pytest.raises(ExitConfigurationError, match=named):
+        calibrate(logits, given, _costs(4), criterion=criterion or "confidence", problem_type=problem_type, **settings)
 
 
 def test_risks_of_classes_refuse_regression():

@@ -64,6 +64,17 @@ def test_anytime_table_of_classes(rng):
         assert entry["ece"] == pytest.approx(expected_calibration_error(own, labels))
 
 
+@pytest.mark.parametrize("label", [-100, -1, 4])
+def test_anytime_table_refuses_missing_labels(rng, label):
+    """Fails if rows without a label count as errors, or with a loss of 0, which -100 gives."""
+    labels = rng.integers(0, 4, 50)
+    labels[3] = label
+    with pytest.raises(ExitConfigurationError, match=f"1 of 50 rows.*row 3 .*with {label}"):
+        table_of(rng.normal(size=(50, 3, 4)), labels, ["accuracy"], "single_label_classification")
+    with pytest.raises(ExitConfigurationError, match="1 of 50 rows"):
+        expected_calibration_error(rng.normal(size=(50, 4)), labels)
+
+
 def test_anytime_table_of_numbers(rng):
     """Fails if regression is scored as classification or gets a calibration error."""
     logits, labels = rng.normal(size=(20, 3, 1)).astype(np.float32), rng.normal(size=20).astype(np.float32)

@@ -267,6 +267,50 @@ def test_multi_label_problems_are_refused(criterion):
         ExitPolicy(criterion, [0.5] * 3).validate(3, "multi_label_classification", 4)
 
 
+@pytest.mark.parametrize("temperatures", [None, [0.5, 1.0, 2.0, 3.0, 0.25]])
+def test_several_labels_leave_by_the_least_certain(temperatures):
+    """A row that leaves because one label is clear would answer the others by chance."""
+    logits = _logits()
+    logits[3, 1, 2] = float("nan")
+    expected = [
+        [
+            min(max(p, 1 - p) for p in (1 / (1 + math.exp(-value / temperature)) for value in exit_logits))
+            if not any(map(math.isnan, exit_logits))
+            else math.nan
+            for exit_logits, temperature in zip(row, temperatures or [1.0] * NUM_EXITS, strict=True)
+        ]
+        for row in logits.tolist()
+    ]
+    thresholds = [0.7, 0.75, 0.6, 0.65, 1.0]
+    policy = ExitPolicy("label_confidence", thresholds, temperatures)
+    torch.testing.assert_close(policy.scores(logits), torch.tensor(expected), rtol=0, atol=2e-6, equal_nan=True)
+    exits = [next((k for k in range(4) if row[k] >= thresholds[k]), 4) for row in expected]
+    assert policy.exits_of(logits).tolist() == exits
+    assert len(set(exits)) > 2
+    policy.validate(NUM_EXITS, "multi_label_classification", 4)
+    for problem_type, num_labels in (("single_label_classification", 4), (None, 4), ("regression", 1)):
+        with pytest.raises(ExitConfigurationError, match="label_confidence does not fit.*Use: "):
+            policy.validate(NUM_EXITS, problem_type, num_labels)
+
+
+def test_temperatures_for_people_decide_nothing():
+    """Plain scores may decide better while people still read calibrated numbers."""
+    logits, temperatures = _logits(), [0.5, 1.0, 2.0, 3.0, 0.25]
+    plain = ExitPolicy("confidence", [0.6] * NUM_EXITS)
+    policy = ExitPolicy("confidence", [0.6] * NUM_EXITS, confidence_temperatures=temperatures)
+    exits = policy.exits_of(logits)
+    assert exits.equal(plain.exits_of(logits)) and exits.unique().numel() > 2
+    answers = logits[torch.arange(len(exits)), exits]
+    expected = torch.stack([row / temperatures[k] for row, k in zip(answers, exits.tolist(), strict=True)])
+    assert policy.temper(answers, exits).equal(expected)
+    assert plain.temper(answers, exits).equal(answers)
+    again = ExitPolicy.from_dict(json.loads(json.dumps(policy.to_dict(), allow_nan=False)))
+    assert again == policy
+    for bad in ([1.0], [0.0] * NUM_EXITS):
+        with pytest.raises(ExitConfigurationError, match="temperatures"):
+            ExitPolicy("confidence", [0.6] * NUM_EXITS, confidence_temperatures=bad).validate(NUM_EXITS, None, 4)
+
+
 def test_regression_of_several_labels_is_refused():
     """Patience would compare the index of the largest of several numbers."""
     with pytest.raises(ExitConfigurationError, match="--exit_criterion patience.*1 label, not 3"):
