@@ -134,6 +134,37 @@ def test_predictions_are_those_of_the_saved_model(finished, files):
         assert answer == names[line["exit"] - 1]
 
 
+def evaluate(model, out, **files):
+    flags = [f"--{split}_file={path}" for split, path in files.items()]
+    flags += ["--do_eval"] if "validation" in files else ["--do_predict"]
+    main(TEXT, [f"--model_name_or_path={model}", *flags, "--max_seq_length=16", "--use_cpu", f"--output_dir={out}"])
+
+
+def test_a_checkpoint_predicts_rows_without_labels(finished, files, tmp_path):
+    """What breaks: the labels of one's own model are not known to it, and a file of texts alone is refused."""
+    evaluate(finished, tmp_path / "out", test=files["test"])
+    lines = [
+        (tmp_path / "out" / "predict_exits_new.jsonl").read_text(),
+        (finished / "predict_exits_train.jsonl").read_text(),
+    ]
+    found, wanted = ([json.loads(line)["predictions"] for line in text.splitlines()] for text in lines)
+    assert found == wanted and {name for row in found for name in row} <= {"bad", "good"}
+
+
+@pytest.mark.parametrize(("name", "label"), [("good", "good"), ("number", 1), ("case", "GOOD")])
+def test_a_file_of_one_of_the_checkpoints_classes_is_evaluated(name, label, finished, files, tmp_path):
+    """What breaks: rows of some classes are refused, with the advice to give up the head, or graded as class 0."""
+    with files["validation"].open() as file:
+        texts = [row["text"] for row in csv.DictReader(file) if row["label"] == "good"]
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text in texts))
+    evaluate(finished, tmp_path / "out", validation=path)
+    saved = np.load(tmp_path / "out" / "exit_logits.npz")
+    assert saved["labels"].tolist() == [1] * len(texts)
+    row = json.loads((tmp_path / "out" / "exit_results.json").read_text())["anytime"][-1]
+    assert row["metrics"]["accuracy"] == (saved["logits"][:, -1].argmax(-1) == 1).mean()
+
+
 def test_a_finished_run_and_another_runs_folder_are_refused(finished, files, minilm_path):
     flags = [f"--{split}_file={path}" for split, path in files.items()]
     flags += ["--do_train", "--do_eval", "--do_predict", "--target_cost=0.8", "--learning_rate=0.01"]

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .labels import PROBLEM_TYPES
+from .partition import partition_labels
 from .task import DataError
 
 
@@ -35,6 +37,13 @@ class DataArguments:
         },
     )
     partition_id: str | None = field(default=None, metadata={"help": "Number of the part, or `all` for their union."})
+    problem_type: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What the labels mean, where their type does not say it: {', '.join(PROBLEM_TYPES)}. Default: "
+            "classes of words and whole numbers, numbers of floating point ones, several classes of lists."
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "Read training rows as they are needed, for data that do not fit; with --max_steps."},
@@ -55,6 +64,8 @@ class DataArguments:
         for split, path in paths.items():
             if not exists(path):
                 raise DataError(f"--{split}_{self.path_kind} {path} is not there.")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise DataError(f"--problem_type {self.problem_type!r} is not one of: {', '.join(PROBLEM_TYPES)}.")
         self.check_positive(*LIMITS.values())
         if self.train_val_split is not None and not 0 < self.train_val_split < 1:
             raise DataError(
@@ -71,6 +82,10 @@ class DataArguments:
         """The files or folders given for single splits."""
         paths = {split: getattr(self, f"{split}_{self.path_kind}") for split in LIMITS}
         return {split: path for split, path in paths.items() if path is not None}
+
+    def part_labels(self, column: str) -> tuple[str, ...] | None:
+        """All label names of the partition whose part is trained on; `None` without one, or for another column."""
+        return None if self.partition_dir is None else partition_labels(self.partition_dir, column)
 
     def name_for_tables(self, default: str = "") -> str:
         """What the data set is called in files and tables."""

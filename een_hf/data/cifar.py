@@ -121,7 +121,7 @@ def load_image_data(
         seed: of the split that `--train_val_split` cuts.
         cache_dir: where downloads are kept.
         token: for private Hub repositories.
-        like: data whose labels these have; then labels may be missing.
+        like: data whose problem these pose; then labels may be missing.
 
     Raises:
         DataError: a source, split, column or label that is missing or does not fit, or an image that is corrupt.
@@ -150,7 +150,13 @@ def load_image_data(
         if stream in splits:  # decoded at the end, one by one, so that a corrupt image can be named
             splits[stream] = splits[stream].cast_column(image_column, datasets.Image(decode=False))
     splits, problem_type, label_names = resolve_labels(
-        splits, label_column, like and tuple(like.label_names or ()), source, seed
+        splits,
+        label_column,
+        args.part_labels(label_column),
+        source,
+        seed,
+        like=like,
+        problem_type=args.problem_type,
     )
     if problem_type == MULTI_LABEL:
         raise DataError(f"{source}: column {label_column!r} holds lists of labels; one class per image is trained.")

@@ -118,6 +118,8 @@ class TextDataArguments(DataArguments):
         for split, path in self.paths().items():
             if Path(path).suffix not in FILE_FORMATS:
                 raise DataError(f"--{split}_file {path} must end in one of: {', '.join(sorted(FILE_FORMATS))}.")
+        if self.task_name is not None and self.problem_type is not None:
+            raise DataError("--task_name says what its labels mean: leave --problem_type out.")
         super().__post_init__()
         if not (self.dataset_name or self.task_name or self.paths() or self.partition_dir):
             raise DataError("No data: give --task_name, --dataset_name, or --train_file and --validation_file.")
@@ -148,7 +150,7 @@ def load_text_data(
         seed: of the split that `--train_val_split` cuts.
         cache_dir: where downloads are kept.
         token: for private Hub repositories.
-        like: data whose labels these have, where no task names them; then labels may be missing.
+        like: data whose problem these pose, where no task names it; then labels may be missing.
 
     Raises:
         DataError: a source, split, column or label that is missing or does not fit.
@@ -173,8 +175,10 @@ def load_text_data(
         if not split.startswith("test"):
             check_columns(rows, [label_column], "label_column_name", f"{source}, split {split!r}")
     input_columns = text_columns(args, task, splits, label_column, source)
-    known = task.label_names if task else like and tuple(like.label_names or ())
-    splits, problem_type, label_names = resolve_labels(splits, label_column, known, source, seed)
+    known = task.label_names if task else args.part_labels(label_column)
+    splits, problem_type, label_names = resolve_labels(
+        splits, label_column, known, source, seed, like=like, problem_type=args.problem_type
+    )
     splits = {
         split: rows
         if args.streaming and split == "train"
@@ -408,9 +412,10 @@ def _write_submission(folder: Path, data: TaskData, split: str, predictions: lis
     if not task.label_names:
         answers = [f"{min(max(score, 0.0), 5.0):.3f}" for score in predictions]
     else:
-        # A checkpoint may have its own spelling, or no names at all (LABEL_0, ...), which are the data's ids.
+        # A checkpoint may have its own spelling, or only numbers (LABEL_0, 0, ...), which are the data's ids.
         known = {name.lower(): index for index, name in enumerate(task.label_names)}
-        known |= {f"label_{index}": index for index in range(len(task.label_names))}
+        for index in range(len(task.label_names)):
+            known |= {f"label_{index}": index, str(index): index}
         ids = [known[prediction.lower()] for prediction in predictions]
         answers = [task.label_names[index] if task.submits_names else index for index in ids]
     place = folder / "glue_submission"

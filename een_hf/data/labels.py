@@ -1,6 +1,9 @@
 """Labels of a data set: what kind of problem they pose, their names, and the model's ids for them."""
 
+import logging
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,46 +12,66 @@ import datasets
 from .task import DataError, TaskData
 
 
+logger = logging.getLogger(__name__)
+
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 SHUFFLE_BUFFER = 10_000  # rows of a stream
+_LISTS = (datasets.List, datasets.LargeList)
+# What tables write for a value that is not there.
+_NOTHING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def resolve_labels(
-    splits: dict, column: str, task_labels: Sequence[str] | None, source: str, seed: int = 0
+    splits: dict,
+    column: str,
+    known: Sequence[str] | None,
+    source: str,
+    seed: int = 0,
+    *,
+    like: TaskData | None = None,
+    problem_type: str | None = None,
 ) -> tuple[dict, str, list[str] | None]:
     """Splits whose labels are class ids, numbers or lists of class ids, their problem type and their label names.
 
     Args:
         splits: data sets by name.
         column: of the labels.
-        task_labels: label names that a task fixes, none for regression; `None` without a task.
+        known: label names that a task or a partition fixes, none for regression; `None` without.
         source: what the data are called in messages.
         seed: of the shuffle of a stream.
+        like: data whose problem these pose; where no split has labels, its names are theirs.
+        problem_type: what the labels mean, where their type does not say it.
 
     Raises:
-        DataError: labels that are missing, mixed or unknown.
+        DataError: labels that are missing, mixed, unknown or of unclear meaning.
     """
     stream = splits.get("train")
     if isinstance(stream, datasets.IterableDataset):
         held = {split: rows for split, rows in splits.items() if split != "train"}
         declared = getattr(stream.features.get(column), "names", None)
-        known = declared if task_labels is None else task_labels
+        fixed = declared if known is None else known
         label_names = None
+        settings = {"like": like, "problem_type": problem_type}
         if any(column in rows.column_names for rows in held.values()):
-            held, _, label_names = resolve_labels(held, column, known, source)
-        stream, problem_type, label_names = _labelled_stream(stream, column, label_names, known, source, seed)
-        return {"train": stream, **held}, problem_type, label_names
+            held, _, label_names = resolve_labels(held, column, fixed, source, **settings)
+        wanted = _wanted(problem_type, known, like)
+        stream, kind, label_names = _labelled_stream(stream, column, label_names, fixed, source, seed, wanted)
+        return {"train": stream, **held}, kind, label_names
     values = {split: _label_values(rows, column) for split, rows in splits.items() if column in rows.column_names}
     hidden = [split for split, labels in values.items() if split.startswith("test") and _is_hidden(labels)]
     splits = {split: rows.remove_columns(column) if split in hidden else rows for split, rows in splits.items()}
     values = {split: labels for split, labels in values.items() if split not in hidden}
     if not values:
-        if task_labels is None:
+        if known is not None:
+            return splits, SINGLE_LABEL if known else REGRESSION, list(known) or None
+        if like is None:
             raise DataError(
-                f"{source} has no labels, so that nothing says what is predicted: give a --train_file or "
-                "--validation_file with labels too, or --task_name."
+                f"{source} has no labels, so that nothing says what is predicted: give a fine-tuned model, a "
+                "--train_file or --validation_file with labels too, or --task_name."
             )
-        return splits, SINGLE_LABEL if task_labels else REGRESSION, list(task_labels) or None
+        return splits, like.problem_type, like.label_names
     for split, labels in values.items():
         missing = next((row for row, label in enumerate(labels) if _is_missing(label)), None)
         if missing is not None:
@@ -56,39 +79,103 @@ def resolve_labels(
                 f"{source}, split {split!r} has no label in column {column!r} of row {missing} (counted from 0)."
             )
 
-    kinds = {split: problem_type_of(splits[split].features[column], task_labels, column, source) for split in values}
-    problem_type = next(iter(kinds.values()))
-    for split, kind in kinds.items():
-        if kind != problem_type:
-            first = next(iter(kinds))
-            raise DataError(
-                f"{source}: column {column!r} means {problem_type} in split {first!r}, but {kind} in split {split!r}."
-            )
-    if problem_type == REGRESSION:
+    features = {split: splits[split].features[column] for split in values}
+    wanted, where = _wanted(problem_type, known, like), f"{source}, column {column!r}"
+    declared = _declared_names(features)
+    if any(isinstance(feature, _LISTS) for feature in features.values()):
+        values, kind, width = _read_lists(values, features, wanted, where)
+        declared = declared or (width and [str(number) for number in range(width)])
+    else:
+        kinds = {split: problem_type_of(feature, wanted, column, source) for split, feature in features.items()}
+        kind = next(iter(kinds.values()))
+        for split, other in kinds.items():
+            if other != kind:
+                raise DataError(
+                    f"{source}: column {column!r} means {kind} in split {next(iter(kinds))!r}, but {other} in split "
+                    f"{split!r}."
+                )
+    if kind == REGRESSION:
         label_names, feature = None, datasets.Value("float32")
         numbers = {split: [float(label) for label in labels] for split, labels in values.items()}
+        if wanted is None and all(number.is_integer() for labels in numbers.values() for number in labels):
+            logger.warning(
+                "%s: whole numbers with a decimal point are learned as numbers; for classes give --problem_type %s.",
+                where,
+                SINGLE_LABEL,
+            )
     else:
-        feature = splits[next(iter(values))].features[column]
-        declared = getattr(getattr(feature, "feature", feature), "names", None)
-        label_names, index = _number_labels(values, declared, task_labels, f"{source}, column {column!r}")
+        label_names, index = _number_labels(values, declared, known, where)
         feature = datasets.ClassLabel(names=label_names)
-        if problem_type == MULTI_LABEL:
+        if kind == MULTI_LABEL:
             feature = datasets.List(feature)
             numbers = {split: [[index[one] for one in label] for label in labels] for split, labels in values.items()}
         else:
             numbers = {split: [index[label] for label in labels] for split, labels in values.items()}
     for split, labels in numbers.items():
         splits[split] = splits[split].remove_columns(column).add_column(column, labels, feature=feature)
-    return splits, problem_type, label_names
+    return splits, kind, label_names
+
+
+def _wanted(problem_type: str | None, known: Sequence[str] | None, like: TaskData | None) -> str | None:
+    """The problem type that the labels must fit; `None` where their type decides between classes and numbers."""
+    if known is not None and not known:
+        return REGRESSION
+    if problem_type is None and not known and like is not None and like.problem_type != SINGLE_LABEL:
+        return like.problem_type
+    return problem_type
+
+
+def _declared_names(features: dict[str, Any]) -> list[str] | None:
+    """Names that the data declare: of the training rows, else, where nothing is trained, of all splits together."""
+    several = [features["train"]] if "train" in features else features.values()
+    inner = [getattr(feature, "feature", feature) for feature in several]
+    names = [name for feature in inner if isinstance(feature, datasets.ClassLabel) for name in feature.names]
+    return list(dict.fromkeys(names)) or None
+
+
+def _read_lists(
+    values: dict[str, list], features: dict[str, Any], wanted: str | None, where: str
+) -> tuple[dict[str, list], str, int | None]:
+    """Lists of labels as lists of classes, or, for another `wanted` problem, as their only values.
+
+    Lists of equal length with only 0 and 1 are multi-hot; other lists name their classes.
+
+    Returns:
+        the values by split, the problem type, and the length of multi-hot lists.
+    """
+    rows = [row for labels in values.values() for row in labels]
+    lists = all(isinstance(feature, _LISTS) for feature in features.values())
+    scalars = {getattr(getattr(feature, "feature", None), "dtype", None) for feature in features.values()}
+    lengths = {len(row) for row in rows} if lists else set()
+    named = any(isinstance(getattr(f, "feature", None), datasets.ClassLabel) for f in features.values())
+    words = named or scalars <= {"string", "large_string"}
+    if lengths == {1} and wanted in (SINGLE_LABEL, REGRESSION) and (wanted == SINGLE_LABEL or not words):
+        return {split: [row[0] for row in labels] for split, labels in values.items()}, wanted, None
+    if lists and wanted in (None, MULTI_LABEL):
+        numeric = not words and all(isinstance(one, (bool, int, float)) for row in rows for one in row)
+        clear = wanted == MULTI_LABEL or lengths != {1}
+        if numeric and len(lengths) == 1 and clear and all(one in (0, 1) for row in rows for one in row):
+            chosen = {s: [[i for i, one in enumerate(row) if one] for row in labels] for s, labels in values.items()}
+            return chosen, MULTI_LABEL, lengths.pop()
+        whole = numeric and all(isinstance(one, int) and not isinstance(one, bool) for row in rows for one in row)
+        if (words or whole and clear) and all(len(row) == len({*row}) for row in rows):
+            return values, MULTI_LABEL, None
+    raise DataError(
+        f"{where} holds lists of unclear meaning{f' for {wanted}' if wanted else ''}, for example {rows[0]!r}. Lists "
+        "of equal length with only 0 and 1 mark the classes of a row; lists of words or whole numbers without "
+        f"repetition name them. Say what they are by --problem_type: {MULTI_LABEL}, or {SINGLE_LABEL} or "
+        f"{REGRESSION} for lists of one value."
+    )
 
 
 def _labelled_stream(
     stream: datasets.IterableDataset,
     column: str,
     label_names: Sequence[str] | None,
-    task_labels: Sequence[str] | None,
+    known: Sequence[str] | None,
     source: str,
     seed: int,
+    wanted: str | None,
 ) -> tuple[datasets.IterableDataset, str, list[str] | None]:
     """The stream shuffled in a buffer, its labels as class ids or numbers; the problem type and label names.
 
@@ -96,9 +183,10 @@ def _labelled_stream(
         stream: training rows.
         column: of the labels.
         label_names: of the splits that are held, or `None`.
-        task_labels: names that a task fixes, none for regression; `None` without a task.
+        known: names that a task fixes, none for regression; `None` without a task.
         source: what the data are called in messages.
         seed: of the shuffle.
+        wanted: problem type, where the type of the labels does not say it.
 
     Raises:
         DataError: labels of a kind that a stream cannot number, or, while it is read, one without a number.
@@ -106,15 +194,15 @@ def _labelled_stream(
     if column not in stream.features:
         raise DataError(f"{source} has no column {column!r}: name one by --label_column_name.")
     feature = stream.features[column]
-    problem_type = problem_type_of(feature, task_labels, column, source)
+    problem_type = problem_type_of(feature, wanted, column, source)
     # Without them a mapped stream no longer knows its columns.
     features = stream.features.copy()
     if problem_type == REGRESSION:
         features[column] = datasets.Value("float32")
         kwargs = {"column": column, "source": source}
         return _shuffled(stream.map(_as_float, fn_kwargs=kwargs, features=features), seed), problem_type, None
-    names = getattr(feature, "names", None) or task_labels or label_names
-    if names is None or isinstance(feature, datasets.List):
+    names = getattr(feature, "names", None) or known or label_names
+    if names is None or isinstance(feature, _LISTS):
         raise DataError(
             f"--streaming cannot know all labels of column {column!r} beforehand: give --task_name, a data set whose "
             "labels have names (one class per row), or --do_eval with a validation split that holds them all."
@@ -169,69 +257,130 @@ def _is_hidden(labels: list) -> bool:
     return all(_is_missing(label) or label == -1 for label in labels)
 
 
-def problem_type_of(feature: Any, task_labels: Sequence[str] | None, column: str, source: str) -> str:
-    """What a column of labels poses, from its type."""
-    if isinstance(feature, datasets.ClassLabel):
-        return SINGLE_LABEL
-    if isinstance(feature, datasets.List):
-        kind = problem_type_of(feature.feature, task_labels, column, source)
-        if kind == SINGLE_LABEL:
-            return MULTI_LABEL
-    dtype = getattr(feature, "dtype", "")
-    if dtype.startswith("float") or (
-        dtype.startswith(("int", "uint")) and task_labels is not None and not task_labels
-    ):
-        return REGRESSION
-    if dtype.startswith(("int", "uint")) or dtype in ("string", "large_string", "bool"):
-        return SINGLE_LABEL
-    raise DataError(f"{source}: column {column!r} of type {feature} holds no labels; name one by --label_column_name.")
+def problem_type_of(feature: Any, wanted: str | None, column: str, source: str) -> str:
+    """What a column of labels poses, from its type and from what is `wanted` of it."""
+    dtype, kind = getattr(feature, "dtype", ""), None
+    if isinstance(feature, _LISTS):
+        kind = MULTI_LABEL
+    elif isinstance(feature, datasets.ClassLabel) or dtype in ("string", "large_string", "bool"):
+        kind = SINGLE_LABEL
+    elif dtype.startswith(("int", "uint")):
+        kind = REGRESSION if wanted == REGRESSION else SINGLE_LABEL
+    elif dtype.startswith("float"):
+        kind = SINGLE_LABEL if wanted == SINGLE_LABEL else REGRESSION
+    if kind is None:
+        raise DataError(
+            f"{source}: column {column!r} of type {feature} holds no labels; name one by --label_column_name."
+        )
+    if wanted not in (None, kind):
+        raise DataError(f"{source}: column {column!r} of type {feature} does not fit {wanted}.")
+    return kind
 
 
 def label_index(names: Sequence[str]) -> dict[str | int, int]:
-    """The id of each label, by its name and by its number."""
-    return {name: number for number, name in enumerate(names)} | {number: number for number in range(len(names))}
+    """The id of each label, by its name and by its number, which is its name where all names are numbers."""
+    index = {name: number for number, name in enumerate(names)}
+    if all(map(_is_whole_number, names)):
+        return index | {int(name): number for name, number in index.items()}
+    return index | {number: number for number in range(len(names))}
+
+
+def _is_whole_number(name: str) -> bool:
+    return re.fullmatch(r"-?\d+", name, re.ASCII) is not None and name == str(int(name))
 
 
 def _number_labels(
-    values: dict[str, list], declared: list[str] | None, task_labels: Sequence[str] | None, where: str
+    values: dict[str, list], declared: list[str] | None, known: Sequence[str] | None, where: str
 ) -> tuple[list[str], dict[Any, int]]:
     """Label names in the order of their ids, and the id of each label that occurs.
 
-    The order is the data's own (ClassLabel), else the task's, else sorted. A whole number stands for the task's label
-    of that id; without a task it is its own name.
+    The order is the data's own (ClassLabel), else the one that is known, else sorted. A whole number stands for the
+    name of that id, or for itself where all names are numbers.
     """
-    labels = {one for rows in values.values() for row in rows for one in (row if isinstance(row, list) else [row])}
-    if len({isinstance(label, str) for label in labels}) > 1:
-        raise DataError(f"{where} has labels that are words and labels that are numbers.")
-    names = declared or (list(task_labels) if task_labels else None)
+    found = {split: {one for row in rows for one in _as_list(row)} for split, rows in values.items()}
+    labels = set().union(*found.values())
+    names = declared or (list(known) if known else None)
+    _check_classes(labels, where)
+    trained = found.get("train", labels)
+    new = [(split, label) for split, of_split in found.items() for label in sorted(of_split - trained, key=str)]
     if names is None:
+        if len({isinstance(label, str) for label in labels}) > 1:
+            raise DataError(f"{where} has labels that are words and labels that are numbers.")
+        if new:
+            split, label = new[0]
+            raise DataError(
+                f"{where} has the label {label!r} in split {split!r}, but in no row of split 'train': it would become "
+                "a class that is never trained. Correct the label, leave the row out, or train on rows that have it."
+            )
         order = sorted(labels)
-        return [str(label) for label in order], {label: number for number, label in enumerate(order)}
+        names = [str(int(label) if isinstance(label, float) else label) for label in order]
+        return names, {label: number for number, label in enumerate(order)}
     index = label_index(names)
     unknown = [label for label in labels if label not in index]
     if unknown:
-        raise DataError(f"{where} has the label {min(unknown)!r}; the labels are: {', '.join(names)}.")
+        raise DataError(f"{where} has the label {min(unknown, key=str)!r}; the labels are: {', '.join(names)}.")
+    never = sorted({index[label] for _, label in new} - {index[label] for label in trained})
+    if never:
+        shown = ", ".join(names[number] for number in never[:5]) + (", ..." if len(never) > 5 else "")
+        logger.warning("%s: no row of split 'train' has the labels of %d other classes: %s.", where, len(never), shown)
     return names, index
 
 
-def model_label_ids(data: TaskData, label2id: dict[str, int] | None) -> list[int]:
-    """The model's id of each of the data's labels.
+def _as_list(row: Any) -> list:
+    return row if isinstance(row, list) else [row]
 
-    Labels are matched by name, in either case. Where one side only has numbers (`LABEL_0`, or data with whole numbers
-    as labels), the number is the id.
+
+def _check_classes(labels: set, where: str) -> None:
+    """Refuse labels that look like classes only because a table was read so."""
+    broken = next((label for label in labels if isinstance(label, float) and not label.is_integer()), None)
+    if broken is not None:
+        raise DataError(
+            f"{where} has the label {broken!r}: --problem_type {SINGLE_LABEL} takes whole numbers or words."
+        )
+    words = {label for label in labels if isinstance(label, str)}
+    if words and all(word.startswith("[") and word.endswith("]") for word in words):
+        raise DataError(
+            f"{where} holds lists as text, for example {min(words)!r}: a csv file has no lists, give json or parquet."
+        )
+    others = {word for word in words if not _NUMBER.fullmatch(word)}
+    if others and others < words and all(word.strip().lower() in _NOTHING for word in others):
+        raise DataError(
+            f"{where} has the label {min(others)!r} among numbers: leave rows without a label out, or name the class "
+            "otherwise."
+        )
+
+
+def model_label_ids(data: TaskData, label2id: dict[str, int] | None) -> list[int]:
+    """The model's id of each of the data's labels, which may be some of the model's only.
+
+    Labels are matched by name: exactly, or in either case where that is one to one. Where one side only has numbers
+    (`LABEL_0`, or data with whole numbers as labels), the number is the id; words for all labels of a model without
+    names are taken in the data's order.
+
+    Raises:
+        DataError: a label that the model does not know, or that could be several.
     """
     names = data.label_names
     if label2id is None:
         return list(range(len(names)))
-    known = {name.lower(): number for name, number in label2id.items()}
-    if all(name == f"label_{number}" for name, number in known.items()):
-        known = {name.lower(): number for number, name in enumerate(names) if number < len(known)}
-    elif all(name.isdigit() for name in names) and not any(name in known for name in names):
-        known = {str(number): number for number in label2id.values()}
-    unknown = [name for name in names if name.lower() not in known]
-    if unknown:
+    numbers = {str(number): number for number in label2id.values()}
+    unnamed = label2id == {f"LABEL_{number}": number for number in range(len(label2id))}
+    if not any(name in label2id for name in names):
+        if (unnamed or not any(map(_is_whole_number, label2id))) and all(name in numbers for name in names):
+            return [numbers[name] for name in names]
+        if unnamed and len(names) == len(label2id):
+            return list(range(len(names)))
+    # A folded name counts where one of the model's names and one of the data's fold to it.
+    known, ours = Counter(map(str.casefold, label2id)), Counter(map(str.casefold, names))
+    folded = {name.casefold(): number for name, number in label2id.items() if known[name.casefold()] == 1}
+    folded = {name: number for name, number in folded.items() if ours[name] == 1}
+    ids = [label2id.get(name, folded.get(name.casefold())) for name in names]
+    if None in ids:
+        unknown = names[ids.index(None)]
+        twins = [name for name in label2id if name.casefold() == unknown.casefold()]
+        hint = f" ({unknown!r} differs from {' and '.join(map(repr, twins))} in case, others do too)" if twins else ""
         raise DataError(
-            f"Column {data.label_column!r} has the label {unknown[0]!r}, which the model does not know; it knows: "
+            f"Column {data.label_column!r} has the label {unknown!r}, which the model does not know{hint}; it knows: "
             f"{', '.join(label2id)}. Give --ignore_mismatched_sizes to make the head anew, or relabel the data."
         )
-    return [known[name.lower()] for name in names]
+    return ids

@@ -626,6 +626,15 @@ def load_partition(folder: str | os.PathLike, partition_id: int | str) -> datase
     return datasets.DatasetDict(splits)
 
 
+def partition_labels(folder: str | os.PathLike, column: str) -> tuple[str, ...] | None:
+    """The label names of all parts in the order of their ids; `None` if the partition was not cut by this column.
+
+    A part may lack rows of some classes: only so do the models of all parts have the same labels.
+    """
+    about, _ = _read_partition_file(Path(folder))
+    return tuple(about["label_names"]) if about["label_column"] == column else None
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -55,7 +55,8 @@ class Modality:
     Args:
         main_input_name: what models of this kind of data read, `input_ids` or `pixel_values`.
         data_arguments: dataclass of the script's data flags.
-        load_data: `(data_args, *, splits_needed, seed, cache_dir, token, like) -> TaskData`.
+        load_data: `(data_args, *, splits_needed, seed, cache_dir, token, like) -> TaskData`; `like` is the run's data,
+            or the labels of its checkpoint.
         load_processor: `(name or path or None, data_args, config, **hub) -> tokenizer or image processor`.
         encode_data: `(data, processor, data_args, config) -> dict of split name to encoded rows`.
         make_collator: `(processor, data_args, config) -> data collator`.

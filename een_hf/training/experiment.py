@@ -17,6 +17,7 @@ from sklearn.model_selection import train_test_split
 from transformers import HfArgumentParser, PreTrainedConfig, set_seed
 from transformers.utils import logging
 
+from ..data.labels import REGRESSION, model_label_ids
 from ..data.samples import sample_model_path
 from ..data.streaming import EndlessStream
 from ..data.task import DataError, Modality, TaskData
@@ -45,7 +46,7 @@ from ..evaluation.calibration import CalibrationReport, rows_in_words, rows_need
 from ..hub import choose_examples, hub_name, write_examples, write_model_card
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
 from ..models.configuration_een import is_classifier
-from ..models.policies import fitting_criteria, get_criterion
+from ..models.policies import fitting_criteria, get_criterion, resolve_problem_type
 from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
 from .history import RUN_FILE, history_of, read_run, rows_chose, write_run
 from .trainer import EarlyExitTrainer, get_scheme, last_whole_checkpoint, scheme_arguments
@@ -207,53 +208,76 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> Earl
                 f"--config_overrides names {unknown[0]!r}, which {config_class.__name__} lacks."
             )
         overrides = {name: yaml.safe_load(value) for name, value in overrides.items()}
-        return model_class(config_class(**overrides, **_label_names(data), **given))
+        config = config_class(**overrides, **given)
+        _set_labels(config, _label_names(data))
+        return model_class(config)
 
-    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    name = _model_source(args)
-    try:
-        found, _ = PreTrainedConfig.get_config_dict(name, **hub)
-    except (OSError, ValueError) as error:
-        raise ExitConfigurationError(
-            f"--model_name_or_path {args.model_name_or_path} cannot be loaded: {error}"
-        ) from error
-    known = {kind.config_class.model_type: kind for kind in model_classes.values()} | model_classes
-    if found.get("model_type") not in known:
-        raise ExitConfigurationError(
-            f"--model_name_or_path {args.model_name_or_path} is of type {found.get('model_type')!r}. This script "
-            f"trains {', '.join(model_classes)}; exits exist for {', '.join(MODEL_CLASSES)}. Another "
-            "architecture is one adapter file: see 'Add an architecture' in README.md."
-        )
-    model_class = known[found["model_type"]]
-    config_class = model_class.config_class
-    config = config_class.from_dict({**found, "model_type": config_class.model_type}, **given)
-    fine_tuned = is_classifier(found.get("architectures"), model_class.__name__)
+    model_class, config, fine_tuned = _read_config(modality, args, **given)
     if not fine_tuned or args.ignore_mismatched_sizes:
-        _set_labels(config, data)
-    elif config.num_labels != data.num_labels:
+        _set_labels(config, _label_names(data))
+    elif data.num_labels > config.num_labels or data.label_names is None and config.num_labels > 1:
         raise ExitConfigurationError(
             f"--model_name_or_path {args.model_name_or_path} has a head for {config.num_labels} labels, the data have "
             f"{data.num_labels}: give --ignore_mismatched_sizes to make the head anew, or another checkpoint."
         )
-    elif set(config.label2id) == {f"LABEL_{i}" for i in range(config.num_labels)}:
-        _set_labels(config, data)  # the checkpoint names no labels, so the data's order is taken
+    elif data.num_labels == config.num_labels and data.label_names and _unnamed(config):
+        ids = model_label_ids(data, config.label2id)
+        _set_labels(config, dict(sorted(zip(ids, data.label_names, strict=True))))
     return model_class.from_pretrained(
-        name,
+        _model_source(args),
         config=config,
         ignore_mismatched_sizes=args.ignore_mismatched_sizes or not fine_tuned,
         attn_implementation=args.attn_implementation,
-        **hub,
+        **_hub(args),
     )
 
 
-def _label_names(data: TaskData) -> dict:
-    names = data.label_names or [f"LABEL_{i}" for i in range(data.num_labels)]
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+def labels_of_checkpoint(modality: Modality, args: ModelArguments) -> TaskData | None:
+    """The problem and the labels of a fine-tuned checkpoint, which data must fit; `None` where the head is new."""
+    if args.model_type is not None or args.ignore_mismatched_sizes:
+        return None
+    _, config, fine_tuned = _read_config(modality, args)
+    if not fine_tuned:
+        return None
+    problem_type = resolve_problem_type(config.problem_type, config.num_labels)
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    return TaskData({}, problem_type, None if problem_type == REGRESSION else names, [], "", "", None, [])
 
 
-def _set_labels(config, data: TaskData) -> None:
-    for name, value in _label_names(data).items():
-        setattr(config, name, value)
+def _read_config(modality: Modality, args: ModelArguments, **given) -> tuple[type, PreTrainedConfig, bool]:
+    """The class for a checkpoint, its config with what is `given`, and whether it is a fine-tuned classifier."""
+    model_classes, name = modality.model_classes, args.model_name_or_path
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(_model_source(args), **_hub(args))
+    except (OSError, ValueError) as error:
+        raise ExitConfigurationError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
+    known = {kind.config_class.model_type: kind for kind in model_classes.values()} | model_classes
+    if found.get("model_type") not in known:
+        raise ExitConfigurationError(
+            f"--model_name_or_path {name} is of type {found.get('model_type')!r}. This script trains "
+            f"{', '.join(model_classes)}; exits exist for {', '.join(MODEL_CLASSES)}. Another architecture is one "
+            "adapter file: see 'Add an architecture' in README.md."
+        )
+    model_class = known[found["model_type"]]
+    config_class = model_class.config_class
+    config = config_class.from_dict({**found, "model_type": config_class.model_type}, **given)
+    return model_class, config, is_classifier(found.get("architectures"), model_class.__name__)
+
+
+def _hub(args: ModelArguments) -> dict[str, Any]:
+    return {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+
+
+def _unnamed(config: PreTrainedConfig) -> bool:
+    return set(config.label2id) == {f"LABEL_{index}" for index in range(config.num_labels)}
+
+
+def _label_names(data: TaskData) -> dict[int, str]:
+    return dict(enumerate(data.label_names or [f"LABEL_{i}" for i in range(data.num_labels)]))
+
+
+def _set_labels(config: PreTrainedConfig, names: dict[int, str]) -> None:
+    config.id2label, config.label2id = names, {name: index for index, name in names.items()}
 
 
 # Evaluation
@@ -353,7 +377,8 @@ class Experiment:
             if wanted
         ]
         hub = {"cache_dir": args.model.cache_dir, "token": args.model.token}
-        self.data = self.modality.load_data(args.data, splits_needed=needed, seed=training.seed, **hub)
+        like = labels_of_checkpoint(self.modality, args.model)
+        self.data = self.modality.load_data(args.data, splits_needed=needed, seed=training.seed, like=like, **hub)
         self.model = load_model(self.modality, args.model, self.data)
         self.new_head = self.model.is_new_head(self.model.num_exits - 1)
         self.history = history_of(args.model.model_name_or_path, has_head=not self.new_head)
@@ -415,7 +440,15 @@ class Experiment:
         if not os.path.exists(path):
             raise ExitConfigurationError(f"--calibration_file {path} is not there.")
         sources = ("dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file")
-        sources += ("train_dir", "validation_dir", "test_dir", "train_val_split", "max_predict_samples")
+        sources += (
+            "partition_dir",
+            "partition_id",
+            "train_dir",
+            "validation_dir",
+            "test_dir",
+            "train_val_split",
+            "max_predict_samples",
+        )
         names = {field.name for field in fields(self.args.data)}
         flag = "test_file" if "test_file" in names else "test_dir"
         given = dict.fromkeys(names.intersection(sources)) | {flag: path}

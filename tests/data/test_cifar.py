@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 
 from een_hf.commands import main as commands_main
-from een_hf.data import DataError, load_digits
+from een_hf.data import DataError, TextDataArguments, load_digits, load_partition, load_text_data
 from een_hf.data.cifar import IMAGES, ImageDataArguments, load_image_data
 from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
 
@@ -136,6 +136,21 @@ def test_position_embeddings_are_resized_once_and_saved(tmp_path, model):
     torch.testing.assert_close(loaded(pixels).logits, wanted, atol=1e-6, rtol=0)
 
 
+def test_folders_that_differ_in_case_are_two_classes(tmp_path, model):
+    """What breaks: the images of `A` and `a` become one class, at an accuracy of 1."""
+    for name in ("A", "a"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(PIXELS[0]).save(tmp_path / name / "0.png")
+    args = ImageDataArguments(validation_dir=str(tmp_path))
+    data = load_image_data(args, splits_needed=["validation"], seed=1, cache_dir=str(tmp_path / "cache"))
+    model.config.label2id = {"a": 0, "b": 1, "A": 2}
+    rows = IMAGES.encode_data(data, IMAGES.load_processor(None, args, model.config), args, model.config)["validation"]
+    assert data.label_names == ["A", "a"] and rows.labels.tolist() == [2, 0]
+    model.config.label2id = {"a": 0, "b": 1}
+    with pytest.raises(DataError, match="'A', which the model does not know .*'a' in case"):
+        IMAGES.encode_data(data, IMAGES.load_processor(None, args, model.config), args, model.config)
+
+
 def test_the_processor_gives_the_models_size(tmp_path, model):
     cropping = ViTImageProcessor(
         do_center_crop=True, size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}
@@ -238,6 +253,20 @@ def test_a_part_is_trained_on_and_the_data_set_evaluated(parts):
     assert alone.splits["validation"]["label"][:] == own_validation
     assert images_of(beside.splits["validation"]) == images_of(load_digits()["test"])
     assert alone.label_names == beside.label_names
+
+
+def test_a_part_without_rows_of_a_class_has_all_labels(tmp_path):
+    """What breaks: the models of two parts differ in their labels, and none can be evaluated on the whole data set."""
+    rows = [{"text": f"a {row}", "label": NAMES[row // 8]} for row in range(24)]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+    words = f"partition --train_file {tmp_path / 'rows.csv'} --num_partitions 3 --scheme pat --classes_per_partition 1"
+    commands_main([*words.split(), "--output_dir", str(tmp_path / "parts"), "--cache_dir", str(tmp_path / "cache")])
+    for part in "012":
+        args = TextDataArguments(partition_dir=str(tmp_path / "parts"), partition_id=part)
+        data = load_text_data(args, splits_needed=["train", "validation"], seed=0)
+        assert data.label_names == NAMES
+        own = load_partition(tmp_path / "parts", part)["train"]["label"][:]
+        assert [NAMES[label] for label in data.splits["train"]["label"]] == own and len({*own}) == 1
 
 
 def test_the_union_of_all_parts(parts):

@@ -185,6 +185,13 @@ def test_bbc_news_is_the_same_for_every_seed(load):
         ([True, False, True], "single_label_classification", ["False", "True"], [1, 0, 1]),
         ([0.5, 2.0, -1.0], "regression", None, [0.5, 2.0, -1.0]),
         ([["x", "y"], [], ["y"]], "multi_label_classification", ["x", "y"], [[0, 1], [], [1]]),
+        ([[1, 0, 1], [0, 0, 0], [0, 0, 1]], "multi_label_classification", ["0", "1", "2"], [[0, 2], [], [2]]),
+        ([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], "multi_label_classification", ["0", "1"], [[0], [], [0, 1]]),
+        ([[True, False], [True, True]], "multi_label_classification", ["0", "1"], [[0], [0, 1]]),
+        ([[0], [0, 1], []], "multi_label_classification", ["0", "1"], [[0], [0, 1], []]),
+        ([["x"], ["y"]], "multi_label_classification", ["x", "y"], [[0], [1]]),
+        (["007", "7"], "single_label_classification", ["007", "7"], [0, 1]),
+        (["US", "us"], "single_label_classification", ["US", "us"], [0, 1]),
         ([[3], [1, 3], []], "multi_label_classification", ["1", "3"], [[1], [0, 1], []]),
     ],
 )
@@ -193,6 +200,57 @@ def test_kinds_of_labels(load, write, labels, problem_type, names, stored):
     data = load(train_file=write("train.jsonl", rows_of(labels)))
     assert (data.problem_type, data.label_names) == (problem_type, names)
     assert data.splits["train"]["label"][:] == stored
+
+
+@pytest.mark.parametrize(
+    "labels, problem_type, names, stored",
+    [
+        ([1, 5, 2], "regression", None, [1.0, 5.0, 2.0]),
+        ([1.0, 5.0, 2.0], "single_label_classification", ["1", "2", "5"], [0, 2, 1]),
+        ([[3], [1], [3]], "single_label_classification", ["1", "3"], [1, 0, 1]),
+        ([["x"], ["y"]], "single_label_classification", ["x", "y"], [0, 1]),
+        ([[0.5], [2.5]], "regression", None, [0.5, 2.5]),
+        ([[3], [1]], "multi_label_classification", ["1", "3"], [[1], [0]]),
+        ([[1], [0]], "multi_label_classification", ["0"], [[0], []]),
+    ],
+)
+def test_problem_types_by_name(load, write, labels, problem_type, names, stored):
+    """Breaks if --problem_type is not what decides where labels could mean several things."""
+    data = load(train_file=write("train.jsonl", rows_of(labels)), problem_type=problem_type)
+    assert (data.problem_type, data.label_names) == (problem_type, names)
+    assert data.splits["train"]["label"][:] == stored
+
+
+@pytest.mark.parametrize(
+    "labels, problem_type, message",
+    [
+        ([[1, 0, 1], [0, 1]], None, "lists of unclear meaning, for example .1, 0, 1.*--problem_type"),
+        ([[0.5, 0.5], [1.0, 0.0]], None, "unclear meaning.*--problem_type"),
+        ([[1], [0]], None, "unclear meaning.*--problem_type"),
+        ([[3], [1]], None, "unclear meaning.*--problem_type"),
+        ([[0.5], [1.5]], None, "unclear meaning.*--problem_type.*regression for lists of one value"),
+        ([[1, 0], [0, 1]], "single_label_classification", "unclear meaning for single_label_classification"),
+        ([[1, 1, 2], [0, 1]], "multi_label_classification", "unclear meaning for multi_label"),
+        ([["x"], ["y"]], "regression", "unclear meaning for regression"),
+        (["x", "y"], "regression", "does not fit regression"),
+        ([0, 1], "multi_label_classification", "does not fit multi_label"),
+        ([0.5, 1.0], "single_label_classification", "the label 0.5: .*whole numbers"),
+        (["[1, 0]", "[0, 1]"], None, "holds lists as text.*json or parquet"),
+        (["1.5", "NA", "3"], None, "the label 'NA' among numbers"),
+    ],
+)
+def test_labels_of_unclear_meaning(load, write, labels, problem_type, message):
+    """Breaks if lists that mark classes become classes named 0 and 1, or a table's gap becomes a class."""
+    with pytest.raises(DataError, match=message):
+        load(train_file=write("train.jsonl", rows_of(labels)), problem_type=problem_type)
+
+
+def test_multi_hot_lists_are_as_long_in_all_splits(load, write):
+    """Breaks if the same place of a list means another class in another split."""
+    files = {"train_file": write("t.jsonl", rows_of([[1, 0], [0, 1]]))}
+    assert load("train", **files, validation_file=write("v.jsonl", rows_of([[1, 1]]))).label_names == ["0", "1"]
+    with pytest.raises(DataError, match="unclear meaning"):
+        load("train", **files, validation_file=write("w.jsonl", rows_of([[1, 1, 0]])))
 
 
 def test_task_names_number_labels_of_local_files(load, write):
@@ -271,6 +329,7 @@ def test_length_beyond_the_model_warns_and_is_cut(load, write, tokenizer, caplog
     "label2id, expected",
     [
         (None, [0, 1, 2]),
+        ({"A": 4, "a": 0, "B": 3, "c": 2}, [0, 3, 2]),
         ({"c": 0, "a": 1, "b": 2}, [1, 2, 0]),
         ({"C": 0, "A": 1, "B": 2}, [1, 2, 0]),
         ({"a": 3, "b": 1, "c": 0, "d": 2}, [3, 1, 0]),
@@ -282,6 +341,35 @@ def test_labels_follow_the_model(load, write, tokenizer, label2id, expected):
     data = load(train_file=write("train.csv", rows_of(["a", "b", "c"])))
     encoded = encode_text_data(data, tokenizer, TextDataArguments(dataset_name="x"), label2id=label2id)
     assert encoded["train"]["labels"][:] == expected
+
+
+@pytest.mark.parametrize(
+    "labels, label2id, expected",
+    [
+        (["US", "us"], {"us": 0, "US": 1}, [1, 0]),
+        (["10", "2"], {f"LABEL_{i}": i for i in range(12)}, [10, 2]),
+        ([2, 0], {f"LABEL_{i}": i for i in range(3)}, [2, 0]),
+        ([2, 0], {"bad": 0, "odd": 1, "good": 2}, [2, 0]),
+        ([3, 1], {"1": 0, "2": 1, "3": 2}, [2, 0]),
+        ([5, 7], {"LABEL_0": 0, "LABEL_1": 1}, [0, 1]),
+        (["US", "us"], {"Us": 0, "de": 1}, "'US', which the model does not know .*'Us'"),
+        (["US", "us"], {"us": 0, "de": 1}, "'US', which the model does not know .*'us'"),
+        (["us", "de"], {"US": 0, "Us": 1, "de": 2}, "'us', which the model does not know .*'US' and 'Us'"),
+        (["a", "b"], {f"LABEL_{i}": i for i in range(3)}, "'a', which the model does not know"),
+        ([3, 0], {"bad": 0, "good": 1}, "'0', which the model does not know"),
+        ([0, 1], {"1": 0, "2": 1, "3": 2}, "'0', which the model does not know"),
+    ],
+)
+def test_labels_are_matched_exactly_before_case_is_folded(load, write, tokenizer, labels, label2id, expected):
+    """Breaks if two classes become one at accuracy 1.000, or a number means its place among those that occur."""
+    rows = [{"text": "a", "label": label} for label in labels]
+    data = load(train_file=write("train.jsonl", rows))
+    args = TextDataArguments(dataset_name="x")
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            encode_text_data(data, tokenizer, args, label2id=label2id)
+    else:
+        assert encode_text_data(data, tokenizer, args, label2id=label2id)["train"]["labels"][:] == expected
 
 
 def test_whole_numbers_are_the_ids_of_a_model_with_names(load, write, tokenizer):
@@ -337,6 +425,11 @@ def test_flags_as_words_of_the_command_line():
         ({"train_file": "rows.txt"}, r"--train_file rows.txt must end in one of: .csv, .json, .jsonl, .parquet"),
         ({"train_file": "nowhere.csv"}, "--train_file nowhere.csv is not there"),
         ({"task_name": "sst2", "train_val_split": 1.5}, "--train_val_split.*between 0 and 1"),
+        ({"task_name": "sst2", "problem_type": "regression"}, "leave --problem_type out"),
+        (
+            {"dataset_name": "x", "problem_type": "classes"},
+            "--problem_type 'classes' is not one of: single_label",
+        ),
         ({"task_name": "sst2", "max_seq_length": 0}, "--max_seq_length must be at least 1"),
         ({"task_name": "sst2", "max_train_samples": 0}, "--max_train_samples must be at least 1"),
         ({"task_name": "sst2", "text_column_names": "a,b,c"}, "--text_column_names takes one column or two"),
@@ -389,10 +482,17 @@ def test_gaps_in_the_data_name_the_row(load, write):
         load(train_file=write("l.jsonl", rows_of(["a", "b", None])))
 
 
-def test_labels_of_test_rows_that_training_never_saw_count(load, write):
-    """Breaks if a label outside of training, in a file that is only evaluated, ends in a KeyError."""
+def test_a_validation_label_that_training_never_saw(load, write, caplog):
+    """Breaks if a misspelt label of the evaluation becomes a class that is never trained."""
     files = {"train_file": write("t.csv", rows_of(["a", "b"])), "validation_file": write("v.csv", rows_of(["c"]))}
-    assert load("train", **files).label_names == ["a", "b", "c"]
+    with pytest.raises(DataError, match="the label 'c' in split 'validation', but in no row of split 'train'"):
+        load("train", **files)
+    for split, labels in (("train", [0, 1, 0]), ("validation", [2, 0, 3])):
+        names = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=[*"pqrs"])})
+        write(f"declared/{split}.parquet", datasets.Dataset.from_list(rows_of(labels), features=names))
+    data = load("train", "validation", dataset_name=str(files["train_file"].parent / "declared"))
+    assert data.label_names == [*"pqrs"], "the data set declares these classes"
+    assert "no row of split 'train' has the labels of 2 other classes: r, s" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -418,8 +518,12 @@ def test_rows_to_predict_without_labels(load, write):
     data = load("test", train_file=train, test_file=blind)
     assert data.label_names == ["a", "b"] and data.splits["test"].column_names == ["text", "idx"]
     assert load("test", test_file=blind, task_name="sst2", text_column_names="text").label_names[0] == "negative"
-    with pytest.raises(DataError, match="no labels.*--train_file"):
+    with pytest.raises(DataError, match="no labels.*a fine-tuned model, a --train_file"):
         load("test", test_file=blind)
+    args = TextDataArguments(test_file=str(blind))
+    for like in (data, load(train_file=write("s.csv", rows_of([0.5, 1.5])))):
+        found = load_text_data(args, splits_needed=["test"], seed=0, like=like)
+        assert (found.problem_type, found.label_names) == (like.problem_type, like.label_names)
 
 
 def test_unreadable_sources(load, tmp_path):
