@@ -9,15 +9,19 @@ import json
 import math
 import os
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm, skip_init
+from torch.optim.adamw import adamw
 from transformers import get_scheduler
 from transformers.utils import logging
 
@@ -34,7 +38,14 @@ WEIGHT_MAP = "l2w_weights"
 _STEP_NORM = 0.01
 # Numbers of a piece, about: what a CPU keeps of each tensor in its cache.
 _PIECE = 2**18
+# Kinds of attention that have forward-mode derivatives and double backward.
+_DIFFERENTIABLE = ("eager", "sdpa")
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+
+
+def _on_host(tensor: torch.Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def _setting(default, text: str):
@@ -59,8 +70,11 @@ class MetaWeightedArguments:
     meta_constraint: Literal["exit", "sample", "batch"] = _setting(
         "exit", "over what weights average 1: a sample's exits, an exit's samples, or all of the batch"
     )
-    meta_gradient: Literal["directional", "exact"] = _setting(
-        "directional", "`directional` (central differences) or `exact` (double backward, the slow reference)"
+    meta_gradient: Literal["auto", "forward", "directional", "exact"] = _setting(
+        "auto",
+        "`forward` (forward-mode differentiation, in the training's precision), `directional` (central differences, "
+        "in float32), `exact` (double backward in float32, the slow reference) or `auto`: `forward` on accelerators, "
+        "`directional` on the CPU",
     )
 
     def __post_init__(self):
@@ -117,22 +131,28 @@ def _confidences(exit_logits: torch.Tensor) -> torch.Tensor:
 
 
 class ChargedExits:
-    """At which exit each of n samples of the meta half is charged, as a policy that they leave by.
+    """At which exit each of n samples of the meta half is charged, as a policy by which they exit.
 
-    Exit 1 is charged with the surest floor(n p_1) of the samples; exit 2 with the surest floor(n p_2) of the others,
-    by its own confidence; and so on; exit K with those that are left (Han et al., section 3.3). p_k is proportional to
-    q^k. Of equally sure samples the earlier ones come first.
+    Exit 1 is charged with the n_1 most confident of the samples; exit 2 with the n_2 most confident of the others, by
+    its own confidence; and so on; exit K with the rest (Han et al., section 3.3). n_k is n p_k with p_k proportional
+    to q^k, rounded systematically: n_1 + ... + n_k = floor(n (p_1 + ... + p_k) + u), so that with u uniform in [0, 1)
+    the mean of n_k is n p_k. Rounded down, the middle exits of a small batch would never be charged. Of equally
+    confident samples the earlier ones come first.
 
     Args:
         num_samples: n.
         num_exits: K.
         target_p: q.
+        offset: u.
+
+    Attributes:
+        shares: n_1 to n_K.
     """
 
-    def __init__(self, num_samples: int, num_exits: int, target_p: float):
-        total = sum(target_p**k for k in range(1, num_exits + 1))
-        shares = [math.floor(num_samples * target_p**k / total) for k in range(1, num_exits)]
-        self.shares = [*shares, num_samples - sum(shares)]
+    def __init__(self, num_samples: int, num_exits: int, target_p: float, offset: float = 0.0):
+        powers = list(accumulate(target_p**k for k in range(1, num_exits + 1)))
+        bounds = [math.floor(num_samples * power / powers[-1] + offset) for power in powers[:-1]]
+        self.shares = [after - before for before, after in pairwise([0, *bounds, num_samples])]
 
     def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
         """As `ExitPolicy.decide`."""
@@ -160,7 +180,7 @@ def linear_step(
     values: list[torch.Tensor],
     gradients: list[torch.Tensor],
     ahead: list[torch.Tensor],
-    clip: float = 1.0,
+    clip: torch.Tensor | float = 1.0,
 ) -> None:
     """Make the step that AdamW or SGD would make, without touching its state.
 
@@ -177,14 +197,22 @@ def linear_step(
     for group in optimizer.param_groups:
         chosen = [places[id(parameter)] for parameter in group["params"] if id(parameter) in places]
         rows = [(optimizer.state.get(parameters[n], {}), values[n], gradients[n], ahead[n]) for n in chosen]
-        step = _adamw_step if "betas" in group else _sgd_step
         for piece in _pieces(rows):
-            step(group, clip, *zip(*piece, strict=True))
+            states, *tensors = map(list, zip(*piece, strict=True))
+            torch._foreach_mul_(tensors[1], clip)
+            _step_of(group, states)(group, states, *tensors)
+
+
+def _step_of(group: dict, states: list[dict]):
+    if "betas" not in group:
+        return _sgd_step
+    readable = all(_on_host(state["step"]) for state in states if state)
+    return _adamw_step if readable or group["betas"][0] == 0 else _fused_adamw_step
 
 
 def _pieces(rows: list[tuple]):
     """`rows` of (state, *tensors), all at once; on a CPU in parts that stay in its cache through all of a step."""
-    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for _, *tensors in rows for tensor in tensors):
+    if not all(_on_host(tensor) and tensor.is_contiguous() for _, *tensors in rows for tensor in tensors):
         yield rows
         return
     ready, size = [], 0
@@ -209,20 +237,21 @@ def _split(state: dict, *tensors):
         yield {**state, **dict(zip(entries, part, strict=False))}, *part[len(entries) :]
 
 
-def _adamw_step(group, clip, states, values, gradients, ahead) -> None:
-    rate, (beta1, beta2) = float(group["lr"]), group["betas"]
-    # Counters may live on the device: one read for all of them.
-    counted = [state["step"] for state in states if state]
-    counted = iter(torch.stack(counted).tolist() if counted else [])
-    steps = [next(counted) + 1 if state else 1.0 for state in states]
-    first, second = (
+def _adamw_state(states, values) -> list[list[torch.Tensor]]:
+    """First and second moments, zeros where there are none yet."""
+    return [
         [state[name] if state else torch.zeros_like(value) for state, value in zip(states, values, strict=True)]
         for name in ("exp_avg", "exp_avg_sq")
-    )
+    ]
+
+
+def _adamw_step(group, states, values, gradients, ahead) -> None:
+    rate, (beta1, beta2) = float(group["lr"]), group["betas"]
+    steps = [state["step"].item() + 1 if state else 1.0 for state in states]
+    first, second = _adamw_state(states, values)
     rates = [rate / (1 - beta1**step) for step in steps]
     corrections = [1 - beta2**step for step in steps]
 
-    torch._foreach_mul_(gradients, clip)
     slopes = torch._foreach_mul(second, [beta2 / correction for correction in corrections])
     torch._foreach_addcmul_(slopes, gradients, gradients, [(1 - beta2) / correction for correction in corrections])
     # The square root. On a CPU torch's own may take several times as long where it meets zeros.
@@ -235,24 +264,72 @@ def _adamw_step(group, clip, states, values, gradients, ahead) -> None:
     torch._foreach_mul_(ahead, [-rate for rate in rates])
     torch._foreach_div_(ahead, slopes)
     torch._foreach_add_(ahead, values, alpha=1 - rate * group["weight_decay"])
-    for gradient in gradients:
-        gradient.ne_(0)
+    _mark_used(gradients)
     torch._foreach_mul_(gradients, [(1 - beta1) * rate for rate in rates])
     torch._foreach_div_(gradients, slopes)
 
 
-def _sgd_step(group, clip, states, values, gradients, ahead) -> None:
+def _fused_adamw_step(group, states, values, gradients, ahead) -> None:
+    """By torch's own kernel, because the step counters are on the device, and reading them would wait for it."""
+    beta1, beta2 = group["betas"]
+    first, second = _adamw_state(states, values)
+    steps = [state["step"] if state else values[0].new_zeros((), dtype=torch.float32) for state in states]
+
+    def step(moved: list[torch.Tensor], first: list[torch.Tensor], weight_decay: float) -> None:
+        adamw(
+            moved,
+            gradients,
+            first,
+            [moment.clone() for moment in second],
+            [],
+            torch._foreach_add(steps, 0),
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=weight_decay,
+        )
+
+    torch._foreach_copy_(ahead, values)
+    step(ahead, [moment.clone() for moment in first], group["weight_decay"])
+    # From 0 and with the first moment at 1 - b1 after the step, the kernel goes to -P.
+    before = torch._foreach_mul(gradients, 1 - 1 / beta1)
+    torch._foreach_add_(before, 1 / beta1 - 1)
+    slopes = [torch.zeros_like(value) for value in values]
+    step(slopes, before, 0.0)
+    _mark_used(gradients)
+    torch._foreach_neg_(gradients)
+    torch._foreach_mul_(gradients, slopes)
+
+
+def _sgd_step(group, states, values, gradients, ahead) -> None:
     rate, momentum = float(group["lr"]), group["momentum"]
-    for state, value, gradient, moved in zip(states, values, gradients, ahead, strict=True):
-        buffer = state.get("momentum_buffer") if momentum else None
-        slope, inertia = (1.0, 0.0) if buffer is None else (1 - group["dampening"], momentum)
+    buffers = [state.get("momentum_buffer") if momentum else None for state in states]
+    torch._foreach_copy_(ahead, values)
+    for started in (False, True):
+        rows = zip(buffers, gradients, ahead, strict=True)
+        rows = [row for row in rows if (row[0] is not None) == started]
+        if not rows:
+            continue
+        held, slopes, moved = map(list, zip(*rows, strict=True))
+        slope, inertia = (1 - group["dampening"], momentum) if started else (1.0, 0.0)
         if group["nesterov"]:
             slope, inertia = 1 + momentum * slope, momentum * inertia
-        torch.mul(value, 1 - rate * slope * group["weight_decay"], out=moved)
-        moved.add_(gradient, alpha=-rate * slope * clip)
-        if buffer is not None:
-            moved.add_(buffer, alpha=-rate * inertia)
-        gradient.ne_(0).mul_(rate * slope)
+        torch._foreach_mul_(moved, 1 - rate * slope * group["weight_decay"])
+        torch._foreach_add_(moved, slopes, alpha=-rate * slope)
+        if started:
+            torch._foreach_add_(moved, held, alpha=-rate * inertia)
+        _mark_used(slopes)
+        torch._foreach_mul_(slopes, rate * slope)
+
+
+def _mark_used(gradients: list[torch.Tensor]) -> None:
+    """Replace what is not exactly zero by 1."""
+    torch._foreach_sign_(gradients)
+    torch._foreach_abs_(gradients)
 
 
 class _PlainForward(nn.Module):
@@ -283,14 +360,41 @@ def _stand_ins(parameters: list[nn.Parameter]):
             parameter.data = value
 
 
-def _part_storages(tensors: list[torch.Tensor]) -> None:
-    """Copy what shares memory with an earlier one: at one row, so do two gradients of ViT's embeddings."""
+def _lay_out(gradients: list[torch.Tensor], parameters: list[nn.Parameter]) -> None:
+    """Copy what shares memory with an earlier one (at one row, so do two gradients of ViT's embeddings), and what does
+    not lie in memory as its parameter does, which steps over many tensors at once ask for."""
     taken = set()
-    for n, tensor in enumerate(tensors):
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in taken:
-            tensors[n] = tensor.clone()
+    for n, (gradient, parameter) in enumerate(zip(gradients, parameters, strict=True)):
+        storage = gradient.untyped_storage().data_ptr()
+        if storage in taken or gradient.stride() != parameter.stride():
+            gradients[n] = torch.empty_like(parameter).copy_(gradient)
         taken.add(storage)
+
+
+def _keys(ids: torch.Tensor, padding: int | None) -> torch.Tensor:
+    """`ids` in an order that has the padding first."""
+    return ids if padding is None else ids.masked_fill(ids == padding, -1)
+
+
+def _distinct(ids: torch.Tensor, padding: int | None) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    """The distinct `ids`: their keys in order, the ids themselves, the place of the padding.
+
+    How many there are is known on the CPU only. Elsewhere the result has a fixed length: it has the padding in any
+    case, and the last id again and again at the end.
+    """
+    keys = _keys(ids.flatten(), padding)
+    if _on_host(ids):
+        keys = keys.unique()
+        place = 0 if padding is not None and keys[0] == -1 else None
+    else:
+        if padding is not None:
+            keys = torch.cat([keys.new_full((1,), -1), keys])
+        ordered = keys.sort().values
+        places = (ordered.diff() != 0).cumsum(0)
+        keys = ordered[-1:].repeat(len(ordered)).scatter_(0, places, ordered[1:])
+        keys[:1] = ordered[:1]
+        place = None if padding is None else 0
+    return keys, keys if padding is None else keys.masked_fill(keys == -1, padding), place
 
 
 @contextmanager
@@ -302,21 +406,21 @@ def _words_of(inputs: dict, network: nn.Module, optimizer: torch.optim.Optimizer
     ids = inputs.get("input_ids")
     table = None if ids is None else network.get_input_embeddings()
     whole = table.weight if type(table) is nn.Embedding else None
-    if sum(parameter is whole for _, parameter in network.named_parameters(remove_duplicate=False)) != 1:
+    shared = sum(parameter is whole for _, parameter in network.named_parameters(remove_duplicate=False)) != 1
+    if shared or (not _on_host(ids) and ids.numel() >= len(whole)):
         yield
         return
-    padding, words = table.padding_idx, ids.unique()
+    padding = table.padding_idx
+    keys, words, place = _distinct(ids, padding)
     few = nn.Parameter(whole.detach()[words], requires_grad=whole.requires_grad)
     state = optimizer.state.get(whole, {}).items()
     state = {name: entry[words] if name != "step" and entry is not None else entry for name, entry in state}
     places = [
         (group["params"], n) for group in optimizer.param_groups for n, p in enumerate(group["params"]) if p is whole
     ]
-    hook = table.register_forward_pre_hook(lambda _, args: (torch.searchsorted(words, args[0]),))
+    hook = table.register_forward_pre_hook(lambda _, args: (torch.searchsorted(keys, _keys(args[0], padding)),))
     try:
-        table.weight = few
-        if padding is not None:
-            table.padding_idx = int(torch.searchsorted(words, padding)) if padding in words else None
+        table.weight, table.padding_idx = few, place
         for parameters, n in places:
             parameters[n] = few
         if state:
@@ -364,15 +468,21 @@ def _random_fork(device: torch.device, start: list[torch.Tensor] | None = None):
 
 
 @contextmanager
-def _full_precision(device: torch.device):
-    """No autocast and no TF32: their rounding would drown a change of 1e-6 in a parameter."""
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+def _without_tf32(matmul: bool = True):
+    """Keep float32 convolutions, and matrix products too where asked for, from being rounded to fewer bits.
+
+    For convolutions of cuDNN rounding is torch's default. What an operation reads is the setting of its own kind, in
+    all versions of torch that have it; the older `allow_tf32` sets that one.
+    """
+    backends = torch.backends
+    settings = [backends.cudnn.conv, backends.mkldnn.conv]
+    if matmul:
+        settings += [backends.cuda.matmul, backends.mkldnn.matmul]
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:
             setting.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
@@ -401,11 +511,16 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         L_meta    = sum_k mean of l[j,k](theta') over the samples j of b charged at exit k (`ChargedExits`)
         W         = Adam's step on dL_meta/dW
 
-    `--meta_gradient directional` builds no graph of second order: dL_meta/dw[i,k] = -(1/n) <grad l[i,k](theta), u>,
-    with u = c P grad L_meta(theta') and c the clipping constant, is read off by central differences along u. `exact`
-    is the double backward. All of it runs in full float32, also under mixed precision, where dropout masks would
-    change with the dtype; parameters, buffers and random states are left as they were to the last bit. A batch of one
+    No graph of second order is needed: dL_meta/dw[i,k] = -(1/n) <grad l[i,k](theta), u>, with u = c P grad
+    L_meta(theta') and c the clipping constant. `--meta_gradient forward`, the default on accelerators, computes this
+    by forward-mode differentiation along u, in one forward pass, with autocast where the training has it; it never
+    waits for the device. `directional`, the default on the CPU, takes central differences along u, in full float32
+    also under mixed precision; `exact` is the double backward, in float32 too. All use the dropout masks of the train
+    half's first pass. Parameters, buffers and random states are left as they were to the last bit. A batch of one
     sample has no halves: W rests. Logged weights are those of the main process' samples.
+
+    The meta half is half of one process' micro-batch, 16 samples at a batch size of 32, where the paper's CIFAR runs
+    have 512: of so few a deep exit is charged with one sample or none, and the meta gradient is noisier in proportion.
 
     Differences from the paper's code:
         - Both look-aheads start at the same theta, and then one step takes the whole batch; there, each half has its
@@ -414,7 +529,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
           in g: c and the g^2 of AdamW count as constants. There it is SGD's only, and nothing is clipped.
         - A sample of the meta half leaves the batch where it is charged, which spares the layers behind: the loss and
           its gradient are those of all samples at all exits, but for the draws of dropout.
-        - Central differences take the place of the double backward (`exact` keeps it).
+        - A directional derivative takes the place of the double backward (`exact` keeps it).
         - `--exit_loss_weights` multiplies w in the look-ahead too; soft labels and label smoothing are respected.
           Mixup and CutMix mix row i with row n - 1 - i: the halves of such a batch show the same images.
         - W's generator and the order of ties in `ChargedExits` are fixed, so that runs repeat and resume to the bit.
@@ -440,6 +555,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         )
         self.meta_scheduler = None
         self._looked_ahead_at = None
+        self._share_offset = 0.0  # u of `ChargedExits`, drawn at each look-ahead
         # For the log: (2, batch, K) weights and losses of the last batches, how many are new, the meta losses.
         self._recent, self._unlogged, self._meta_losses = deque(maxlen=1000), 0, []
 
@@ -476,17 +592,20 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         kernel = self.model.config._attn_implementation
         if "flash" in str(kernel):
             raise ExitConfigurationError(
-                f"--method l2w looks ahead in float32, which {kernel} does not take: use --attn_implementation sdpa."
+                f"--method l2w needs float32 or derivatives that {kernel} does not have: use --attn_implementation "
+                "sdpa."
             )
-        if self.scheme_args.meta_gradient == "exact":
-            if kernel not in ("eager", "sdpa"):
-                raise ExitConfigurationError(
-                    f"--meta_gradient exact needs --attn_implementation eager or sdpa; {kernel} has no double backward"
-                )
+        method = self.scheme_args.meta_gradient
+        if method in ("exact", "forward") and kernel not in _DIFFERENTIABLE:
+            raise ExitConfigurationError(
+                f"--meta_gradient {method} needs derivatives that {kernel} does not have: use --attn_implementation "
+                "eager or sdpa."
+            )
+        if method == "exact":
             # The newer name first: the older one warns.
             if getattr(self.args, "activation_checkpointing", None) or self.args.gradient_checkpointing:
                 raise ExitConfigurationError(
-                    "--meta_gradient exact does not work with --gradient_checkpointing: use `directional`."
+                    "--meta_gradient exact does not work with --gradient_checkpointing: use `auto`."
                 )
 
     def losses_of(self, exit_logits, labels):
@@ -529,7 +648,8 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         """Update W on both orders of the halves of `inputs`."""
         halves, device = _halve(inputs), self.args.device
         words = _words_of(inputs, self.model, self.optimizer)
-        with _random_fork(device), _restored(list(self.model.buffers())), _full_precision(device), words:
+        self._share_offset = torch.rand((), generator=self.meta_generator, dtype=torch.float64).item()
+        with _random_fork(device), _restored(list(self.model.buffers())), words:
             for train, meta in (halves, halves[::-1]):
                 self.meta_optimizer.zero_grad()
                 if len(train["labels"]) and len(meta["labels"]):
@@ -546,17 +666,33 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         Returns:
             w of the train half, (n, K), with its graph through W; dL_meta/dw, (n, K); L_meta.
         """
-        if self.scheme_args.meta_gradient == "exact":
-            with sdpa_kernel(SDPBackend.MATH):
-                return self._exact_gradient(train, meta)
-        return self._directional_gradient(train, meta)
+        forward = self.meta_method() == "forward"
+        # The rounding of TF32 would drown a change of 1e-6 in a parameter.
+        with _without_tf32(matmul=not forward):
+            if self.meta_method() == "exact":
+                with sdpa_kernel(SDPBackend.MATH):
+                    return self._exact_gradient(train, meta)
+            return self._estimated_gradient(train, meta, forward)
 
-    def _directional_gradient(self, train, meta):
+    def meta_method(self) -> str:
+        """`--meta_gradient`, with what `auto` means here."""
+        method, kernel = self.scheme_args.meta_gradient, self.model.config._attn_implementation
+        if method == "auto":
+            plain = self.args.device.type == "cpu" or kernel not in _DIFFERENTIABLE
+            method = "directional" if plain else "forward"
+        return method
+
+    def _estimated_gradient(self, train, meta, forward: bool):
         # At the peak two sets of tensors stand beside the gradient that joint training has too: `ahead`, `direction`.
         device, masks = self.args.device, _random_state(self.args.device)
-        weights, _, parameters, direction, clip = self._train_pass(train)
-        parameters = list(parameters.values())
-        _part_storages(direction)
+        scaler = self.accelerator.scaler if forward else None
+        attention = nullcontext()
+        if forward and self._drops_attention():
+            attention = sdpa_kernel(SDPBackend.MATH)  # other kernels draw other masks than the derivative will
+        with attention:
+            weights, _, named, direction, clip = self._train_pass(train, scaler=scaler)
+        parameters = list(named.values())
+        _lay_out(direction, parameters)
         with _stand_ins(parameters) as (values, ahead):
             # u = c P grad L_meta; c comes last. Where g is exactly zero, half a does not use the parameter, and what u
             # is there changes nothing, except that it would take its part of ||u||.
@@ -564,18 +700,54 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             meta_loss = self._meta_loss(meta)
             if not meta_loss.requires_grad:  # all are charged at an exit that is frozen
                 return weights, torch.zeros_like(weights), meta_loss
-            torch._foreach_mul_(direction, torch.autograd.grad(meta_loss, parameters, materialize_grads=True))
-            norm = get_total_norm(direction).item()
-            if not 0 < norm < math.inf:
-                return weights, torch.zeros_like(weights), meta_loss.detach()
-            h, sides = _STEP_NORM / norm, []
-            for sign in (1, -1):
-                with torch.no_grad(), _random_fork(device, masks):
-                    for value, part, moved in zip(values, direction, ahead, strict=True):
-                        torch.add(value, part, alpha=sign * h, out=moved)
-                    sides.append(self._losses(train)[0])
-        derivative = clip * self.exit_loss_weights.to(weights) * (sides[0] - sides[1]) / (2 * h)
-        return weights, -derivative / len(derivative), meta_loss.detach()
+            scaled = meta_loss if scaler is None else scaler.scale(meta_loss)
+            torch._foreach_mul_(direction, torch.autograd.grad(scaled, parameters, materialize_grads=True))
+            if not forward:
+                derivative = self._central_differences(train, values, direction, ahead, masks)
+        if forward:
+            with _random_fork(device, masks):
+                derivative = self._forward_derivative(train, named, direction)
+        if scaler is not None:
+            derivative = derivative / scaler.scale(torch.ones_like(meta_loss))
+        gradient = clip * self.exit_loss_weights.to(weights) * derivative / -len(derivative)
+        # In half precision a gradient may overflow; then the step itself is left out too.
+        gradient = torch.where(gradient.isfinite().all(), gradient, 0)
+        return weights, gradient, meta_loss.detach()
+
+    def _drops_attention(self) -> bool:
+        """Whether attention may drop weights; `True` where the config does not say."""
+        config = self.model.config.to_dict()
+        rates = [rate for name, rate in config.items() if "att" in name and "drop" in name]
+        return any(rates) or not rates
+
+    @torch.no_grad()
+    def _central_differences(self, train, values, direction, ahead, masks) -> torch.Tensor:
+        """(l(theta + h u) - l(theta - h u)) / 2h, (n, K); `ahead` are the present values of the parameters."""
+        norm = get_total_norm(direction).item()
+        if not 0 < norm < math.inf:
+            return self._losses(train)[0] * 0
+        h, sides = _STEP_NORM / norm, []
+        for sign in (1, -1):
+            for value, part, moved in zip(values, direction, ahead, strict=True):
+                torch.add(value, part, alpha=sign * h, out=moved)
+            with _random_fork(self.args.device, masks):
+                sides.append(self._losses(train)[0])
+        return (sides[0] - sides[1]) / (2 * h)
+
+    @torch.no_grad()
+    def _forward_derivative(self, train, named: dict, direction) -> torch.Tensor:
+        """<grad l, u>, (n, K), in one forward pass over pairs of values and their derivatives along u."""
+        # As long as half precision can hold it: a mean square of 2^-10 a parameter.
+        size = sum(part.numel() for part in direction)
+        scale = get_total_norm(direction).clamp(min=torch.finfo(torch.float32).tiny) * (32 / size**0.5)
+        torch._foreach_div_(direction, scale)
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            pairs = {
+                f"network.{name}": forward_ad.make_dual(parameter.detach(), part)
+                for (name, parameter), part in zip(named.items(), direction, strict=True)
+            }
+            tangent = forward_ad.unpack_dual(self._losses(train, pairs)[0]).tangent
+            return tangent * scale
 
     def _exact_gradient(self, train, meta):
         weights, leaf, parameters, gradients, clip = self._train_pass(train, create_graph=True)
@@ -594,42 +766,57 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             return weights, torch.zeros_like(weights), meta_loss
         return weights, torch.autograd.grad(meta_loss, leaf, materialize_grads=True)[0], meta_loss.detach()
 
-    def _train_pass(self, train: dict, create_graph: bool = False):
+    def _train_pass(self, train: dict, create_graph: bool = False, scaler=None):
         """w with its graph through W; w as a leaf; by name the parameters that will step; their gradients; c."""
         losses, exit_logits = self._losses(train)
         weights = self.weight_network(losses.detach(), exit_logits.detach())
         leaf = weights.detach().requires_grad_(create_graph)
         loss = reduce_losses(losses, self.exit_loss_weights.to(losses) * leaf)
+        loss = loss if scaler is None else scaler.scale(loss)
         trainable = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         gradients = torch.autograd.grad(loss, trainable.values(), create_graph=create_graph, allow_unused=True)
         # A parameter without gradient is left alone by the optimizer, decay included.
         reached = {name: part for name, part in zip(trainable, gradients, strict=True) if part is not None}
+        if scaler is not None:
+            torch._foreach_div_(list(reached.values()), scaler.scale(torch.ones_like(loss)))
         clip, limit = 1.0, self.args.max_grad_norm
         if limit and limit > 0:
-            norm = get_total_norm([part.detach() for part in reached.values()]).item()
-            clip = min(1.0, limit / (norm + 1e-6))
+            norm = get_total_norm([part.detach() for part in reached.values()])
+            clip = (limit / (norm + 1e-6)).clamp(max=1.0)
         # An optimizer of one's own may hold some of the parameters only. The norm is of all.
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         stepped = {name: trainable[name] for name in reached if id(trainable[name]) in held}
         return weights, leaf, stepped, [reached[name] for name in stepped], clip
 
+    @contextmanager
+    def _precision(self):
+        """The training's own for `forward`, else full float32."""
+        with torch.autocast(self.args.device.type, enabled=False):
+            if self.meta_method() != "forward":
+                yield
+            else:
+                # Without the cache of cast parameters: it would outlive a change of their values.
+                with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+                    yield
+
     def _outputs(self, inputs: dict, parameters: dict | None = None, early_exit: bool | ChargedExits = False):
         """What the model says of `inputs`, at `parameters` where given."""
         plain = _PlainForward(self.model)
-        if parameters is None:
-            return plain(inputs, early_exit)
-        return functional_call(plain, parameters, (inputs, early_exit))
+        with self._precision():
+            if parameters is None:
+                return plain(inputs, early_exit)
+            return functional_call(plain, parameters, (inputs, early_exit))
 
-    def _losses(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """l (n, K) and the logits (n, K, num_labels) of `inputs`."""
-        exit_logits = self._outputs(inputs).exit_logits
+    def _losses(self, inputs: dict, parameters: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """l (n, K) and the logits (n, K, num_labels) of `inputs`, at `parameters` where given."""
+        exit_logits = self._outputs(inputs, parameters).exit_logits
         return self.losses_of(exit_logits, inputs["labels"]), exit_logits
 
     def _meta_loss(self, inputs: dict, parameters: dict | None = None) -> torch.Tensor:
         # A sample counts at one exit only: it leaves there, and the layers behind are spared. Under a mask that is not
         # 2-D no row can leave.
         mask, labels = inputs.get("attention_mask"), inputs["labels"]
-        charged = ChargedExits(len(labels), self.model.num_exits, self.scheme_args.meta_target_p)
+        charged = ChargedExits(len(labels), self.model.num_exits, self.scheme_args.meta_target_p, self._share_offset)
         if mask is None or mask.dim() == 2:
             outputs = self._outputs(inputs, parameters, charged)
             logits, exits = outputs.logits, outputs.exit_index
@@ -650,7 +837,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         total = self.accelerator.reduce(torch.cat([*parts, parts[0].new_tensor([float(ready)])]), "sum")
         for parameter, part in zip(parameters, total[:-1].split([p.numel() for p in parameters]), strict=True):
             parameter.grad = (part / total[-1]).view_as(parameter)
-        return total[-1].item() > 0
+        return ready or total[-1].item() > 0
 
     # Schedule and checkpoints
 

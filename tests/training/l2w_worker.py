@@ -62,6 +62,9 @@ def average(folder: str) -> None:
     batches = [text_batch(8, seed=10 + process) for process in range(2)]
     trainer = make_trainer(bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), folder)
     trainer.create_optimizer_and_scheduler(10)
+    start = trainer.meta_generator.get_state()
+    trainer._share_offset = torch.rand((), generator=trainer.meta_generator, dtype=torch.float64).item()
+    trainer.meta_generator.set_state(start)
     plain = copy.deepcopy(trainer.weight_network)
     adam = torch.optim.Adam(plain.parameters(), lr=1e-4, weight_decay=1e-4)
     shared, trainer.weight_network = trainer.weight_network, plain
