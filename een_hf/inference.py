@@ -304,19 +304,16 @@ def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, torc
 
 def _batches(rows, batch_size, window, collator, model) -> Iterator[tuple[torch.Tensor, dict]]:
     """(ids, inputs) by batches, each window of texts from long to short."""
-    names, longest, start, rows = _input_names(model), model.config.max_input_length, 0, iter(rows)
+    names, start, rows = _input_names(model), 0, iter(rows)
     while chunk := list(islice(rows, window)):
         lengths = [len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0 for row in chunk]
         order = sorted(range(len(chunk)), key=lambda i: -lengths[i])
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             inputs = {name: value for name, value in collator([chunk[i] for i in chosen]).items() if name in names}
-            width = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-            if longest is not None and width > longest:
-                raise ExitConfigurationError(
-                    f"The batch of row {start + chosen[0]} (counted from 0) has {width} tokens, the model takes at "
-                    f"most {longest}: tokenize with truncation=True, max_length={longest}."
-                )
+            if "input_ids" in inputs:
+                where = f"The batch of row {start + chosen[0]} (counted from 0)"
+                model.config.check_input_length(inputs["input_ids"].shape[1], where)
             inputs = {n: value.to(model.device) if torch.is_tensor(value) else value for n, value in inputs.items()}
             yield torch.tensor(chosen) + start, inputs
         start += len(chunk)

@@ -18,7 +18,8 @@ class _ExitAnswers:
 
     The keys are `exit_layer`, the 1-based layer of the exit, and `cost_saved`, the share of the plain model's cost
     that was saved: 1 minus the exit's relative cost, at the input's own length. At the last exit it is 0 less the
-    cost of the earlier heads.
+    cost of the earlier heads. `score` is the probability from the logits divided by the temperature of their exit,
+    as `ExitPredictions.confidence`; the stock pipelines, and `function_to_apply="none"`, take the logits as they are.
     """
 
     def check_model_type(self, supported_models) -> None:
@@ -39,18 +40,24 @@ class _ExitAnswers:
         return relative_costs(self.model, sequence_length=length)
 
     def _forward(self, model_inputs) -> dict[str, Any]:
+        if "input_ids" in model_inputs:
+            self.model.config.check_input_length(model_inputs["input_ids"].shape[1], "A text, or one beside it,")
         outputs = super()._forward(model_inputs)
         answers = {"logits": outputs.logits}
         if outputs.exit_index is not None:
             answers["exit_index"] = outputs.exit_index
+            policy = self.model.get_exit_policy()
+            answers["tempered_logits"] = policy.temper(outputs.logits.float(), outputs.exit_index)
         if "input_ids" in model_inputs:
             mask = model_inputs.get("attention_mask")
             ids = model_inputs["input_ids"]
             answers["num_tokens"] = ids.new_full(ids.shape[:1], ids.shape[1]) if mask is None else mask.sum(1)
         return answers
 
-    def postprocess(self, model_outputs, **kwargs):
-        answer = super().postprocess(model_outputs, **kwargs)
+    def postprocess(self, model_outputs, function_to_apply=None, **kwargs):
+        if "tempered_logits" in model_outputs and function_to_apply != "none":
+            model_outputs["logits"] = model_outputs["tempered_logits"]
+        answer = super().postprocess(model_outputs, function_to_apply=function_to_apply, **kwargs)
         exit_index = int(model_outputs["exit_index"]) if "exit_index" in model_outputs else self.model.num_exits - 1
         length = int(model_outputs["num_tokens"]) if "num_tokens" in model_outputs else None
         left = {
@@ -68,6 +75,13 @@ class EarlyExitTextClassificationPipeline(_ExitAnswers, TextClassificationPipeli
         >>> classify("A fine film.")
         [{"label": "positive", "score": 0.98, "exit_layer": 3, "cost_saved": 0.73}]
     """
+
+    def preprocess(self, inputs, **tokenizer_kwargs):
+        longest = self.model.config.max_input_length
+        if tokenizer_kwargs.get("truncation") and longest is not None:  # tokenizers need not know the model's length
+            wanted = tokenizer_kwargs.get("max_length") or self.tokenizer.model_max_length
+            tokenizer_kwargs["max_length"] = min(wanted, longest)
+        return super().preprocess(inputs, **tokenizer_kwargs)
 
 
 class EarlyExitImageClassificationPipeline(_ExitAnswers, ImageClassificationPipeline):

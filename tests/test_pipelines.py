@@ -13,7 +13,7 @@ from transformers import BertTokenizer, ViTImageProcessor, pipeline
 
 import een_hf
 from een_hf import ExitConfigurationError
-from een_hf.evaluation import relative_costs, stock_model
+from een_hf.evaluation import relative_costs, stock_model, text_functions
 
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
@@ -107,6 +107,65 @@ def test_early_exit_pipelines_say_where_each_input_left(kind, name, inputs, batc
             "exit_layer": [1, 3, 4][exit_index],
             "cost_saved": pytest.approx(saved),
         }
+
+
+@pytest.mark.parametrize("name", ["temperatures", "confidence_temperatures"])
+@pytest.mark.parametrize("kind, model_name, inputs", CASES)
+def test_scores_are_the_probabilities_at_the_temperature_of_the_exit(kind, model_name, inputs, name, request):
+    """Raw probabilities of early exits are too low: the easiest inputs would look the least certain."""
+    folder, model, batches = request.getfixturevalue(model_name)
+    policy = {**model.config.exit_policy, name: [1.1, 0.6, 0.7]}
+    ours = pipeline(f"early-exit-{kind}-classification", model=str(folder), device="cpu")
+    stock = pipeline(f"{kind}-classification", model=str(folder), device="cpu")
+    for each in (ours, stock):
+        each.model.set_exit_policy(policy)
+    taken = set()
+    for batch, given in zip(batches, inputs, strict=True):
+        with torch.no_grad():
+            output = ours.model(**batch)
+        raw, index = output.logits[0].double(), int(output.exit_index)
+        taken.add(index)
+        tempered = (raw / policy[name][index]).softmax(-1).sort(descending=True).values
+        scores = [one["score"] for one in ours(given, top_k=3)]
+        assert scores == pytest.approx(tempered.tolist(), abs=1e-5)
+        plain = raw.softmax(-1).sort(descending=True).values
+        assert [one["score"] for one in stock(given, top_k=3)] == pytest.approx(plain.tolist(), abs=1e-5)
+        logits = [one["score"] for one in ours(given, top_k=3, function_to_apply="none")]
+        assert logits == pytest.approx(raw.sort(descending=True).values.tolist(), abs=1e-4)
+    assert len(taken) > 1
+
+
+def test_scores_of_several_labels_are_tempered_too(bert):
+    own = pipeline("early-exit-text-classification", model=str(bert[0]), device="cpu")
+    own.model.config.problem_type = "multi_label_classification"
+    policy = {"criterion": "label_confidence", "thresholds": [0.0, 0.0, 0.0], "temperatures": [3.0, 1.0, 1.0]}
+    own.model.set_exit_policy(policy)
+    with torch.no_grad():
+        logits = own.model(**bert[2][0]).logits[0]
+    found = {one["label"]: one["score"] for one in own(TEXTS[0], top_k=None)}
+    for index, label in own.model.config.id2label.items():
+        assert found[label] == pytest.approx(float((logits[index] / 3).sigmoid()), abs=1e-5)
+
+
+def test_texts_are_cut_at_the_models_length(bert):
+    """The tokenizer knows of no limit: position 33 of 32 ends in a traceback."""
+    own = pipeline("early-exit-text-classification", model=str(bert[0]), device="cpu")
+    assert own.tokenizer.model_max_length > 10**6
+    text = " ".join("abcdefghij" * 4)
+    with pytest.raises(ExitConfigurationError, match="42 tokens, the model takes at most 32.*truncation=True"):
+        own(text)
+    cut = own(" ".join(text.split()[:30]))
+    assert own(text, truncation=True) == own(text, truncation=True, max_length=99) == cut
+    assert own(text, truncation=True, max_length=8) == own(" ".join(text.split()[:6]))
+
+
+def test_timed_texts_are_cut_at_the_models_length(bert):
+    """A run with a larger --max_seq_length trains and evaluates, and would end in a traceback when it is timed."""
+    tokenizer = BertTokenizer(str(bert[0] / "vocab.txt"))
+    texts = [" ".join("abcdefghij" * 4), "a"]
+    functions = text_functions(bert[1], tokenizer, [texts], max_length=99, batch_size=2)
+    assert [len(function()) for name, function in functions.items() if name.startswith("stock")] == [2]
+    assert [len(functions[name]().logits) for name in ("exits off", "exits on")] == [2, 2]
 
 
 def test_answers_have_the_shape_of_the_stock_pipelines(bert):

@@ -132,6 +132,10 @@ def test_predictions_are_those_of_the_saved_model(finished, files):
         assert line["exit"] == int(output.exit_index) + 1
         assert line["relative_cost"] == pytest.approx(costs[line["exit"] - 1], rel=0.05)
         assert answer == names[line["exit"] - 1]
+        policy = model.config.exit_policy
+        temperature = (policy["temperatures"] or policy["confidence_temperatures"])[line["exit"] - 1]
+        probability = (output.logits[0].double() / temperature).softmax(-1).max()
+        assert line["confidence"] == pytest.approx(float(probability), abs=1e-4)
 
 
 def evaluate(model, out, **files):

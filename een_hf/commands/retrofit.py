@@ -336,7 +336,7 @@ class TextRows(Rows):
             train_file=args.train_file,
             text_column_names=args.text_column_names,
             tokenizer_name=args.tokenizer_name,
-            max_seq_length=min(args.max_seq_length, config.max_position_embeddings),
+            max_seq_length=args.max_seq_length,
             max_train_samples=args.max_train_samples,
         )
         source = f"--train_file {args.train_file}"
@@ -349,7 +349,7 @@ class TextRows(Rows):
         except OSError as error:
             raise DataError(f"MODEL {args.model} has no tokenizer ({error}): give --tokenizer_name.") from error
         data = TaskData({"train": rows}, SINGLE_LABEL, None, columns, "", "", None, [])
-        self.encoded = encode_text_data(data, self.processor, settings)["train"]
+        self.encoded = encode_text_data(data, self.processor, settings, max_length=config.max_input_length)["train"]
         self.texts = [rows[column] for column in columns]
         self.max_length = settings.max_seq_length
         self.lengths = [len(tokens) for tokens in self.encoded["input_ids"]]

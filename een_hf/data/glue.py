@@ -209,6 +209,7 @@ def encode_text_data(
     args: TextDataArguments,
     *,
     label2id: dict[str, int] | None = None,
+    max_length: int | None = None,
     keep_columns: Sequence[str] = (),
 ) -> dict[str, datasets.Dataset]:
     """Turn text into tokens and labels into the model's ids, in the column `labels`.
@@ -221,14 +222,14 @@ def encode_text_data(
         args: lengths, workers and cache.
         label2id: the model's label names; names that are the data's in another order are followed. `None` takes the
             data's order.
+        max_length: the most tokens that the model takes; `None`: what the tokenizer says is the only limit.
         keep_columns: columns of the data that stay beside the model's inputs.
 
     Raises:
         DataError: a label that the model does not know.
     """
-    length = args.max_seq_length
-    if length > tokenizer.model_max_length:
-        length = tokenizer.model_max_length
+    length = min(args.max_seq_length, tokenizer.model_max_length, max_length or args.max_seq_length)
+    if length < args.max_seq_length:
         logger.warning(
             "--max_seq_length %d is more than the model takes; rows are cut to %d.", args.max_seq_length, length
         )
@@ -396,7 +397,7 @@ def _load_tokenizer(name: str | None, args: TextDataArguments, config: Any, **hu
 def _encode_for_model(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, args: TextDataArguments, config: Any
 ) -> dict:
-    return encode_text_data(data, tokenizer, args, label2id=config.label2id)
+    return encode_text_data(data, tokenizer, args, label2id=config.label2id, max_length=config.max_input_length)
 
 
 def _make_collator(tokenizer: PreTrainedTokenizerBase, args: TextDataArguments, config: Any) -> Callable:

@@ -60,9 +60,11 @@ def text_functions(
         model: an early-exit model with a policy.
         tokenizer: its tokenizer.
         texts: one column, or two for pairs.
-        max_length: longer texts are cut.
+        max_length: longer texts are cut, to no more than the model takes.
         batch_size: of all three.
     """
+
+    max_length = min(max_length, model.config.max_input_length or max_length)
 
     def run(config_policy):
         def call():

@@ -87,6 +87,15 @@ class EarlyExitConfigMixin:
         """The most tokens that a text may have, special ones included; `None`: the positions set no limit."""
         return getattr(self, "max_position_embeddings", None)
 
+    def check_input_length(self, num_tokens: int, what: str) -> None:
+        """Raise ExitConfigurationError where texts, called `what`, have more tokens than the positions reach."""
+        longest = self.max_input_length
+        if longest is not None and num_tokens > longest:
+            raise ExitConfigurationError(
+                f"{what} has {num_tokens} tokens, the model takes at most {longest}: tokenize with truncation=True, "
+                f"max_length={longest}."
+            )
+
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in `PreTrainedConfig`, but overrides take part in the construction, and so in its checks."""

@@ -690,6 +690,7 @@ class Experiment:
             logits[np.arange(len(logits)), exits] = taken.logits.numpy()
             costs = self._costs(rows)
             predictions = predict_labels(logits, data.problem_type)
+            confidences = [None] * len(rows) if taken.confidence is None else taken.confidence.tolist()
             if not self.training.should_save:
                 continue
             answers = [self._label(row[exit_index]) for row, exit_index in zip(predictions, exits, strict=True)]
@@ -699,12 +700,14 @@ class Experiment:
                     file.write(f"{index}\t{answer}\n")
             self.modality.write_submission(self.folder, data, split, answers)
             with open(self.folder / f"predict_exits_{name}.jsonl", "w") as file:
-                for row_id, row, exit_index in zip(data.row_ids(split), predictions, exits, strict=True):
+                columns = data.row_ids(split), predictions, exits, confidences
+                for row_id, row, exit_index, confidence in zip(*columns, strict=True):
                     line = {
                         "row_id": row_id.item(),
                         "predictions": [self._label(prediction) for prediction in row],
                         "exit": int(exit_index) + 1,
                         "relative_cost": costs[exit_index],
+                        "confidence": confidence,
                     }
                     file.write(json.dumps(line) + "\n")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser
 
+from een_hf import EarlyExitBertConfig
 from een_hf.data import DataError, TextDataArguments, encode_text_data, load_text_data
 from een_hf.data.glue import GLUE_TASKS, TEXT
 
@@ -323,6 +324,12 @@ def test_length_beyond_the_model_warns_and_is_cut(load, write, tokenizer, caplog
     encoded = encode_text_data(data, tokenizer, TextDataArguments(dataset_name="x", max_seq_length=40))["train"]
     assert len(encoded[0]["input_ids"]) == 32
     assert "--max_seq_length 40" in caplog.text
+    # The tokenizer's own limit may be missing or wrong: what counts is how far the model's positions reach.
+    config = EarlyExitBertConfig(max_position_embeddings=24)
+    args = TextDataArguments(dataset_name="x", max_seq_length=40, pad_to_max_length=True)
+    encoded = TEXT.encode_data(data, tokenizer, args, config)["train"]
+    assert [len(ids) for ids in encoded["input_ids"]] == [24, 24]
+    assert "more than the model takes; rows are cut to 24" in caplog.text
 
 
 @pytest.mark.parametrize(
