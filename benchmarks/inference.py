@@ -14,6 +14,7 @@ depend on what the heads have learned.
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -83,10 +84,11 @@ def ratio(seconds: dict, numerator: str, denominator: str) -> float:
 
 def run_undecided(model, inputs: dict, num_exits: int) -> None:
     """The layers and heads up to an exit, as the model runs them, without a decision."""
-    hidden, attention_mask = model.embed(**inputs)
-    mask, logits = model.layer_mask(hidden, attention_mask), None
+    examples = model.embed(**inputs).unpadded()
+    context, logits = model.make_context(examples), None
     for index in range(num_exits):
-        hidden, logits = model.run_stage(index, hidden, None if mask is None else attention_mask, mask, logits)
+        hidden, logits = model.run_stage(index, examples, context, logits)
+        examples = replace(examples, hidden=hidden)
 
 
 def batch_one(model, length: int | None, repeats: int) -> list[dict]:
@@ -110,16 +112,16 @@ def batches(model, batch_size: int, length: int | None, repeats: int) -> list[di
     inputs = make_inputs(model, batch_size, length)
     shares = leave_equally(model, inputs)
     stock = stock_model(model)
-    hidden, attention_mask = model.embed(**inputs)
-    mask = model.layer_mask(hidden, attention_mask)
+    examples = model.embed(**inputs).unpadded()
+    context = model.make_context(examples)
     functions = {
         "dynamic": lambda: model(**inputs),
         "all exits": lambda: model(**inputs, early_exit=False),
         "stock": lambda: stock(**inputs),
         "embed": lambda: model.embed(**inputs),
     }
-    for index, layer in enumerate(model.backbone_layers):
-        functions[f"layer {index + 1}"] = lambda layer=layer: layer(hidden, mask)
+    for depth in range(len(model.backbone_layers)):
+        functions[f"layer {depth + 1}"] = partial(model.run_layer, depth, examples.hidden, context)
     seconds = measure_seconds(functions, repeats)
     layers = [seconds[f"layer {index + 1}"] for index in range(len(shares))]
     seconds["ideal"] = shares @ np.array(layers) + seconds["embed"]

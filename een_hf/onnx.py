@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from .models.policies import NEVER
+from .models.stages import Examples
 
 
 TOLERANCE = 1e-4
@@ -35,13 +37,7 @@ class _AllExits(nn.Module):
         self.model = model
 
     def forward(self, inputs):
-        hidden, attention_mask = self.model.embed(**inputs)
-        mask = self.model.layer_mask(hidden, attention_mask)
-        logits, collected = None, []
-        for index in range(self.model.num_exits):
-            hidden, logits = self.model.run_stage(index, hidden, attention_mask, mask, logits)
-            collected.append(logits)
-        return torch.stack(collected, 1)
+        return torch.stack(self.model.run_all(self.model.embed(**inputs)), 1)
 
 
 class _FirstSureExit(nn.Module):
@@ -52,35 +48,47 @@ class _FirstSureExit(nn.Module):
     def __init__(self, model: EarlyExitMixin, policy: ExitPolicy):
         super().__init__()
         self.model, self.temperatures, self.criterion = model, policy.temperatures, policy.scorer
+        self.exits = model.evaluated_exits(policy)
 
     def forward(self, inputs, thresholds):
-        hidden, attention_mask = self.model.embed(**inputs)
-        mask = self.model.layer_mask(hidden, attention_mask)
-        read = [tensor for tensor in (attention_mask, mask) if tensor is not None]
-        *kept, leaves = self._stage(0, thresholds, hidden, attention_mask, mask, None)
-        decisions = [leaves]
-        for index in range(1, self.model.num_exits):
+        examples = self.model.embed(**inputs)
+        read, layout = tree_flatten(
+            (examples.attention_mask, examples.per_token, examples.per_example, self.model.make_context(examples))
+        )
+        # A branch takes each tensor once.
+        tensors = list({id(leaf): leaf for leaf in read if isinstance(leaf, torch.Tensor)}.values())
+        places = [next((n for n, t in enumerate(tensors) if t is leaf), None) for leaf in read]
 
-            def run(thresholds, leaves, *operands, index=index):
-                masks, (hidden, logits, *state) = operands[: len(read)] or (None, None), operands[len(read) :]
-                return self._stage(index, thresholds, hidden, *masks, logits, tuple(state))
+        def stage(index, thresholds, tensors, hidden, previous, state):
+            """Hidden states, logits and the criterion's state after a stage, then whether the whole batch exits."""
+            leaves = [leaf if n is None else tensors[n] for leaf, n in zip(read, places, strict=True)]
+            *fields, context = tree_unflatten(leaves, layout)
+            exit_index, after = self.exits[index], self.exits[index - 1] if index else -1
+            hidden, logits = self.model.run_stage(exit_index, Examples(hidden, *fields), context, previous, after)
+            temperature = self.temperatures[exit_index] if self.temperatures else None
+            scores, state = self.criterion.score(logits, state, temperature)
+            # A view of the logits, as a regression keeps it, may not be returned beside them.
+            state = (tensor.clone() for tensor in state)
+            return hidden, logits, *state, (scores >= thresholds[exit_index]).all()
 
-            def skip(thresholds, leaves, *operands):
+        *kept, done = stage(0, thresholds, tensors, examples.hidden, None, ())
+        decisions = [done]
+        for index in range(1, len(self.exits)):
+
+            def run(thresholds, done, *operands, index=index):
+                tensors_of_layers, (hidden, logits, *state) = operands[: len(tensors)], operands[len(tensors) :]
+                return stage(index, thresholds, tensors_of_layers, hidden, logits, tuple(state))
+
+            def skip(thresholds, done, *operands):
                 # A branch may not return an operand itself.
-                return tuple(operand.clone() for operand in (*operands[len(read) :], leaves))
+                return tuple(operand.clone() for operand in (*operands[len(tensors) :], done))
 
-            *kept, leaves = torch.cond(leaves, skip, run, (thresholds, leaves, *read, *kept))
-            decisions.append(leaves)
+            *kept, done = torch.cond(done, skip, run, (thresholds, done, *tensors, *kept))
+            decisions.append(done)
         exit_index = (~torch.stack(decisions[:-1])).sum(0)
+        if len(self.exits) < self.model.num_exits:
+            exit_index = torch.tensor(self.exits)[exit_index]
         return kept[1], exit_index.expand(kept[1].shape[0])
-
-    def _stage(self, index, thresholds, hidden, attention_mask, mask, previous, state=()):
-        """Hidden states, logits and the criterion's state after a stage, then whether the whole batch leaves."""
-        hidden, logits = self.model.run_stage(index, hidden, attention_mask, mask, previous)
-        scores, state = self.criterion.score(logits, state, self.temperatures[index] if self.temperatures else None)
-        # A view of the logits, as a regression keeps it, may not leave a branch beside them.
-        state = (tensor.clone() for tensor in state)
-        return hidden, logits, *state, (scores >= thresholds[index]).all()
 
 
 def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -> None:
@@ -91,8 +99,9 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
 
     Dynamic: outputs `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based. The whole batch leaves at
     the first exit at which all of its rows are sure: `exit_index` is the same for all rows and `logits` are all from
-    that exit. The graph leaves by the model's policy; its thresholds are the default of one more input, `thresholds`
-    (num_exits,), so that a caller may give others. Otherwise one output, `exit_logits` (batch, num_exits, num_labels).
+    that exit. The graph decides by the model's policy; its thresholds are the default of one more input, `thresholds`
+    (num_exits,), so that a caller may give others. Exits that the policy never uses are not in the graph. Otherwise
+    one output, `exit_logits` (batch, num_exits, num_labels).
 
     Policy, labels, exit layers and aggregation stand in the metadata of the file. Weights beyond 2 GB go to a second
     file, `<path>.data`. The model stays as it is.
@@ -225,10 +234,9 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
         ExitConfigurationError: logits differ by more than `TOLERANCE`, or a batch leaves at another exit.
     """
     session = load_session(path)
-    forced = [
-        [-NEVER if index == exit_index else NEVER for index in range(model.num_exits)]
-        for exit_index in range(model.num_exits)
-    ]
+    every = range(model.num_exits)
+    exits = [*every] if policy is None else model.evaluated_exits(policy)
+    forced = [[-NEVER if index == exit_index else NEVER for index in every] for exit_index in exits]
     feeds, answers = [], []
     for seed, num_rows in enumerate((5, 1, 1, 1, 1, 2)):
         inputs = _random_inputs(model, num_rows, seed)
@@ -239,7 +247,8 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
             runs = [session.run(["logits"], {**feeds[-1], THRESHOLDS: np.float32(row)})[0] for row in forced]
             found = np.stack(runs, 1)
         answers.append(torch.from_numpy(found))
-        difference = float((answers[-1] - model(**inputs, early_exit=False).exit_logits).abs().max())
+        wanted = model(**inputs, early_exit=False).exit_logits
+        difference = float((answers[-1] - wanted[:, exits]).abs().max())
         if not difference <= TOLERANCE:
             raise ExitConfigurationError(
                 f"ONNX Runtime's logits differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}: "
@@ -248,11 +257,18 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
     if policy is None:
         return
     # Decisions are taken from the graph's own logits: those of PyTorch may round to the other side of a threshold.
-    least_sure = np.stack([policy.scores(exit_logits).amin(0).numpy() for exit_logits in answers])
-    between = replace(policy, thresholds=np.median(least_sure, 0).tolist())
+    rule = replace(
+        policy,
+        thresholds=[policy.thresholds[index] for index in exits],
+        temperatures=policy.temperatures and [policy.temperatures[index] for index in exits],
+    )
+    lowest = np.stack([rule.scores(exit_logits).amin(0).numpy() for exit_logits in answers])
+    between = replace(rule, thresholds=np.median(lowest, 0).tolist())
+    others = np.full(model.num_exits, NEVER, np.float32)
+    others[exits] = between.thresholds
     for feed, exit_logits in zip(feeds, answers, strict=True):
-        for rule, given in ((policy, {}), (between, {THRESHOLDS: np.float32(between.thresholds)})):
-            found, wanted = session.run(["exit_index"], feed | given)[0], whole_batch_exit(rule, exit_logits)
+        for chosen, given in ((rule, {}), (between, {THRESHOLDS: others})):
+            found, wanted = session.run(["exit_index"], feed | given)[0], exits[whole_batch_exit(chosen, exit_logits)]
             if (found != wanted).any():
                 raise ExitConfigurationError(
                     f"ONNX Runtime leaves at exit {found[0] + 1}, PyTorch at exit {wanted + 1}: nothing is written."

@@ -53,6 +53,7 @@ from ..evaluation.results import LOGITS_NAME, _replacing
 from ..inference import pad_rows, predict
 from ..models import MODEL_CLASSES, ExitConfigurationError
 from ..models.configuration_een import is_classifier
+from ..models.exits import POOLINGS
 from ..models.policies import get_criterion
 from ..training.arguments import CalibrationArguments
 from ..training.history import RUN_FILE, history_of, trained_on, write_run
@@ -89,7 +90,7 @@ def add_arguments(parser) -> None:
     exits = parser.add_argument_group("exits")
     exits.add_argument("--exit_layers", type=int, nargs="+", help="1-based layers with an exit; default: every layer")
     exits.add_argument(
-        "--exit_pooling", choices=["cls", "mean"], help="what an exit reads; default: mean (text), cls (images)"
+        "--exit_pooling", choices=sorted(POOLINGS), help="what an exit reads; default: mean (text), cls_mean (images)"
     )
     exits.add_argument("--num_train_epochs", type=int, default=20, help="of the exits, which is cheap; default: 20")
     exits.add_argument("--head_learning_rate", type=float, default=1e-3, help="AdamW, to zero; default: 0.001")
@@ -248,7 +249,7 @@ def load_model(args) -> PreTrainedModel:
     if text != (args.train_file is not None):
         flag, kind = ("--train_file", "text") if text else ("--train_dir", "images")
         raise ExitConfigurationError(f"MODEL {args.model} reads {kind}: give {flag}.")
-    pooling = args.exit_pooling or ("mean" if "mean" in model_class.config_class.exit_poolings else "cls")
+    pooling = args.exit_pooling or model_class.config_class.default_exit_pooling
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the exits' heads are missing is as it should be
     try:
@@ -429,13 +430,13 @@ def compute_features(model, rows: Rows, args) -> tuple[np.ndarray, np.ndarray]:
     """What the exits read of every row, and what the model answers: in one pass, kept in chunks on disk.
 
     Returns:
-        features (num_rows, num_exits - 1, hidden_size) in `--feature_dtype`, and the last exit's logits (num_rows,
+        features (num_rows, num_exits - 1, width) in `--feature_dtype`, and the last exit's logits (num_rows,
         num_labels), float32.
     """
     config = model.config
     folder = Path(args.output_dir) / FEATURES_NAME / _fingerprint(model, rows, args)
     folder.mkdir(parents=True, exist_ok=True)
-    shape = (len(rows), model.num_exits - 1, config.hidden_size)
+    shape = (len(rows), model.num_exits - 1, model.exit_head_modules(0)[0].width)
     features = np.empty(shape, dtype=args.feature_dtype)
     logits = np.empty((len(rows), config.num_labels), dtype=np.float32)
     with tqdm(total=len(rows), unit="row", desc="Reading rows") as bar:
@@ -480,20 +481,18 @@ def _read_chunk(path: Path, shape: tuple, dtype: str) -> tuple[np.ndarray, np.nd
 
 @torch.inference_mode()
 def _compute_chunk(model, rows: Rows, chunk: range, args) -> tuple[np.ndarray, np.ndarray]:
-    """Features (rows, num_exits - 1, hidden_size) and logits (rows, num_labels) of some rows."""
-    read: list[torch.Tensor] = []
-    heads = [model.exit_head_modules(index)[0] for index in range(model.num_exits - 1)]
-    hooks = [head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])) for head in heads]
+    """Features (rows, num_exits - 1, width) and logits (rows, num_labels) of some rows."""
     order, features, logits = rows.by_length(chunk), [], []
-    try:
-        for start in range(0, len(order), args.batch_size):
-            read.clear()
-            batch = _batch(model, [rows[row] for row in order[start : start + args.batch_size]])
-            logits.append(model(**batch, early_exit=False).exit_logits[:, -1].float().cpu())
-            features.append(torch.stack(read, 1).float().cpu())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for start in range(0, len(order), args.batch_size):
+        examples = model.embed(**_batch(model, [rows[row] for row in order[start : start + args.batch_size]]))
+        examples = examples.unpadded()
+        context, read = model.make_context(examples), []
+        for index in range(model.num_exits - 1):
+            hidden, _ = model.run_stage(index, examples, context)
+            examples = replace(examples, hidden=hidden)
+            read.append(model.exit_head_modules(index)[0].pool(hidden, examples.attention_mask))
+        logits.append(model.run_stage(model.num_exits - 1, examples, context)[1].float().cpu())
+        features.append(torch.stack(read, 1).float().cpu())
     back = np.argsort(order)
     return torch.cat(features).numpy()[back].astype(args.feature_dtype), torch.cat(logits).numpy()[back]
 
@@ -510,7 +509,7 @@ def train_heads(model, features: np.ndarray, teacher_logits: np.ndarray, args) -
 
     Args:
         model: an early-exit model; nothing but its exit heads changes.
-        features: (num_rows, num_exits - 1, hidden_size).
+        features: (num_rows, num_exits - 1, width), what the heads read.
         teacher_logits: (num_rows, num_labels).
         args: epochs, batch size, learning rate and seed.
     """
@@ -537,9 +536,9 @@ def train_heads(model, features: np.ndarray, teacher_logits: np.ndarray, args) -
 
 
 def _head_logits(model, features: torch.Tensor) -> torch.Tensor:
-    """Logits (rows, num_exits - 1, num_labels) of the early exits, of features (rows, num_exits - 1, hidden_size)."""
+    """Logits (rows, num_exits - 1, num_labels) of the early exits, of features (rows, num_exits - 1, width)."""
     heads = (model.exit_head_modules(index)[0] for index in range(model.num_exits - 1))
-    return torch.stack([head(read) for head, read in zip(heads, features.unbind(1), strict=True)], 1)
+    return torch.stack([head.classify(read) for head, read in zip(heads, features.unbind(1), strict=True)], 1)
 
 
 @torch.inference_mode()

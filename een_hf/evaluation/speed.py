@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -96,15 +97,15 @@ def relative_latencies(model, inputs: dict[str, torch.Tensor], repeats: int = 15
     stage and every head.
     """
     model.eval()
-    hidden, attention_mask = model.embed(**inputs)
+    examples = model.embed(**inputs)
     functions = {"embed": lambda: model.embed(**inputs)}
-    previous = None
+    context, previous = model.make_context(examples), None
     for index in range(model.num_exits):
-        mask = model.layer_mask(hidden, attention_mask)
-        stage = (index, hidden, attention_mask, mask, previous)
+        stage = (index, examples, context, previous)
         functions[f"stage{index}"] = lambda stage=stage: model.run_stage(*stage)
         hidden, previous = model.run_stage(*stage)
-        exit_inputs = (index, hidden, attention_mask)
+        examples = replace(examples, hidden=hidden)
+        exit_inputs = (index, hidden, examples.attention_mask)
         functions[f"head{index}"] = lambda exit_inputs=exit_inputs: model.compute_exit(*exit_inputs)
     medians = {name: float(np.median(values)) for name, values in measure_seconds(functions, repeats).items()}
     stages = np.array([medians[f"stage{index}"] for index in range(model.num_exits)])

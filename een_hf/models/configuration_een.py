@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, PreTrainedConfig, ViTConfig
 
-
-class ExitConfigurationError(ValueError):
-    """An exit setting that does not fit the network, the problem or the data."""
+from .exits import EXIT_HEADS, POOLINGS
+from .registries import ExitConfigurationError
 
 
 def resolve_exit_layers(exit_layers: list[int] | None, num_hidden_layers: int) -> list[int]:
@@ -51,9 +50,12 @@ class EarlyExitConfigMixin:
     Args:
         exit_layers: 1-based layers that carry an exit, rising; `None` means every layer, and the last layer is
             appended where it is missing, so that after construction the list is always complete.
-        exit_pooling: what an exit reads: `cls`, the first token, or `mean`, the mean over the unmasked tokens (text).
-        last_exit_pooling: the same for the last exit. Written when a checkpoint is loaded: `cls` for a stock head,
-            else as `exit_pooling`.
+        exit_pooling: what the exits before the last read: `cls`, the first token; `mean`, the mean over the unmasked
+            tokens, or over the patches of an image; `cls_mean`, both; or a registered one. Default: `mean` for text,
+            `cls_mean` for images. A config that was saved without the field means `cls`.
+        exit_head: a registered head for these exits; `None`: that of the architecture.
+        last_exit_pooling: what the last exit reads. Written when a checkpoint is loaded: the stock head's own for a
+            fine-tuned one, else as `exit_pooling` where that head can read it.
         exit_aggregation: `none`, every exit predicts by itself, or `boosted`, exit k predicts the running sum F_k
             (Boosted Dynamic Neural Networks, AAAI 2023).
         boost_temperature: t in F_k = f_k + t * stop_gradient(F_{k-1}).
@@ -67,7 +69,8 @@ class EarlyExitConfigMixin:
     """
 
     exit_layers: list[int] | None = None
-    exit_pooling: str = "cls"
+    exit_pooling: str | None = None
+    exit_head: str | None = None
     last_exit_pooling: str | None = None
     exit_aggregation: str = "none"
     boost_temperature: float | int = 0.5
@@ -75,11 +78,21 @@ class EarlyExitConfigMixin:
     exit_policy: dict | None = None
     training_scheme: str | None = None
 
+    # Of an architecture, not of a model
+    default_exit_pooling = "mean"
+    stock_pooling = "cls"  # what the stock head reads
+    last_exit_poolings = ("cls", "mean")  # what it could read
+    num_prefix_tokens = 0  # tokens before the patches of an image
+
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.exit_layers = resolve_exit_layers(self.exit_layers, self.num_hidden_layers)
-        _one_of("exit_pooling (--exit_pooling)", self.exit_pooling, self.exit_poolings)
-        _one_of("last_exit_pooling", self.last_exit_pooling, (None, *self.exit_poolings))
+        if self.exit_pooling is None:
+            self.exit_pooling = self.default_exit_pooling
+        POOLINGS[self.exit_pooling]
+        if self.exit_head is not None:
+            EXIT_HEADS[self.exit_head]
+        _one_of("last_exit_pooling", self.last_exit_pooling, (None, *self.last_exit_poolings))
         _one_of("exit_aggregation", self.exit_aggregation, ("none", "boosted"))
 
     @property
@@ -101,7 +114,18 @@ class EarlyExitConfigMixin:
         """As in `PreTrainedConfig`, but overrides take part in the construction, and so in its checks."""
         fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+        if config_dict.get("model_type") == cls.model_type:
+            config_dict = {"exit_pooling": "cls", **config_dict}  # the only one there was, before it was always saved
         return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def to_diff_dict(self) -> dict:
+        """As in `PreTrainedConfig`; the pooling is always written, so that another default changes no saved model."""
+        return {**super().to_diff_dict(), "exit_pooling": self.exit_pooling}
+
+    def default_last_exit_pooling(self, stock_head: bool) -> str:
+        """What the last exit reads, with a fine-tuned stock head or with a new one."""
+        readable = self.exit_pooling in self.last_exit_poolings
+        return self.exit_pooling if readable and not stock_head else self.stock_pooling
 
 
 # A policy decides at run time which exit answers, so these are no predictions of their own.
@@ -114,17 +138,17 @@ class EarlyExitBertConfig(EarlyExitConfigMixin, BertConfig):
 
     model_type = "een_bert"
     stock_model_type = "bert"
-    exit_poolings = ("cls", "mean")
     keys_to_ignore_at_inference = _KEYS_TO_IGNORE
 
 
 @strict
 class EarlyExitViTConfig(EarlyExitConfigMixin, ViTConfig):
-    """`ViTConfig` with the fields of `EarlyExitConfigMixin`; an exit reads the class token."""
+    """`ViTConfig` with the fields of `EarlyExitConfigMixin`."""
 
     model_type = "een_vit"
     stock_model_type = "vit"
-    exit_poolings = ("cls",)
+    default_exit_pooling = "cls_mean"
+    num_prefix_tokens = 1
     keys_to_ignore_at_inference = _KEYS_TO_IGNORE
 
 

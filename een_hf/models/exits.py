@@ -1,51 +1,130 @@
-"""Exit heads, what they read, and how exits add up."""
+"""What exits read, their heads, and how exits add up."""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from .registries import Registry
 
-def pool_hidden_states(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """Reduce hidden states to one vector per row.
 
-    Args:
-        hidden: (batch, length, hidden_size).
-        attention_mask: (batch, length), 1 for tokens and 0 for padding; `None` means no padding.
-        pooling: `cls` (the first position) or `mean` (over the unmasked positions).
+POOLINGS = Registry("exit_pooling (--exit_pooling)")  # by name: the function, and its width in hidden_size
+EXIT_HEADS = Registry("exit_head (--exit_head)")  # by name: the class
 
-    Returns:
-        (batch, hidden_size)
-    """
-    if pooling == "cls":
-        return hidden[:, 0]
+
+def _cls(hidden: torch.Tensor, attention_mask: torch.Tensor | None, num_prefix_tokens: int) -> torch.Tensor:
+    return hidden[:, 0]
+
+
+def _mean(hidden: torch.Tensor, attention_mask: torch.Tensor | None, num_prefix_tokens: int) -> torch.Tensor:
     if attention_mask is None:
-        return hidden.mean(1)
+        return hidden[:, num_prefix_tokens:].mean(1)
     weights = attention_mask.to(hidden.dtype).unsqueeze(-1)
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-class BertExitHead(nn.Module):
-    """Pooler (dense, tanh), dropout and linear: the stock classification head of BERT. (batch, hidden) to logits."""
+def _cls_mean(hidden: torch.Tensor, attention_mask: torch.Tensor | None, num_prefix_tokens: int) -> torch.Tensor:
+    return torch.cat([_cls(hidden, None, 0), _mean(hidden, attention_mask, num_prefix_tokens)], -1)
+
+
+def register_pooling(name: str, width: int = 1):
+    """Function decorator: make a pooling known as `exit_pooling` under `name`.
+
+    The function takes hidden states (batch, length, hidden_size), the mask (batch, length) or `None`, and the number
+    of tokens that stand before the patches of an image (0 for text), and returns (batch, width * hidden_size).
+    """
+
+    def register(pooling: Callable) -> Callable:
+        POOLINGS[name] = (pooling, width)
+        return pooling
+
+    return register
+
+
+register_pooling("cls")(_cls)
+register_pooling("mean")(_mean)
+register_pooling("cls_mean", width=2)(_cls_mean)
+
+
+def pool_hidden_states(
+    hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str, num_prefix_tokens: int = 0
+) -> torch.Tensor:
+    """Reduce hidden states to one vector per example.
+
+    Args:
+        hidden: (batch, length, hidden_size).
+        attention_mask: (batch, length), 1 for tokens and 0 for padding; `None` means no padding.
+        pooling: `cls` (the first position), `mean` (over the unmasked positions, or over the patches of an image),
+            `cls_mean` (both, concatenated), or the name of a registered one.
+        num_prefix_tokens: class, distillation and register tokens before the patches of an image, which the mean
+            leaves out; 0 for text.
+
+    Returns:
+        (batch, hidden_size), for `cls_mean` (batch, 2 * hidden_size).
+    """
+    return POOLINGS[pooling][0](hidden, attention_mask, num_prefix_tokens)
+
+
+def register_exit_head(name: str):
+    """Class decorator: make a head known as config field `exit_head` under `name`."""
+
+    def register(head_class: type["ExitHead"]) -> type["ExitHead"]:
+        EXIT_HEADS[name] = head_class
+        return head_class
+
+    return register
+
+
+class ExitHead(nn.Module):
+    """Hidden states to logits; a subclass builds its modules on `self.width` numbers and supplies `classify`.
+
+    Args:
+        config: of the early-exit model; the head reads what `exit_pooling` says.
+    """
 
     def __init__(self, config):
         super().__init__()
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.pooling, self.num_prefix_tokens = config.exit_pooling, config.num_prefix_tokens
+        self.width = POOLINGS[self.pooling][1] * config.hidden_size
+
+    def pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """What the head reads, (batch, width), of hidden states (batch, length, hidden_size)."""
+        return pool_hidden_states(hidden, attention_mask, self.pooling, self.num_prefix_tokens)
+
+    def classify(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, num_labels) of pooled hidden states (batch, width)."""
+        raise NotImplementedError
+
+    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (batch, num_labels) of hidden states (batch, length, hidden_size) and their mask (batch, length)."""
+        return self.classify(self.pool(hidden, attention_mask))
+
+
+@register_exit_head("pooler")
+class BertExitHead(ExitHead):
+    """Dense, tanh, dropout and linear: the stock classification head of BERT."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dense = nn.Linear(self.width, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+    def classify(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.dropout(torch.tanh(self.dense(pooled))))
 
 
-class ViTExitHead(nn.Module):
-    """Layer norm and linear: the stock classification head of ViT. (batch, hidden) to logits."""
+@register_exit_head("norm")
+class ViTExitHead(ExitHead):
+    """Layer norm and linear: the stock classification head of ViT."""
 
     def __init__(self, config):
-        super().__init__()
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        super().__init__(config)
+        self.layernorm = nn.LayerNorm(self.width, eps=config.layer_norm_eps)
+        self.classifier = nn.Linear(self.width, config.num_labels)
 
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+    def classify(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.layernorm(pooled))
 
 

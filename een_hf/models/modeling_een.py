@@ -1,7 +1,8 @@
 """The mixin that gives a stock encoder its exits, and the one staged loop that trains and runs them."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -10,8 +11,9 @@ from transformers.utils import ModelOutput, logging
 
 from .configuration_een import ExitConfigurationError, is_classifier
 from .exit_losses import infer_problem_type, loss_matrix, reduce_losses
-from .exits import add_boosted, pool_hidden_states, scale_gradient
+from .exits import EXIT_HEADS, add_boosted, pool_hidden_states, scale_gradient
 from .policies import ExitPolicy
+from .stages import Examples, bidirectional_mask
 
 
 logger = logging.get_logger(__name__)
@@ -42,9 +44,11 @@ class EarlyExitClassifierOutput(ModelOutput):
 class EarlyExitMixin:
     """Exits for a stock encoder; comes before its `PreTrainedModel` in the bases.
 
-    An adapter builds the stock modules under their stock names plus `self.exit_heads` (`build_exit_heads`), and
-    supplies `head_class`, `embed`, `backbone_layers`, `last_head_modules`, `last_head`, `layer_mask` where its layers
-    read a mask, and a `forward` that names its inputs.
+    An adapter builds the stock modules under their stock names plus `self.exit_heads` (`build_exit_heads`). It says
+    where the layers are (`backbone_layers`), how inputs become hidden states (`embed`), what the stock head is
+    (`last_head`, `last_head_modules`) and what the heads of the other exits are (`head_class`), and has a `forward`
+    that names its inputs. Where its layers are not called as `layer(hidden, mask)`, it says how: `make_context`,
+    `run_layer`.
     """
 
     # The loss is a mean per batch: the Trainer must divide by the accumulation steps itself.
@@ -59,9 +63,21 @@ class EarlyExitMixin:
 
     # What an adapter supplies
 
-    def embed(self, **inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states (batch, length, hidden_size) before layer 1, and the (batch, length) attention mask."""
+    def embed(self, **inputs) -> Examples:
+        """The examples before layer 1: hidden states, mask, and whatever else layers or heads need of each example."""
         raise NotImplementedError
+
+    def make_context(self, examples: Examples) -> Any:
+        """What every layer reads beside the hidden states; made again whenever examples or columns have been removed.
+
+        It depends on the shapes and tensors of `examples` only, and reads nothing from the device where their padding
+        is known. Default: the mask of the attention implementation.
+        """
+        return bidirectional_mask(self.config, examples)
+
+    def run_layer(self, depth: int, hidden: torch.Tensor, context: Any, **kwargs) -> torch.Tensor:
+        """The hidden states (batch, length, hidden_size) after the layer at this 0-based depth."""
+        return self.backbone_layers[depth](hidden, context, **kwargs)
 
     @property
     def backbone_layers(self) -> torch.nn.ModuleList:
@@ -70,25 +86,30 @@ class EarlyExitMixin:
 
     @property
     def last_head_modules(self) -> list[torch.nn.Module]:
-        """The stock modules that make up the head of the last exit."""
+        """The stock modules that make up the head of the last exit; its classifier comes last."""
         raise NotImplementedError
 
-    def last_head(self, pooled: torch.Tensor) -> torch.Tensor:
-        """The stock head of the last exit: (batch, hidden_size) to (batch, num_labels)."""
-        raise NotImplementedError
+    def last_head(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The stock head of the last exit, with its norm and its pooling (`config.last_exit_pooling`).
 
-    def layer_mask(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask that the layers read, made from the 2-D attention mask."""
-        return None
+        Args:
+            hidden: (batch, length, hidden_size), after the last layer.
+            attention_mask: (batch, length), or `None`: no padding.
+
+        Returns:
+            (batch, num_labels)
+        """
+        raise NotImplementedError
 
     # Construction and loading
 
     def build_exit_heads(self) -> torch.nn.ModuleDict:
         """The heads of exits 1..K-1, each under the number of its layer, so that a changed list keeps the others'."""
-        self.config.last_exit_pooling = self.config.last_exit_pooling or self.config.exit_pooling
-        return torch.nn.ModuleDict(
-            {str(layer): self.head_class(self.config) for layer in self.config.exit_layers[:-1]}
-        )
+        config = self.config
+        if config.last_exit_pooling is None:
+            config.last_exit_pooling = config.default_last_exit_pooling(stock_head=False)
+        head_class = EXIT_HEADS[config.exit_head] if config.exit_head else self.head_class
+        return torch.nn.ModuleDict({str(layer): head_class(config) for layer in config.exit_layers[:-1]})
 
     @classmethod
     def from_pretrained(
@@ -120,7 +141,7 @@ class EarlyExitMixin:
             model.is_new_head(exit_index) for exit_index in range(model.num_exits - 1)
         )
         if not pooling_known and stock_head:
-            model.config.last_exit_pooling = "cls"
+            model.config.last_exit_pooling = model.config.default_last_exit_pooling(stock_head=True)
             if model.config.exit_aggregation == "boosted":
                 logger.warning(
                     "The checkpoint brings a fine-tuned head, but with exit_aggregation='boosted' the last exit "
@@ -153,8 +174,10 @@ class EarlyExitMixin:
             config_dict = source.to_dict()
         else:
             config_dict = cls._checkpoint_config(source, kwargs)
-        found = config_dict.pop("model_type", None)
-        if found not in (cls.config_class.model_type, cls.config_class.stock_model_type):
+        found = config_dict.get("model_type")
+        if found == cls.config_class.stock_model_type:
+            del config_dict["model_type"]
+        elif found != cls.config_class.model_type:
             raise ExitConfigurationError(
                 f"{cls.__name__} takes checkpoints of type {cls.config_class.stock_model_type!r} or "
                 f"{cls.config_class.model_type!r}, not {found!r}."
@@ -187,9 +210,23 @@ class EarlyExitMixin:
     def compute_exit(self, exit_index: int, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """The logits (batch, num_labels) of one exit's own head; a boosted sum is not included."""
         if exit_index == self.num_exits - 1:
-            return self.last_head(pool_hidden_states(hidden, attention_mask, self.config.last_exit_pooling))
-        head = self.exit_heads[str(self.config.exit_layers[exit_index])]
-        return head(pool_hidden_states(hidden, attention_mask, self.config.exit_pooling))
+            return self.last_head(hidden, attention_mask)
+        return self.exit_heads[str(self.config.exit_layers[exit_index])](hidden, attention_mask)
+
+    def pool_last(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """What the stock head of the last exit reads: (batch, length, hidden_size) to (batch, hidden_size)."""
+        config = self.config
+        return pool_hidden_states(hidden, attention_mask, config.last_exit_pooling, config.num_prefix_tokens)
+
+    def evaluated_exits(self, policy: ExitPolicy | None) -> list[int]:
+        """The 0-based exits that must be evaluated under a policy: where examples can exit, and the last.
+
+        A criterion that remembers earlier exits reads all of them, and so does a boosted sum.
+        """
+        last = self.num_exits - 1
+        if self.config.exit_aggregation == "boosted" or (policy is not None and policy.remembers):
+            return list(range(self.num_exits))
+        return [index for index in range(last) if policy is not None and policy.lets_exit(index)] + [last]
 
     def freeze_backbone(self) -> None:
         """Train heads 1..K-1 only: the backbone and the last head stay to the bit, and in eval mode.
@@ -262,43 +299,46 @@ class EarlyExitMixin:
     def run_stage(
         self,
         exit_index: int,
-        hidden: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        previous: torch.Tensor | None,
+        examples: Examples,
+        context: Any,
+        previous_logits: torch.Tensor | None = None,
+        after: int | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layers between the exit before and this one (0-based), and what this exit predicts.
+        """The layers up to an exit (0-based), and what this exit predicts.
+
+        A pure function of tensors, whose shapes do not depend on their values.
 
         Args:
-            hidden: (batch, length, hidden_size), after the exit before, or the embeddings.
-            attention_mask: (batch, length) or `None`.
-            mask: what `layer_mask` made of it.
-            previous: (batch, num_labels), what the exit before predicts; `None` at the first.
+            exit_index: 0-based.
+            examples: as they are after exit `after`, or after `embed`.
+            context: what `make_context` made of them.
+            previous_logits: (batch, num_labels), what the exit before predicts; `None` at the first. Read by boosted
+                exits only.
+            after: 0-based; default the exit before this one. -1 is before the first layer.
+            **kwargs: passed to every layer.
 
         Returns:
-            the hidden states for the next stage, and logits (batch, num_labels).
+            the hidden states for the next stage (batch, length, hidden_size), and logits (batch, num_labels).
         """
-        config = self.config
-        first = config.exit_layers[exit_index - 1] if exit_index else 0
-        layers = self.backbone_layers
-        for depth in range(first, config.exit_layers[exit_index]):
-            hidden = layers[depth](hidden, mask, **kwargs)
+        config, hidden = self.config, examples.hidden
+        after = exit_index - 1 if after is None else after
+        for depth in range(config.exit_layers[after] if after >= 0 else 0, config.exit_layers[exit_index]):
+            hidden = self.run_layer(depth, hidden, context, **kwargs)
         behind = self.num_exits - exit_index - 1
         rescale = self.training and config.gradient_rescale
         if rescale:
             hidden = scale_gradient(hidden, 1 / (behind + 1))
-        logits = self.compute_exit(exit_index, hidden, attention_mask)
+        logits = self.compute_exit(exit_index, hidden, examples.attention_mask)
         if config.exit_aggregation == "boosted":
-            logits = add_boosted(logits, previous, config.boost_temperature)
+            logits = add_boosted(logits, previous_logits, config.boost_temperature)
         if rescale and behind:
             hidden = scale_gradient(hidden, behind)
         return hidden, logits
 
     def run_exits(
         self,
-        hidden: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        examples: Examples,
         labels: torch.Tensor | None = None,
         early_exit: bool | ExitPolicy | dict = True,
         **kwargs,
@@ -306,26 +346,19 @@ class EarlyExitMixin:
         """Run the layers and exits on embedded inputs: training, anytime and dynamic inference.
 
         Args:
-            hidden: (batch, length, hidden_size), the embeddings.
-            attention_mask: (batch, length) or `None`.
+            examples: what `embed` made of the inputs.
             labels: as `loss_matrix` takes them.
             early_exit: `False` evaluates every exit even if a policy is set. A policy, or its dict, takes the place of
-                the model's own for this call, in training too: rows that have left take no part in the layers behind.
+                the model's own for this call, in training too: examples that have exited take no part in the layers
+                behind.
             **kwargs: passed to every layer.
 
         Raises:
-            ExitConfigurationError: a policy that does not fit the number of exits or the problem.
+            ExitConfigurationError: a policy that does not fit the number of exits or the problem, or an attention mask
+                that is not 2-D where examples can exit or an exit reads the mean of the tokens.
         """
         config = self.config
-        policy = ExitPolicy.from_dict(early_exit) if isinstance(early_exit, dict) else early_exit
-        if isinstance(policy, ExitPolicy):
-            policy.validate(self.num_exits, config.problem_type, config.num_labels)
-        elif not hasattr(policy, "decide"):
-            if not isinstance(early_exit, bool | None):
-                raise ExitConfigurationError(
-                    f"early_exit is True, False, or for this call an ExitPolicy or its dict, not {early_exit!r}."
-                )
-            policy = self.get_exit_policy() if early_exit and not self.training else None
+        policy = self._policy_of_call(early_exit)
         recording = policy is not None and [
             f"output_{name}"
             for name in ("hidden_states", "attentions")
@@ -333,34 +366,18 @@ class EarlyExitMixin:
         ]
         if recording:
             logger.warning_once(f"{' and '.join(recording)} needs every layer: no compute is saved by early exit.")
-        mask = self.layer_mask(hidden, attention_mask)
-        if mask is None:
-            attention_mask = None  # the layers need none, so there is no padding
-        leaving = None if policy is None or recording else _LeavingRows(policy, self.num_exits, attention_mask)
-        logits, collected = None, []
-        for index in range(self.num_exits):
-            hidden, logits = self.run_stage(index, hidden, attention_mask, mask, logits, **kwargs)
-            if leaving is None:
-                collected.append(logits)
-                continue
-            keep = leaving.decide(index, logits)
-            if keep is None:
-                continue
-            if keep.numel() == 0:
-                break
-            hidden = hidden[:, : leaving.width].index_select(0, keep)
-            logits = logits.index_select(0, keep)
-            attention_mask = leaving.attention_mask
-            mask = self.layer_mask(hidden, attention_mask)
-
-        if leaving is not None:
-            logits, exit_index = leaving.answers()
-            exit_logits = None
-        else:
-            exit_logits, exit_index = torch.stack(collected, 1), None
+        self._check_mask(examples.attention_mask, dynamic=policy is not None and not recording)
+        if not torch.compiler.is_compiling():
+            examples = examples.unpadded()
+        exit_index = None
+        if policy is None or recording:
+            every = self.run_all(examples, **kwargs)
+            exit_logits, logits = torch.stack(every, 1), every[-1]
             if policy is not None:
                 exit_index = policy.exits_of(exit_logits)
                 logits = exit_logits[torch.arange(len(exit_index), device=exit_logits.device), exit_index]
+        else:
+            logits, exit_index = self.run_dynamic(examples, policy, **kwargs)
         loss = None
         if labels is not None:
             config.problem_type = infer_problem_type(config.problem_type, config.num_labels, labels)
@@ -370,76 +387,72 @@ class EarlyExitMixin:
             loss=loss, logits=logits, exit_logits=exit_logits if exit_index is None else None, exit_index=exit_index
         )
 
+    def _policy_of_call(self, early_exit: bool | ExitPolicy | dict) -> ExitPolicy | None:
+        policy = ExitPolicy.from_dict(early_exit) if isinstance(early_exit, dict) else early_exit
+        if isinstance(policy, ExitPolicy):
+            policy.validate(self.num_exits, self.config.problem_type, self.config.num_labels)
+        elif not hasattr(policy, "decide"):
+            if not isinstance(early_exit, bool | None):
+                raise ExitConfigurationError(
+                    f"early_exit is True, False, or for this call an ExitPolicy or its dict, not {early_exit!r}."
+                )
+            policy = self.get_exit_policy() if early_exit and not self.training else None
+        return policy
 
-class _LeavingRows:
-    """Which rows are still in the batch, and what the others answered.
-
-    Each exit writes the answers of the rows that are still there, and later exits overwrite them. `attention_mask` and
-    `width` describe the survivors, trailing columns that none of them uses cut off. Per decision one small tensor is
-    read from the device, and nothing is copied if nobody leaves.
-    """
-
-    def __init__(self, policy: ExitPolicy, num_exits: int, attention_mask: torch.Tensor | None):
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f"Early exit needs a 2-D attention_mask, not {attention_mask.dim()}-D; pass early_exit=False."
+    def _check_mask(self, attention_mask: torch.Tensor | None, dynamic: bool) -> None:
+        if attention_mask is None or attention_mask.dim() == 2:
+            return
+        poolings = {self.config.last_exit_pooling, self.config.exit_pooling if self.num_exits > 1 else "cls"}
+        if dynamic or poolings != {"cls"}:
+            raise ExitConfigurationError(
+                f"attention_mask is {attention_mask.dim()}-D; it must be 2-D, (batch, length), where examples exit "
+                "early and where exits read the mean of the tokens. Others run with early_exit=False and "
+                "exit_pooling='cls' only."
             )
-        self.policy, self.num_exits = policy, num_exits
-        self.state = ()  # what the criterion remembers of the rows that are still there
-        self.rows = None  # None: nobody has left, every row is still at its place
-        self.logits = self.exit_index = None
-        self.attention_mask, self.width, self.columns = attention_mask, None, None
 
-    def decide(self, index: int, logits: torch.Tensor) -> torch.Tensor | None:
-        """Take the answers (rows, num_labels) of exit `index`; return which rows stay, `None` meaning all of them."""
-        if self.rows is None:
-            self.logits, self.exit_index = logits, index
-        else:
-            self.logits.index_copy_(0, self.rows, logits)
-            self.exit_index.index_fill_(0, self.rows, index)
-        if index == self.num_exits - 1:
-            return None
-        leaves, self.state = self.policy.decide(index, logits, self.state)
-        num_staying, width, full = self._measure(leaves)
-        if num_staying == len(leaves):
-            return None
-        if num_staying == 0:
-            return leaves[:0]
-        keep = torch.argsort(leaves, stable=True)[:num_staying]
-        self._compact(keep, width, full)
-        return keep
+    def run_all(self, examples: Examples, **kwargs) -> list[torch.Tensor]:
+        """The logits (batch, num_labels) of every exit."""
+        context, logits, collected = self.make_context(examples), None, []
+        for index in range(self.num_exits):
+            hidden, logits = self.run_stage(index, examples, context, logits, **kwargs)
+            examples = replace(examples, hidden=hidden)
+            collected.append(logits)
+        return collected
 
-    def _measure(self, leaves: torch.Tensor) -> tuple[int, int | None, bool]:
-        """(rows that stay, columns that they use, whether they use all of these columns), in one read."""
-        if self.attention_mask is None or len(leaves) == 1:
-            return len(leaves) - int(leaves.sum()), None, True
-        if self.columns is None:
-            used = self.attention_mask != 0
-            last = (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1)
-            # A row of padding only attends to all of it.
-            self.columns = torch.stack([last.masked_fill(last == 0, used.shape[1]), used.sum(1)])
-        last, used = self.columns
-        stay = ~leaves
-        # Rows that leave must not make the survivors look longer or shorter than they are.
-        shortest = used.masked_fill(~stay, self.attention_mask.shape[1]).amin()
-        count, width, shortest = torch.stack([stay.sum(), (last * stay).amax(), shortest]).tolist()
-        return count, width, shortest >= width
+    def run_dynamic(self, examples: Examples, policy: ExitPolicy, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each example's logits at its own exit (batch, num_labels), and that exit (batch,).
 
-    def _compact(self, keep: torch.Tensor, width: int | None, full: bool) -> None:
-        if self.rows is None:
-            # Later answers are written into a copy: what the head returned must stay as it is.
-            logits, self.exit_index = self.answers()
-            self.logits = logits.clone()
-        self.rows = keep if self.rows is None else self.rows[keep]
-        self.state = tuple(tensor[keep] for tensor in self.state)
-        self.width = width
-        if self.attention_mask is not None:
-            self.attention_mask = None if full else self.attention_mask[:, :width].index_select(0, keep)
-            self.columns = self.columns[:, keep]
-
-    def answers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each row's logits (batch, num_labels), and the exit that it took or is at (batch,)."""
-        if self.rows is None:
-            shape, device = self.logits.shape[:1], self.logits.device
-            return self.logits, torch.full(shape, self.exit_index, dtype=torch.int64, device=device)
-        return self.logits, self.exit_index
+        Each exit writes the answers of the examples that are still there, and later exits overwrite them. Per decision
+        one small tensor is read from the device, and nothing is copied if nobody exits.
+        """
+        context, answers, exit_index, after = self.make_context(examples), None, None, -1
+        *early, last = self.evaluated_exits(policy)
+        for index in (*early, last):
+            hidden, logits = self.run_stage(index, examples, context, examples.logits, after, **kwargs)
+            examples = replace(examples, hidden=hidden, logits=logits)
+            if examples.ids is None:
+                answers, answered_at = logits, index
+            else:
+                answers.index_copy_(0, examples.ids, logits)
+                exit_index.index_fill_(0, examples.ids, index)
+            if index == last:
+                break
+            exits, examples.state = policy.decide(index, logits, examples.state)
+            after = index
+            if not policy.lets_exit(index):
+                continue
+            count, width, padded = examples.measure(exits)
+            if count == len(examples):
+                continue
+            if count == 0:
+                break
+            if examples.ids is None:
+                # Later answers are written into a copy: what the head returned must stay as it is.
+                answers, exit_index = answers.clone(), torch.full_like(exits, index, dtype=torch.int64)
+                examples.ids = torch.arange(len(examples), device=logits.device)
+            order = torch.argsort(exits, stable=True)[:count]
+            examples = examples.trim(width, padded).select(order)
+            context = self.make_context(examples)
+        if examples.ids is None:
+            exit_index = torch.full(answers.shape[:1], answered_at, dtype=torch.int64, device=answers.device)
+        return answers, exit_index

@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertModel, BertPreTrainedModel
 from transformers.utils.output_capturing import capture_outputs
 
@@ -10,6 +9,7 @@ from .configuration_een import EarlyExitBertConfig
 from .exits import BertExitHead
 from .modeling_een import EarlyExitClassifierOutput, EarlyExitMixin
 from .policies import ExitPolicy
+from .stages import Examples
 
 
 class EarlyExitBertForSequenceClassification(EarlyExitMixin, BertPreTrainedModel):
@@ -43,22 +43,20 @@ class EarlyExitBertForSequenceClassification(EarlyExitMixin, BertPreTrainedModel
     def last_head_modules(self) -> list[nn.Module]:
         return [self.bert.pooler, self.classifier]
 
-    def last_head(self, pooled: torch.Tensor) -> torch.Tensor:
+    def last_head(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         # The stock pooler takes the first position of what it is given.
-        return self.classifier(self.dropout(self.bert.pooler(pooled.unsqueeze(1))))
-
-    def layer_mask(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        return create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask)
+        pooled = self.bert.pooler(self.pool_last(hidden, attention_mask).unsqueeze(1))
+        return self.classifier(self.dropout(pooled))
 
     def embed(
         self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Examples:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         hidden = self.bert.embeddings(
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
         )
-        return hidden, attention_mask
+        return Examples(hidden, attention_mask)
 
     @capture_outputs
     def forward(
@@ -73,5 +71,5 @@ class EarlyExitBertForSequenceClassification(EarlyExitMixin, BertPreTrainedModel
         **kwargs,
     ) -> EarlyExitClassifierOutput:
         """Classify; inputs as in `BertForSequenceClassification`, `early_exit` as in `EarlyExitMixin.run_exits`."""
-        hidden, _ = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self.run_exits(hidden, attention_mask, labels, early_exit, **kwargs)
+        examples = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self.run_exits(examples, labels, early_exit, **kwargs)

@@ -9,6 +9,7 @@ from .configuration_een import EarlyExitViTConfig
 from .exits import ViTExitHead
 from .modeling_een import EarlyExitClassifierOutput, EarlyExitMixin
 from .policies import ExitPolicy
+from .stages import Examples
 
 
 class EarlyExitViTForImageClassification(EarlyExitMixin, ViTPreTrainedModel):
@@ -52,14 +53,14 @@ class EarlyExitViTForImageClassification(EarlyExitMixin, ViTPreTrainedModel):
         patches.num_patches = count
         self.config.image_size = image_size
 
-    def last_head(self, pooled: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.vit.layernorm(pooled))
+    def last_head(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.classifier(self.vit.layernorm(self.pool_last(hidden, attention_mask)))
 
-    def embed(self, pixel_values=None, interpolate_pos_encoding=None) -> tuple[torch.Tensor, None]:
+    def embed(self, pixel_values=None, interpolate_pos_encoding=None) -> Examples:
         if pixel_values is None:
             raise ValueError("Give pixel_values.")
         pixel_values = pixel_values.to(self.vit.embeddings.patch_embeddings.projection.weight.dtype)
-        return self.vit.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding), None
+        return Examples(self.vit.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
 
     @capture_outputs
     def forward(
@@ -71,5 +72,4 @@ class EarlyExitViTForImageClassification(EarlyExitMixin, ViTPreTrainedModel):
         **kwargs,
     ) -> EarlyExitClassifierOutput:
         """Classify; inputs as in `ViTForImageClassification`, `early_exit` as in `EarlyExitMixin.run_exits`."""
-        hidden, _ = self.embed(pixel_values, interpolate_pos_encoding)
-        return self.run_exits(hidden, None, labels, early_exit, **kwargs)
+        return self.run_exits(self.embed(pixel_values, interpolate_pos_encoding), labels, early_exit, **kwargs)

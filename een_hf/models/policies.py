@@ -105,6 +105,8 @@ class ExitCriterion:
     defaults: dict = {}
     problem_types = ("single_label_classification",)
     scores_probabilities = True
+    remembers = False  # whether the score at an exit depends on the exits before
+    highest = 1.0  # what no score exceeds, where exits do not add up
 
     def __init__(self, params: dict):
         self.params = params
@@ -115,6 +117,10 @@ class ExitCriterion:
         `state` is `()` at the first exit.
         """
         raise NotImplementedError
+
+    def highest_score(self, exit_index: int) -> float:
+        """What no score at this 0-based exit exceeds."""
+        return self.highest
 
     def score(
         self, logits: torch.Tensor, state: tuple, temperature: float | None = None
@@ -161,6 +167,8 @@ class Confidence(ExitCriterion):
 class Entropy(ExitCriterion):
     """Negative entropy of the softmax over log C, in [-1, 0] (BranchyNet, Teerapittayanon et al., ICPR 2016)."""
 
+    highest = 1e-6  # rounding may lift it above 0
+
     def step(self, logits, state):
         log_probabilities = logits.log_softmax(-1)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
@@ -200,6 +208,10 @@ class Patience(ExitCriterion):
     defaults = {"tolerance": 0.5}
     problem_types = ("single_label_classification", "regression")
     scores_probabilities = False
+    remembers = True
+
+    def highest_score(self, exit_index):
+        return exit_index
 
     @classmethod
     def choices(cls, exit_logits):
@@ -229,6 +241,10 @@ class Vote(ExitCriterion):
     """Votes of the exits so far for the class that leads (each exit votes for the class it predicts)."""
 
     scores_probabilities = False
+    remembers = True
+
+    def highest_score(self, exit_index):
+        return exit_index + 1
 
     def step(self, logits, state):
         broken = logits.isnan().any(-1)
@@ -378,6 +394,15 @@ class ExitPolicy:
             raise ExitConfigurationError(
                 f"exit_policy needs temperatures above 0, from {low:g} to {high:g}, not {temperatures}."
             )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the score at an exit depends on the exits before."""
+        return self.scorer.remembers
+
+    def lets_exit(self, exit_index: int) -> bool:
+        """Whether some score reaches the threshold of this 0-based exit."""
+        return self.thresholds[exit_index] <= self.scorer.highest_score(exit_index)
 
     def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
         """Who leaves at an exit before the last.

@@ -31,7 +31,11 @@ class ModelArguments:
         default=None, metadata={"help": "1-based layers that carry an exit, rising. Default: every layer."}
     )
     exit_pooling: str | None = field(
-        default=None, metadata={"help": "What an exit reads: `cls` (default) or `mean` over the tokens (text)."}
+        default=None,
+        metadata={
+            "help": "What the exits before the last read: `cls`, the first token, `mean`, over the tokens or over an "
+            "image's patches, or `cls_mean`, both. Default: `mean` for text, `cls_mean` for images."
+        },
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})

@@ -154,6 +154,12 @@ class ChargedExits:
         bounds = [math.floor(num_samples * power / powers[-1] + offset) for power in powers[:-1]]
         self.shares = [after - before for before, after in pairwise([0, *bounds, num_samples])]
 
+    remembers = False
+
+    def lets_exit(self, exit_index: int) -> bool:
+        """As `ExitPolicy.lets_exit`."""
+        return self.shares[exit_index] > 0
+
     def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
         """As `ExitPolicy.decide`."""
         order = _confidences(logits.detach()).argsort(descending=True, stable=True)

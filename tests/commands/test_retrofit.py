@@ -409,14 +409,15 @@ def test_a_step_of_the_exits_by_hand(sources, kind):
     dropout = {"hidden_dropout_prob": 0.0} if kind == "bert" else {}
     model = EXIT_CLASSES[kind].from_pretrained(sources[kind][0], **dropout).eval()
     generator = np.random.default_rng(0)
-    features = generator.normal(size=(8, 2, 16)).astype(np.float32)
+    width = {"bert": 16, "vit": 32}[kind]  # mean of the tokens; class token and mean of the patches
+    features = generator.normal(size=(8, 2, width)).astype(np.float32)
     teacher = generator.normal(size=(8, NUM_LABELS)).astype(np.float32)
     before = {name: tensor.clone() for name, tensor in model.exit_heads.state_dict().items()}
 
     losses = []
     for index, head in enumerate(model.exit_heads.values()):
         for row in range(8):
-            log_probabilities = head(torch.from_numpy(features[row : row + 1, index])).log_softmax(-1)[0]
+            log_probabilities = head.classify(torch.from_numpy(features[row : row + 1, index])).log_softmax(-1)[0]
             probabilities = np.exp(teacher[row].astype(np.float64)) / np.exp(teacher[row].astype(np.float64)).sum()
             losses.append(
                 -sum(float(p) * value for p, value in zip(probabilities, log_probabilities, strict=True)) / 8

@@ -78,7 +78,9 @@ def test_costs_of_vit_equal_the_closed_form(image_size):
     height, width = image_size if isinstance(image_size, tuple) else (image_size or 32,) * 2
     patches = height * width // 64
     expected = expected_costs([2, 3], patches + 1, 3, embedding=patches * 3 * 64 * WIDTH, head=WIDTH * LABELS)
-    assert relative_costs(make_vit(exit_layers=[2]), image_size=image_size) == pytest.approx(expected, rel=1e-12)
+    assert relative_costs(make_vit(exit_layers=[2], exit_pooling="cls"), image_size=image_size) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_without_earlier_exits_the_model_costs_one():

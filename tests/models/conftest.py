@@ -94,11 +94,12 @@ class Architecture:
             last = layer == config.exit_layers[-1]
             rows = []
             for row, hidden in enumerate(hidden_states[layer].double()):
-                if (config.last_exit_pooling if last else config.exit_pooling) == "cls":
-                    rows.append(hidden[0])
-                    continue
                 tokens = [token for position, token in enumerate(hidden) if mask is None or mask[row, position]]
-                rows.append(sum(tokens) / len(tokens))
+                if self.name == "vit":
+                    tokens = tokens[1:]  # patches
+                poolings = {"cls": hidden[0], "mean": sum(tokens) / len(tokens)}
+                poolings["cls_mean"] = torch.cat([poolings["cls"], poolings["mean"]])
+                rows.append(poolings[config.last_exit_pooling if last else config.exit_pooling])
             exits.append(self.head_by_hand(model, None if last else layer, torch.stack(rows)))
             if aggregate and config.exit_aggregation == "boosted" and len(exits) > 1:
                 exits[-1] = exits[-1] + config.boost_temperature * exits[-2]
@@ -118,7 +119,7 @@ def _architectures():
             EarlyExitBertConfig,
             EarlyExitBertForSequenceClassification,
             AutoModelForSequenceClassification,
-            ("cls", "mean"),
+            ("cls", "cls_mean", "mean"),
             ("right", "left", "none"),
         ),
         "vit": Architecture(
@@ -129,7 +130,7 @@ def _architectures():
             EarlyExitViTConfig,
             EarlyExitViTForImageClassification,
             AutoModelForImageClassification,
-            ("cls",),
+            ("cls", "mean", "cls_mean"),
             ("none",),
         ),
     }

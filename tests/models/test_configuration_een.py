@@ -74,20 +74,23 @@ def test_wrong_type_is_named(config_class, fields):
         config_class(num_hidden_layers=6, **fields)
 
 
-def test_mean_pooling_is_for_text(config_class):
-    """The mean over patches is no exit of ViT: accepting the word would train something that nobody asked for."""
-    if config_class is EarlyExitBertConfig:
-        assert config_class(exit_pooling="mean").exit_pooling == "mean"
-        return
-    for field in ("exit_pooling", "last_exit_pooling"):
-        with pytest.raises(ExitConfigurationError, match=field):
-            config_class(**{field: "mean"})
+def test_saved_without_a_pooling_means_the_class_token(config_class, tmp_path):
+    """Models saved before the field was always written read the class token: another default changes their answers."""
+    fresh = config_class(num_hidden_layers=6)
+    assert fresh.exit_pooling == {"een_bert": "mean", "een_vit": "cls_mean"}[config_class.model_type]
+    fresh.save_pretrained(tmp_path)
+    assert config_class.from_pretrained(tmp_path).exit_pooling == fresh.exit_pooling
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["exit_pooling"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert config_class.from_pretrained(tmp_path).exit_pooling == "cls"
+    assert config_class.from_pretrained(tmp_path, exit_pooling="mean").exit_pooling == "mean"
 
 
 def test_defaults_change_nothing(config_class):
     """Defaults that boost, rescale gradients or leave early would change people's models unasked."""
     config = config_class()
-    assert (config.exit_pooling, config.exit_aggregation, config.boost_temperature) == ("cls", "none", 0.5)
+    assert (config.exit_aggregation, config.boost_temperature) == ("none", 0.5)
     assert config.gradient_rescale is False
     assert config.exit_policy is None
     assert config.last_exit_pooling is None

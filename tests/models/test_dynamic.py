@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from een_hf.models import ExitConfigurationError, ExitPolicy, modeling_een
+from een_hf.models.policies import NEVER
 
 
 NUM_EXITS = 3
@@ -614,3 +615,41 @@ def test_a_row_without_any_token(bert, load_exits, attention, exit_pooling):
     assert output.exit_index.tolist() == [2 if row == 2 else 0 for row in rows]
     expected = exit_logits[torch.tensor(rows), output.exit_index]
     torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-5)
+
+
+def test_exits_that_the_policy_never_uses_are_not_evaluated(architecture, load_exits):
+    """A head that nobody can exit at costs as much as a twelfth of a layer, for nothing."""
+    model, inputs = load_exits(architecture, exit_layers=[1, 2, 3]), architecture.inputs()
+    evaluated = []
+    for index in range(4):
+        model.exit_head_modules(index)[-1].register_forward_hook(lambda *_, index=index: evaluated.append(index))
+    with torch.no_grad():
+        every = model(**inputs).exit_logits
+        threshold = float(every[:, 1].softmax(-1).amax(-1).median())
+        for thresholds, wanted in (
+            ([NEVER, threshold, 1.5, 0.0], [1, 3]),
+            ([NEVER, NEVER, NEVER, 0.0], [3]),
+            ([-NEVER, NEVER, NEVER, 0.0], [0]),
+        ):
+            evaluated.clear()
+            output = _run(model, ExitPolicy("confidence", thresholds), inputs)
+            assert evaluated == wanted
+            rows = torch.arange(len(output.exit_index))
+            assert (output.logits - every[rows, output.exit_index]).abs().max() <= 1e-5
+        evaluated.clear()
+        # Votes of exits where nobody exits count.
+        _run(model, ExitPolicy("vote", [NEVER, NEVER, 3, 0.0]), inputs)
+        assert evaluated[:3] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls_mean"])
+def test_a_mask_that_is_not_2d_is_refused_where_it_cannot_be_read(bert, load_exits, pooling):
+    """A 4-D mask gave logits of shape (batch, exits, length, length, labels) without a word."""
+    model, inputs = load_exits(bert, exit_pooling=pooling), bert.inputs()
+    inputs["attention_mask"] = torch.ones(6, 1, 12, 12, dtype=torch.bool)
+    with pytest.raises(ExitConfigurationError, match="4-D.*2-D"):
+        model(**inputs, early_exit=False)
+    reads_cls = load_exits(bert, exit_pooling="cls")
+    assert reads_cls(**inputs, early_exit=False).exit_logits.shape == (6, 4, 3)
+    with pytest.raises(ExitConfigurationError, match="4-D.*2-D"):
+        _run(reads_cls, ExitPolicy("confidence", [0.5] * 4), inputs)

@@ -144,7 +144,7 @@ def test_backbone_only_checkpoint(architecture, load_exits, load_stock, stock_fo
     backbone = architecture.backbone_class.from_pretrained(stock_folders[architecture.name, "backbone"]).eval()
     for pooling in architecture.poolings:
         model = load_exits(architecture, what="backbone", exit_pooling=pooling)
-        assert model.config.last_exit_pooling == pooling
+        assert model.config.last_exit_pooling == (pooling if pooling != "cls_mean" else "cls")
         assert {"classifier.weight", "classifier.bias"} <= model.newly_initialized
         assert all(model.is_new_head(index) for index in range(4))
         assert not any(name.startswith(architecture.name) for name in model.newly_initialized)
@@ -186,7 +186,7 @@ def test_other_number_of_labels_makes_every_head_new(architecture, stock_folders
         ignore_mismatched_sizes=True,
     ).eval()
     assert [model.is_new_head(index) for index in range(2)] == [True, True]
-    assert model.config.last_exit_pooling == architecture.poolings[-1]
+    assert model.config.last_exit_pooling == ("cls" if architecture.name == "vit" else architecture.poolings[-1])
     with torch.no_grad():
         assert model(**architecture.inputs()).exit_logits.shape == (6, 2, 7)
 
@@ -551,12 +551,12 @@ def _block_gradients(architecture, model, inputs, labels, rescale):
     config, layers = model.config, architecture.layers(model)
     kwargs = {key: value for key, value in inputs.items() if key != "attention_mask"}
     embeddings = architecture.backbone(model).embeddings
-    mask = model.layer_mask(embeddings(**kwargs), inputs.get("attention_mask"))
+    context = model.make_context(model.embed(**inputs))
     starts = [0, *config.exit_layers[:-1]]
 
     def run(block, hidden):
         for layer in layers[starts[block] : config.exit_layers[block]]:
-            hidden = layer(hidden, mask)
+            hidden = layer(hidden, context)
         return hidden
 
     count = len(config.exit_layers)
@@ -570,9 +570,7 @@ def _block_gradients(architecture, model, inputs, labels, rescale):
         parameters = [
             (n, p) for n, p in model.named_parameters() if any(p is q for m in modules for q in m.parameters())
         ]
-        pooled = hidden[:, 0]
-        layer = config.exit_layers[block]
-        own = model.last_head(pooled) if last else model.exit_heads[str(layer)](pooled)
+        own = model.last_head(hidden, None) if last else model.exit_heads[str(config.exit_layers[block])](hidden)
         boosted = own + config.boost_temperature * previous
         previous = boosted.detach()
         loss = F.cross_entropy(boosted, labels)
@@ -606,7 +604,12 @@ def _block_gradients(architecture, model, inputs, labels, rescale):
 def test_gradient_rescaling_follows_its_recursion(architecture, load_exits, rescale):
     """Scaled at the wrong place, early blocks drown in the gradients of K exits or starve."""
     model = load_exits(
-        architecture, exit_layers=[1, 3], exit_aggregation="boosted", gradient_rescale=rescale, **NO_DROPOUT
+        architecture,
+        exit_layers=[1, 3],
+        exit_pooling="cls",
+        exit_aggregation="boosted",
+        gradient_rescale=rescale,
+        **NO_DROPOUT,
     )
     model = model.double().train()
     inputs = architecture.inputs(padding=architecture.paddings[0])
@@ -687,7 +690,7 @@ def test_models_without_a_checkpoint(architecture):
     torch.manual_seed(0)
     config = architecture.config_class(**{**architecture.stock_config.to_dict(), "model_type": None}, exit_layers=[2])
     model = architecture.model_class(config).eval()
-    assert model.config.last_exit_pooling == "cls"
+    assert model.config.last_exit_pooling == ("mean" if architecture.name == "bert" else "cls")
     with torch.no_grad():
         exit_logits = model(**architecture.inputs()).exit_logits
     assert exit_logits.shape == (6, 2, 3)

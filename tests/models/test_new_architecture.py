@@ -14,13 +14,14 @@ from transformers import (
     RobertaModel,
     RobertaPreTrainedModel,
 )
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 from transformers.utils.output_capturing import capture_outputs
 
 from een_hf.data.glue import TEXT
 from een_hf.models import MODEL_CLASSES, EarlyExitMixin, register_architecture
 from een_hf.models.configuration_een import EarlyExitConfigMixin
+from een_hf.models.exits import BertExitHead
+from een_hf.models.stages import Examples
 from een_hf.training.experiment import main
 
 
@@ -28,25 +29,17 @@ from een_hf.training.experiment import main
 class EarlyExitRobertaConfig(EarlyExitConfigMixin, RobertaConfig):
     model_type = "een_roberta"
     stock_model_type = "roberta"
-    exit_poolings = ("cls", "mean")
-
-
-class Head(RobertaClassificationHead):
-    """The stock head on a pooled vector."""
-
-    def forward(self, pooled):
-        return super().forward(pooled.unsqueeze(1))
 
 
 class EarlyExitRobertaForSequenceClassification(EarlyExitMixin, RobertaPreTrainedModel):
     config_class = EarlyExitRobertaConfig
-    head_class = Head
+    head_class = BertExitHead
 
     def __init__(self, config):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.roberta = RobertaModel(config, add_pooling_layer=False)
-        self.classifier = Head(config)
+        self.classifier = RobertaClassificationHead(config)
         self.exit_heads = self.build_exit_heads()
         self.post_init()
 
@@ -58,19 +51,15 @@ class EarlyExitRobertaForSequenceClassification(EarlyExitMixin, RobertaPreTraine
     def last_head_modules(self):
         return [self.classifier]
 
-    def last_head(self, pooled):
-        return self.classifier(pooled)
-
-    def layer_mask(self, hidden, attention_mask):
-        return create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask)
+    def last_head(self, hidden, attention_mask):
+        return self.classifier(self.pool_last(hidden, attention_mask).unsqueeze(1))
 
     def embed(self, input_ids, attention_mask=None):
-        return self.roberta.embeddings(input_ids), attention_mask
+        return Examples(self.roberta.embeddings(input_ids), attention_mask)
 
     @capture_outputs
     def forward(self, input_ids=None, attention_mask=None, labels=None, early_exit=True, **kwargs):
-        hidden, _ = self.embed(input_ids)
-        return self.run_exits(hidden, attention_mask, labels, early_exit, **kwargs)
+        return self.run_exits(self.embed(input_ids, attention_mask), labels, early_exit, **kwargs)
 
 
 @pytest.fixture

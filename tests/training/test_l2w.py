@@ -47,7 +47,7 @@ def bert(vocab_size=200, seed=0, **kwargs):
         intermediate_size=64,
         max_position_embeddings=32,
         num_labels=NUM_LABELS,
-        **kwargs,
+        **{"exit_pooling": "cls", **kwargs},
     )
     return EarlyExitBertForSequenceClassification(config)
 
