@@ -8,7 +8,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
-    "test": ["parameterized", "pytest", "pytest-xdist"],
+    "test": ["optuna", "parameterized", "pytest", "pytest-xdist"],
     "quality": ["ruff"],
 }
 EXTRAS["dev"] = sorted({package for packages in EXTRAS.values() for package in packages})

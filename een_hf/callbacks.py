@@ -8,6 +8,7 @@ exits, budgets and policy, as in exit_results.json.
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,6 +35,14 @@ def metrics_by_exit(logs: dict[str, float], prefix: str) -> dict[int, dict[str, 
     return found
 
 
+def samplers_of(dataloader) -> Iterator:
+    """The batch sampler of a data loader, whatever it wraps, and at the end the sampler of rows."""
+    part = dataloader.batch_sampler
+    while part is not None:
+        yield part
+        part = getattr(part, "batch_sampler", getattr(part, "sampler", None))
+
+
 class EpochCallback(TrainerCallback):
     """Tell training rows and samplers which epoch it is.
 
@@ -42,11 +51,7 @@ class EpochCallback(TrainerCallback):
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        part, parts = train_dataloader.batch_sampler, [train_dataloader.dataset]
-        while part is not None:
-            parts.append(part)
-            part = getattr(part, "batch_sampler", getattr(part, "sampler", None))
-        for part in parts:
+        for part in (train_dataloader.dataset, *samplers_of(train_dataloader)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(int(state.epoch))
 

@@ -14,7 +14,11 @@ def infer_problem_type(problem_type: str | None, num_labels: int, labels: torch.
 
 
 def loss_matrix(
-    exit_logits: torch.Tensor, labels: torch.Tensor, problem_type: str, label_smoothing: float = 0.0
+    exit_logits: torch.Tensor,
+    labels: torch.Tensor,
+    problem_type: str,
+    label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss of every sample at every exit.
 
@@ -25,6 +29,7 @@ def loss_matrix(
             (batch, num_labels) for `multi_label_classification`.
         problem_type: one of these three.
         label_smoothing: share of the label mass spread over all classes (single-label classification).
+        class_weights: (num_labels,), factors of each class' part of the loss (single-label classification).
 
     Returns:
         (batch, num_exits), float32 or better: cross-entropy, squared error or binary cross-entropy, the last two
@@ -38,7 +43,11 @@ def loss_matrix(
         targets = labels.to(exit_logits.dtype) if soft else labels
         targets = targets.unsqueeze(1).expand(-1, num_exits, *targets.shape[1:])
         losses = F.cross_entropy(
-            exit_logits.flatten(0, 1), targets.flatten(0, 1), reduction="none", label_smoothing=label_smoothing
+            exit_logits.flatten(0, 1),
+            targets.flatten(0, 1),
+            weight=None if class_weights is None else class_weights.to(exit_logits),
+            reduction="none",
+            label_smoothing=label_smoothing,
         )
         return losses.view(-1, num_exits)
     targets = labels.to(exit_logits.dtype).view(-1, 1, num_labels).expand_as(exit_logits)

@@ -76,6 +76,13 @@ class EarlyExitTrainingArguments(TrainingArguments):
         default_factory=lambda: ["uniform"],
         metadata={"help": "Weight of each exit's loss: `uniform` (1), `linear` (k/K) or one number per exit."},
     )
+    class_weights: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of each class in the training loss: one number per label, or `balanced`, under which all "
+            "classes count alike (single-label classification)."
+        },
+    )
     head_learning_rate: float | None = field(
         default=None,
         metadata={
@@ -113,6 +120,17 @@ class EarlyExitTrainingArguments(TrainingArguments):
         if isinstance(self.exit_loss_weights, str):
             self.exit_loss_weights = self.exit_loss_weights.split(",")
         self.exit_loss_weights = [str(weight) for weight in self.exit_loss_weights]
+        if self.class_weights is not None:
+            given = self.class_weights.split(",") if isinstance(self.class_weights, str) else self.class_weights
+            self.class_weights = [str(weight) for weight in given]
+        self.check()
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            ExitConfigurationError: names the flag.
+        """
         if self.lr_milestones is not None and not all(0 < share < 1 for share in self.lr_milestones):
             raise ExitConfigurationError(
                 f"--lr_milestones are shares of the steps, between 0 and 1, not {self.lr_milestones}."

@@ -551,8 +551,11 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     def __init__(self, model=None, args=None, **kwargs):
         super().__init__(model=model, args=args, **kwargs)
         self._check_settings(own_optimizer=kwargs.get("optimizer_cls_and_kwargs") is not None)
+        self._make_weight_network()
+
+    def _make_weight_network(self) -> None:
         self.meta_generator = torch.Generator().manual_seed(self.args.seed)
-        self.weight_network = WeightPredictionNetwork(model.num_exits, self.scheme_args, self.meta_generator)
+        self.weight_network = WeightPredictionNetwork(self.model.num_exits, self.scheme_args, self.meta_generator)
         self.weight_network.to(self.args.device)
         self.meta_optimizer = torch.optim.Adam(
             self.weight_network.parameters(),
@@ -563,7 +566,13 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         self._looked_ahead_at = None
         self._share_offset = 0.0  # u of `ChargedExits`, drawn at each look-ahead
         # For the log: (2, batch, K) weights and losses of the last batches, how many are new, the meta losses.
-        self._recent, self._unlogged, self._meta_losses = deque(maxlen=1000), 0, []
+        self._recent, self._unlogged = deque(maxlen=1000), 0
+        self._summed_meta_losses, self._num_meta_losses = 0.0, 0
+
+    def _hp_search_setup(self, trial):
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:  # for another model
+            self._make_weight_network()
 
     # What cannot be trained
 
@@ -661,7 +670,8 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
                 if len(train["labels"]) and len(meta["labels"]):
                     weights, gradient, meta_loss = self.meta_gradient(train, meta)
                     weights.backward(gradient)
-                    self._meta_losses.append(meta_loss)
+                    self._summed_meta_losses = self._summed_meta_losses + meta_loss
+                    self._num_meta_losses += 1
                 if self._average_over_processes():
                     self.meta_optimizer.step()
         self.meta_scheduler.step()
@@ -892,9 +902,9 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             for k, (mean, correlation) in enumerate(zip(weights.mean(0), correlations, strict=True), 1):
                 logs[f"l2w_weight_exit{k}"] = mean.item()
                 logs[f"l2w_correlation_exit{k}"] = correlation.item()
-            if self._meta_losses:
-                logs["l2w_meta_loss"] = torch.stack(self._meta_losses).mean().item()
-            self._unlogged, self._meta_losses = 0, []
+            if self._num_meta_losses:
+                logs["l2w_meta_loss"] = (self._summed_meta_losses / self._num_meta_losses).item()
+            self._unlogged, self._summed_meta_losses, self._num_meta_losses = 0, 0.0, 0
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint=None, **kwargs):

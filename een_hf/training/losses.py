@@ -1,8 +1,12 @@
-"""Weights per exit, which every scheme multiplies into its own."""
+"""Weights per exit and per class, which every scheme multiplies into its own."""
 
+import numpy as np
 import torch
 
 from ..models.configuration_een import ExitConfigurationError
+
+
+LABEL_COLUMNS = ("labels", "label", "label_ids")  # what the collators of transformers make `labels` of
 
 
 def exit_loss_weights(weights: list[str] | str, num_exits: int) -> torch.Tensor:
@@ -32,3 +36,52 @@ def exit_loss_weights(weights: list[str] | str, num_exits: int) -> torch.Tensor:
     if not all(0 <= number < float("inf") for number in numbers) or not any(numbers):
         raise ExitConfigurationError("--exit_loss_weights must be finite, not negative, and not all zero.")
     return torch.tensor(numbers)
+
+
+def class_weights(weights: list[str] | str, num_labels: int, rows) -> torch.Tensor:
+    """The weight of each class in the training loss, float32 of shape (num_labels,).
+
+    Args:
+        weights: `balanced`, which gives the n_c of N rows in class c the weight N / (C n_c), C counting the classes
+            that occur, so that each class counts alike and the mean over rows is 1; or num_labels numbers.
+        num_labels: number of classes.
+        rows: training rows, whose labels `balanced` counts.
+
+    Raises:
+        ExitConfigurationError: another name, not num_labels numbers, a number below 0 or not finite, nothing but
+            zeros, or `balanced` for rows whose labels cannot be read without reading all of the rows.
+    """
+    words = [weights] if isinstance(weights, str) else list(weights)
+    if words == ["balanced"]:
+        counts = torch.bincount(_labels_of(rows), minlength=num_labels)
+        present = counts > 0
+        return torch.where(present, counts.sum() / (present.sum() * counts.clamp(min=1)), 1.0)
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        raise ExitConfigurationError(
+            f"--class_weights takes `balanced` or {num_labels} numbers, not {' '.join(words)!r}."
+        ) from None
+    if len(numbers) != num_labels:
+        raise ExitConfigurationError(
+            f"--class_weights has {len(numbers)} numbers, but there are {num_labels} labels; give one per label."
+        )
+    if not all(0 <= number < float("inf") for number in numbers) or not any(numbers):
+        raise ExitConfigurationError("--class_weights must be finite, not negative, and not all zero.")
+    return torch.tensor(numbers)
+
+
+def _labels_of(rows) -> torch.Tensor:
+    """The class ids of training rows, int64 of shape (num_rows,)."""
+    columns = getattr(rows, "column_names", None)
+    held = isinstance(rows, (list, tuple)) and bool(rows)
+    name = next((name for name in LABEL_COLUMNS if name in (columns or (rows[0] if held else ()))), None)
+    if name is None or not hasattr(rows, "__len__"):
+        raise ExitConfigurationError(
+            "--class_weights balanced needs the labels of all rows before training, as a column of a datasets.Dataset "
+            "or in a list; a stream gives none: give one number per label."
+        )
+    labels = torch.as_tensor(np.asarray(rows[name] if columns else [row[name] for row in rows]))
+    if labels.is_floating_point() or labels.dim() != 1:
+        raise ExitConfigurationError("--class_weights balanced counts class ids; these labels are none.")
+    return labels.long()

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from dataclasses import asdict
 from itertools import islice
@@ -12,32 +13,32 @@ from itertools import islice
 import datasets
 import numpy as np
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import gather_object
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import RandomSampler
 from transformers import EvalPrediction, Trainer
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, nested_numpify
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, sort_checkpoints
-from transformers.training_args import OptimizerNames
 
-from ..callbacks import use_early_exit_callbacks
+from ..callbacks import samplers_of, use_early_exit_callbacks
 from ..errors import is_full_disk
 from ..hub import CARD_NAME, is_run_card
 from ..inference import ExitPredictions, predict
-from ..models import EarlyExitMixin, ExitConfigurationError
+from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from .arguments import EarlyExitTrainingArguments
-from .losses import exit_loss_weights
+from .losses import LABEL_COLUMNS, class_weights, exit_loss_weights
 
 
 logger = logging.getLogger(__name__)
 
 
 SCHEME_FILE = "scheme.json"
-LABEL_COLUMNS = ("labels", "label", "label_ids")  # what the collators of transformers make `labels` of
 _SCHEMES: dict[str, type["EarlyExitTrainer"]] = {}
 
 
@@ -124,6 +125,36 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+# Arguments of transformers that evaluating every exit, or keeping the trained weights, does not allow: the one value
+# that is taken, and why.
+_ONLY = {
+    "batch_eval_metrics": (False, "metrics need all rows of an exit"),
+    "eval_do_concat_batches": (True, "metrics need all rows of an exit"),
+    "prediction_loss_only": (False, "exits are evaluated by their logits"),
+    "bf16_full_eval": (False, "it leaves the trained weights in half precision; --bf16 evaluates in it too"),
+    "fp16_full_eval": (False, "it leaves the trained weights in half precision; --fp16 evaluates in it too"),
+    "use_liger_kernel": (False, "it has no kernels for early-exit models"),
+}
+
+
+def _check_supported(args: EarlyExitTrainingArguments, optimizer, scheduler) -> None:
+    """Refuse, by name, arguments of `Trainer` that would have no effect, or a wrong one."""
+    for name, (taken, reason) in _ONLY.items():
+        if getattr(args, name, taken) != taken:
+            raise ExitConfigurationError(f"--{name} must be {taken}: {reason}.")
+    if args.label_names not in (None, ["labels"]):
+        raise ExitConfigurationError(f"--label_names {args.label_names}: rename that column to `labels`.")
+    if optimizer is not None and args.head_learning_rate is not None:
+        raise ExitConfigurationError("--head_learning_rate has no effect on an optimizer of your own: leave it out.")
+    if scheduler is not None and args.lr_milestones is not None:
+        raise ExitConfigurationError("--lr_milestones have no effect on a scheduler of your own: leave them out.")
+
+
+def _pad(values: list) -> np.ndarray:
+    """Stack arrays of several lengths, the shorter filled up with -100, as `Trainer` does."""
+    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(value) for value in values], True, -100).numpy()
+
+
 class EarlyExitTrainer(Trainer):
     """A `Trainer` for early-exit models; a scheme subclasses it under `@register_scheme("name")`.
 
@@ -135,15 +166,17 @@ class EarlyExitTrainer(Trainer):
         model: an early-exit model.
         args: `EarlyExitTrainingArguments`.
         scheme_args: the scheme's own dataclass (`arguments_class`), its defaults where left out.
-        compute_metrics: as in `Trainer`: called with (num_samples, num_labels) logits, once for every exit.
-        **kwargs: as in `Trainer`.
+        compute_metrics: as in `Trainer`: called with (num_samples, num_labels) logits, once for every exit, with the
+            inputs and the losses of that exit where `--include_for_metrics` asks for them.
+        preprocess_logits_for_metrics: as in `Trainer`: called with such logits and the labels, once for every exit.
+        compute_loss_func: as in `Trainer`: called once for every exit, with an output that has that exit's `logits`.
+        model_init: as in `Trainer`: makes the model of each training, for `hyperparameter_search`.
+        **kwargs: as in `Trainer`, whose other arguments are listed there.
 
     Raises:
         ExitConfigurationError: a model without exits, or settings that do not fit it.
     """
 
-    # The loss is a mean over the micro-batch, so the Trainer divides it by the accumulation steps.
-    loss_is_scaled_for_ga = False
     method: str
     arguments_class: type | None = None
     citation: str = ""
@@ -153,33 +186,123 @@ class EarlyExitTrainer(Trainer):
         if not hasattr(cls, "method"):  # a scheme that is used without being registered
             cls.method = f"{cls.__module__}:{cls.__qualname__}"
 
-    def __init__(self, model=None, args=None, *, scheme_args=None, compute_metrics=None, **kwargs):
-        if not isinstance(model, EarlyExitMixin):
-            raise ExitConfigurationError(
-                f"{type(self).__name__} needs an early-exit model, not {type(model).__name__}: load the checkpoint "
-                "with EarlyExitBertForSequenceClassification or EarlyExitViTForImageClassification."
-            )
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *,
+        scheme_args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        model_init=None,
+        compute_loss_func=None,
+        compute_metrics=None,
+        optimizers=(None, None),
+        preprocess_logits_for_metrics=None,
+        **kwargs,
+    ):
         args = args or EarlyExitTrainingArguments()
         if not isinstance(args, EarlyExitTrainingArguments):
             raise ExitConfigurationError(
                 f"{type(self).__name__} needs EarlyExitTrainingArguments, which take all that TrainingArguments take, "
                 f"not {type(args).__name__}."
             )
-        if args.batch_eval_metrics:
-            raise ExitConfigurationError("--batch_eval_metrics is not supported: metrics need all rows of an exit.")
+        _check_supported(args, *optimizers)
+        if compute_loss_func is not None:
+            self._check_loss_function(args)
         args.method = self.method
         args.dataloader_pin_memory &= torch.accelerator.is_available()
+        args.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
         self.scheme_args = scheme_args or (self.arguments_class and self.arguments_class())
-        self.task_metrics = compute_metrics
+        self.task_metrics, self.logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
+        # As in `Trainer`: a function of the user's divides by the examples of all micro-batches itself.
+        self.loss_is_scaled_for_ga = compute_loss_func is not None
+        if model is not None or model_init is None:
+            self._accept(model, args, train_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=self._metrics_of_exits,
+            optimizers=optimizers,
+            **kwargs,
+        )
+        if model is None:
+            self._accept(self.model, args, train_dataset)
+        self._check_warm_start()
+        self._check_best_metric()
+        use_early_exit_callbacks(self)
+
+    def _accept(self, model: EarlyExitMixin, args: EarlyExitTrainingArguments, train_dataset) -> None:
+        """Check that a model can be trained as the arguments say, prepare it, and forget what belongs to another.
+
+        Raises:
+            ExitConfigurationError: a model without exits, or arguments that do not fit it.
+        """
+        if not isinstance(model, EarlyExitMixin):
+            raise ExitConfigurationError(
+                f"{type(self).__name__} needs an early-exit model, not {type(model).__name__}: load the checkpoint "
+                "with EarlyExitBertForSequenceClassification or EarlyExitViTForImageClassification."
+            )
         self.exit_loss_weights = exit_loss_weights(args.exit_loss_weights, model.num_exits)
+        self.class_weights = None
+        if args.class_weights is not None and train_dataset is not None:
+            self.class_weights = class_weights(args.class_weights, model.config.num_labels, train_dataset)
         if args.freeze_backbone:
             model.freeze_backbone()  # first: it refuses a boosted model, which a scheme may make a plain one
         self.check_model(model)
-        super().__init__(model=model, args=args, compute_metrics=self._metrics_of_exits, **kwargs)
-        self._unlogged_losses = []
+        half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
+        if half and train_dataset is not None:
+            logger.warning(
+                "The weights are trained in %s, in which small steps are lost: load the model with "
+                "dtype=torch.float32, and give --bf16 for speed.",
+                " and ".join(sorted(map(str, half))),
+            )
         self._new_heads: list[int] | None = None
-        self._check_warm_start()
-        use_early_exit_callbacks(self)
+        self._summed_losses, self._num_summed = 0.0, 0  # of each exit, since the last log
+        self._place = (0, -1)  # global step, and micro-batch within it
+
+    def _hp_search_setup(self, trial):
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:  # another model, and perhaps other arguments
+            self.args.check()
+            self._accept(self.model, self.args, self.train_dataset)
+            self._check_warm_start()
+        self.accelerator.unwrap_model(self.model).config.training_scheme = self.method
+
+    def _check_loss_function(self, args: EarlyExitTrainingArguments) -> None:
+        """Refuse what a loss of the user's own, one number per exit, leaves without effect."""
+        if type(self).sample_weights is not EarlyExitTrainer.sample_weights:
+            raise ExitConfigurationError(
+                f"compute_loss_func gives one loss per exit, but --method {self.method} weighs the loss of each "
+                "example: use --method joint, or leave it out (--class_weights weighs classes in every scheme)."
+            )
+        for name in ("label_smoothing_factor", "class_weights"):
+            if getattr(args, name):
+                raise ExitConfigurationError(f"--{name} has no effect on compute_loss_func: give one of them.")
+
+    def _check_best_metric(self) -> None:
+        """Refuse a `--metric_for_best_model` that no evaluation will give."""
+        name = self.args.metric_for_best_model
+        if name is None or type(self).evaluate is not EarlyExitTrainer.evaluate:
+            return
+        metric = name.removeprefix("eval_")
+        if isinstance(self.eval_dataset, dict):
+            metric = next(
+                (metric.removeprefix(f"{key}_") for key in self.eval_dataset if metric.startswith(key)), metric
+            )
+        of_exit = re.fullmatch(r"exit(\d+)_(.+)", metric)
+        num_exits = self.accelerator.unwrap_model(self.model).num_exits
+        if of_exit and not 1 <= int(of_exit[1]) <= num_exits:
+            raise ExitConfigurationError(f"--metric_for_best_model {name}: the model has exits 1 to {num_exits}.")
+        if self.task_metrics is None and (of_exit[2] if of_exit else metric) != "loss":
+            raise ExitConfigurationError(
+                f"--metric_for_best_model {name} needs compute_metrics: without it evaluation gives eval_loss and "
+                f"eval_exit1_loss to eval_exit{num_exits}_loss."
+            )
 
     # What a scheme may change
 
@@ -218,27 +341,93 @@ class EarlyExitTrainer(Trainer):
     # Loss
 
     def losses_of(self, exit_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """l, (batch, num_exits), from logits (batch, num_exits, num_labels)."""
-        config = self.accelerator.unwrap_model(self.model).config
+        """l, (batch, num_exits), from logits (batch, num_exits, num_labels); in training under `--class_weights`.
+
+        Raises:
+            ExitConfigurationError: label smoothing or class weights where there are no classes.
+        """
+        model, args = self.accelerator.unwrap_model(self.model), self.args
+        config, weights = model.config, self.class_weights if model.training else None
         config.problem_type = infer_problem_type(config.problem_type, config.num_labels, labels)
-        return loss_matrix(exit_logits, labels, config.problem_type, self.args.label_smoothing_factor)
+        if config.problem_type != "single_label_classification":
+            for name in ("label_smoothing_factor", "class_weights"):
+                if getattr(args, name):
+                    raise ExitConfigurationError(
+                        f"--{name} is for single-label classification, not {config.problem_type}: leave it out."
+                    )
+        return loss_matrix(exit_logits, labels, config.problem_type, args.label_smoothing_factor, weights)
+
+    def _all_losses(self, exit_logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """l as `losses_of` gives it, or the number that `compute_loss_func` gives of each exit, for all examples."""
+        if self.compute_loss_func is None:
+            return self.losses_of(exit_logits, labels)
+        outputs = [EarlyExitClassifierOutput(logits=logits) for logits in exit_logits.unbind(1)]
+        losses = [self.compute_loss_func(output, labels, num_items_in_batch=num_items_in_batch) for output in outputs]
+        losses = torch.stack(losses)
+        if losses.dim() != 1:
+            raise ExitConfigurationError(
+                f"compute_loss_func must give one number per call, not a tensor of shape {tuple(losses.shape[1:])}."
+            )
+        return losses.expand(len(labels), -1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted sum over exits of the mean over examples.
+
+        `compute_loss_func`, where given, is called for each exit, with an output whose `logits` are that exit's, and
+        like `Trainer`'s it divides by `num_items_in_batch` itself.
+
+        Raises:
+            ExitConfigurationError: a batch without labels, or in training a loss that is not finite.
+        """
         if inputs.get("labels") is None:
             raise ExitConfigurationError(f"A training batch needs `labels`; this one has: {', '.join(inputs)}.")
         features = {name: value for name, value in inputs.items() if name != "labels"}
         outputs = model(**{**features, "early_exit": False})
-        losses = self.losses_of(outputs.exit_logits, inputs["labels"])
-        weights = self.exit_loss_weights.to(losses)
+        losses = self._all_losses(outputs.exit_logits, inputs["labels"], num_items_in_batch)
+        weights, num_micro_batches = self.exit_loss_weights.to(losses), 1
+        if self.compute_loss_func is not None and num_items_in_batch is not None:
+            num_micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)  # of which this is a part
+            if self.args.average_tokens_across_devices:
+                losses = losses * self.accelerator.num_processes  # the gradient will be their mean
         if model.training:
-            self._unlogged_losses.append(losses.detach().mean(0))
+            self._summed_losses = self._summed_losses + losses.detach().mean(0) * num_micro_batches
+            self._num_summed += 1
         if model.training and self.in_warm_start():
             weights = weights * torch.eye(len(weights))[-1].to(weights)  # all exits stay in the graph, as DDP needs
         elif model.training:
             sample_weights = self.sample_weights(losses.detach(), outputs.exit_logits.detach())
             weights = weights if sample_weights is None else weights * sample_weights
         loss = reduce_losses(losses, weights)
+        if model.training:
+            step, number = self._place
+            self._place = self.state.global_step, number + 1 if step == self.state.global_step else 0
+            if not loss.isfinite():
+                self._stop_at(losses)
         return (loss, outputs) if return_outputs else loss
+
+    def _stop_at(self, losses: torch.Tensor) -> None:
+        """Stop the run before a loss that is not finite spoils the weights; name the examples that it comes from."""
+        places = (~losses.isfinite().all(1)).nonzero().squeeze(1).tolist()
+        if len(places) in (0, len(losses)):
+            cause = "all examples of a batch: training has diverged, lower --learning_rate"
+        else:
+            rows = self._rows_of_batch()
+            where = "the batch" if rows is None else "the training data"
+            named = ", ".join(str(place if rows is None else rows[place]) for place in places)
+            cause = f"rows {named} (counted from 0) of {where}: look for NaN or infinity in their inputs and labels"
+        step = self.state.global_step + 1
+        raise ExitConfigurationError(f"The loss of training step {step} is not finite for {cause}.")
+
+    def _rows_of_batch(self) -> list[int] | None:
+        """The row of each example of the present micro-batch; `None` for a stream, or an order that was not seeded."""
+        loader = self.callback_handler.train_dataloader
+        if loader is None or not hasattr(self.train_dataset, "__len__"):
+            return None
+        samplers = list(samplers_of(loader))
+        if isinstance(samplers[-1], RandomSampler) and not isinstance(samplers[-1], SeedableRandomSampler):
+            return None
+        number = round(self.state.epoch % 1 * len(loader)) + self._place[1]
+        return next(islice(samplers[0], number, None), None)
 
     def in_warm_start(self) -> bool:
         """Whether the last exit alone is trained, for the first `--warm_start_epochs`."""
@@ -246,9 +435,9 @@ class EarlyExitTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """As in `Trainer`; beside the training loss stands each exit's own, the mean over this process' batches."""
-        if "loss" in logs and self._unlogged_losses:
-            means = torch.stack(self._unlogged_losses).mean(0).tolist()
-            self._unlogged_losses = []
+        if "loss" in logs and self._num_summed:
+            means = (self._summed_losses / self._num_summed).tolist()
+            self._summed_losses, self._num_summed = 0.0, 0
             logs = {**logs, **{f"exit{k}_loss": mean for k, mean in enumerate(means, 1)}}
         super().log(logs, start_time)
 
@@ -264,7 +453,7 @@ class EarlyExitTrainer(Trainer):
         """As in `Trainer`; the predictions are the logits of all exits, (batch, num_exits, num_labels)."""
         inputs = {**inputs, "early_exit": False}
         only_exit_logits = ["logits", "exit_index", "hidden_states", "attentions"]
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys or only_exit_logits)
+        return super().prediction_step(model, inputs, prediction_loss_only, [*only_exit_logits, *(ignore_keys or [])])
 
     def predict_exits(self, dataset, metric_key_prefix: str = "test") -> PredictionOutput:
         """Evaluate every exit on every row: predictions (num_rows, num_exits, num_labels), labels, metrics."""
@@ -290,7 +479,12 @@ class EarlyExitTrainer(Trainer):
         if label_column is not None:
             labels = np.array([np.asarray(row[label_column]) for row in kept])
             if self.task_metrics is not None:
-                metrics = self.task_metrics(EvalPrediction(predictions=logits, label_ids=labels))
+                targets, wanted, losses, inputs = torch.from_numpy(labels), self.args.include_for_metrics, None, None
+                if "loss" in wanted:
+                    losses = self._all_losses(answers.logits.unsqueeze(1), targets, (targets != -100).sum()).squeeze(1)
+                if "inputs" in wanted:
+                    inputs = _pad([row[self.model.main_input_name] for row in kept])
+                metrics = self._metrics_of(answers.logits, targets, losses, inputs)
         config = self.accelerator.unwrap_model(self.model).config
         if config.exit_policy is not None:
             counts = np.bincount(answers.exit_index, minlength=len(config.exit_layers))
@@ -315,11 +509,12 @@ class EarlyExitTrainer(Trainer):
         sized = hasattr(dataset, "__len__")
         ids = range(first, len(dataset), step) if sized else None
         rows = ((row, dataset[row]) for row in ids) if sized else islice(enumerate(dataset), first, None, step)
+        names = [*LABEL_COLUMNS, *([self.model.main_input_name] if "inputs" in self.args.include_for_metrics else [])]
         kept = []
 
         def own_rows():
             for index, row in rows:
-                kept.append((index, {name: row[name] for name in LABEL_COLUMNS if name in row}))
+                kept.append((index, {name: row[name] for name in names if name in row}))
                 yield row
 
         with accelerator.autocast():
@@ -361,15 +556,25 @@ class EarlyExitTrainer(Trainer):
         """`exit{k}_loss` and `exit{k}_<metric>` for every exit, `<metric>` for the last."""
         exit_logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
         with torch.no_grad():
-            losses = self.losses_of(exit_logits, labels).mean(0).tolist()
-        metrics = {}
-        for index, loss in enumerate(losses):
-            metrics[f"exit{index + 1}_loss"] = loss
+            losses = self._all_losses(exit_logits, labels, num_items_in_batch=(labels != -100).sum())
+        metrics, last = {}, {}
+        for index, own in enumerate(losses.unbind(1)):
+            metrics[f"exit{index + 1}_loss"] = own.mean().item()
             if self.task_metrics is not None:
-                own = EvalPrediction(predictions=prediction.predictions[:, index], label_ids=prediction.label_ids)
-                last = self.task_metrics(own)
+                last = self._metrics_of(exit_logits[:, index], labels, own, prediction.inputs)
                 metrics.update({f"exit{index + 1}_{name}": value for name, value in last.items()})
-        return metrics if self.task_metrics is None else {**metrics, **last}
+        return {**metrics, **last}
+
+    def _metrics_of(
+        self, logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, inputs
+    ) -> dict[str, float]:
+        """What `compute_metrics` says of one exit's logits, (num_rows, num_labels), given what it asked for."""
+        if self.logits_for_metrics is not None:
+            logits = self.logits_for_metrics(logits, labels)
+        given = {"inputs": inputs} if "inputs" in self.args.include_for_metrics else {}
+        if "loss" in self.args.include_for_metrics:
+            given["losses"] = losses.numpy()
+        return self.task_metrics(EvalPrediction(nested_numpify(logits), labels.numpy(), **given))
 
     # Batches
 
@@ -414,13 +619,12 @@ class EarlyExitTrainer(Trainer):
             self._new_heads = [k for k in range(network.num_exits) if network.is_new_head(k)]
         return self._new_heads
 
-    def head_learning_rate(self) -> float:
-        """Learning rate of newly made heads: `--head_learning_rate` or its default."""
+    def head_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> float:
+        """Learning rate of newly made heads: `--head_learning_rate`, or its default where the others have `rate`."""
         if self.args.head_learning_rate is not None:
             return self.args.head_learning_rate
-        pretrained = self.model.newly_initialized is not None
-        factor = 20 if pretrained and OptimizerNames(self.args.optim).value.startswith("adamw") else 1
-        return factor * self.args.learning_rate
+        pretrained = self.accelerator.unwrap_model(self.model).newly_initialized is not None
+        return rate * (20 if pretrained and "adam" in type(optimizer).__name__.lower() else 1)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As in `Trainer`, with newly made heads in parameter groups of their own."""
@@ -432,7 +636,7 @@ class EarlyExitTrainer(Trainer):
         new = {id(parameter) for parameter in heads.parameters()}
         groups = []
         for group in optimizer.param_groups:
-            for is_new, rate in ((False, group["lr"]), (True, self.head_learning_rate())):
+            for is_new, rate in ((False, group["lr"]), (True, self.head_learning_rate(optimizer, group["lr"]))):
                 params = [parameter for parameter in group["params"] if (id(parameter) in new) == is_new]
                 if params:
                     groups.append({**group, "params": params, "lr": rate})
@@ -470,7 +674,6 @@ class EarlyExitTrainer(Trainer):
                 )
         if checkpoint:
             self._read_scheme(checkpoint)
-        self.accelerator.unwrap_model(self.model).config.training_scheme = self.method
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _read_scheme(self, checkpoint: str) -> None:
