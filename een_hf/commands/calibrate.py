@@ -89,9 +89,8 @@ def run(args) -> None:
     report.policy.validate(len(config.exit_layers), problem_type, config.num_labels)
     metrics = [name for name in METRICS if name in results["anytime"][0]["metrics"]]
     row = policy_row(report.policy, *reported, costs, make_compute_metrics(metrics, problem_type))
-    results["policy"] = row
+    results |= {"policy": row, "num_report_samples": len(reported[1])}
     print(format_exit_table(results))
-    print(f"The policy's line is measured on the {len(reported[1])} evaluation rows that calibrated nothing.")
     print(f"thresholds: {', '.join(f'{threshold:.4g}' for threshold in report.policy.thresholds[:-1])}")
     if report.policy.guarantee:
         print(guarantee_in_words(report.policy.guarantee))

@@ -97,6 +97,7 @@ _REQUIRED = {
     "policy": lambda value: value is None or isinstance(value, dict),
 }
 _OPTIONAL = {
+    "num_report_samples": lambda value: value is None or _is_count(value),
     "baselines": lambda value: value is None or isinstance(value, list),
     "calibration_rows_chose": lambda value: value is None or _is_text(value),
     "cost_unit": lambda value: value is None or _is_text(value),
@@ -304,7 +305,7 @@ def _wrong_array(arrays: dict[str, np.ndarray]) -> str | None:
 
 
 def format_exit_table(results: dict[str, Any]) -> str:
-    """The exits of a results dict as an aligned table for a terminal, then the policy, if there is one."""
+    """The exits of a results dict as an aligned table for a terminal, the policy, and which rows measured what."""
     anytime, policy = results["anytime"], results.get("policy")
     metrics = list(anytime[0]["metrics"])
     header = ["exit", "layer", "relative cost", *metrics, "loss", "ece"]
@@ -325,7 +326,7 @@ def format_exit_table(results: dict[str, Any]) -> str:
         for entry in anytime
     ]
     if policy:
-        header.append("leaving")
+        header.append("exiting")
         rows = [[*row, f"{share:.1%}"] for row, share in zip(rows, policy["exit_fractions"], strict=True)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
@@ -336,7 +337,15 @@ def format_exit_table(results: dict[str, Any]) -> str:
             f"policy: {policy['criterion']}{f' for {goal}' if goal else ''}: "
             f"relative cost {_number(policy['relative_cost'])}, {scores}"
         )
-    return "\n".join(lines)
+    measured = f"measured on: all {results['num_eval_samples']} evaluation rows"
+    if policy:
+        calibrated_nothing = results.get("num_report_samples")
+        if calibrated_nothing == results["num_eval_samples"]:
+            measured += ", which calibrated nothing"
+        else:
+            count = "" if calibrated_nothing is None else f"{calibrated_nothing} "
+            measured += f"; exiting and policy: the {count}evaluation rows that calibrated nothing"
+    return "\n".join([*lines, measured])
 
 
 def _places(results: dict[str, Any]) -> Iterator[tuple[str, dict, dict]]:

@@ -618,6 +618,7 @@ class Experiment:
             "exit_layers": config.exit_layers,
             "num_eval_samples": len(labels),
             "num_calibration_samples": len(calibration[0]),
+            "num_report_samples": len(reported[1]),  # of the evaluation rows, those that calibrated nothing
             "calibration_rows_chose": chosen_by,
             "cost_unit": wanted.cost.value,
             "plain_operations": count_operations(self.model, **cost_inputs(self.splits["validation"]))[1],
@@ -741,7 +742,8 @@ def _budget_hint(results: dict, folder: Path) -> str:
         return "No criterion fits this problem: every input runs through the whole network."
     if len(results["exit_layers"]) == 1:
         return "One exit, the network's own: every input runs through the whole network."
-    lines = ["No policy was asked for. These budgets were measured on the rows that calibrated nothing:"]
+    rows = results["num_report_samples"]
+    lines = [f"No policy was asked for. These budgets were measured on the {rows} rows that calibrated nothing:"]
     for row in results["budgeted"]:
         lines.append(f"  cost {row['relative_cost']:.3f}  {results['metric']} {row['metrics'][results['metric']]:.4f}")
     lines = list(dict.fromkeys(lines))  # a larger budget may find nothing better

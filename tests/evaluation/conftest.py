@@ -25,7 +25,8 @@ def results():
         "metric": "accuracy",
         "exit_layers": [2, 4, 6],
         "num_eval_samples": 100,
-        "num_calibration_samples": 50,
+        "num_calibration_samples": 60,
+        "num_report_samples": 40,
         "anytime": [_entry(1, 0.7), _entry(2, 0.8), _entry(3, 0.9)],
         "anytime_report": [_entry(1, 0.71), _entry(2, 0.82), _entry(3, 0.91)],
         "budgeted": [

@@ -278,23 +278,31 @@ def test_exit_logits_of_differing_length_are_refused(tmp_path):
 def test_the_printed_table(results):
     """Fails if a column shifts or a number appears under the wrong heading."""
     results["anytime"][1]["ece"] = None
-    *table, policy = format_exit_table(results).splitlines()
+    *table, policy, measured = format_exit_table(results).splitlines()
     assert len({len(line) for line in table}) == 1
     header, *rows = (line.split() for line in table)
-    assert " ".join(header) == "exit layer relative cost accuracy f1 loss ece leaving"
+    assert " ".join(header) == "exit layer relative cost accuracy f1 loss ece exiting"
     assert rows == [
         ["1", "2", "0.3433", "0.7000", "0.3500", "0.3000", "0.0700", "60.0%"],
         ["2", "4", "0.6867", "0.8000", "0.4000", "0.2000", "-", "30.0%"],
         ["3", "6", "1.0300", "0.9000", "0.4500", "0.1000", "0.0900", "10.0%"],
     ]
     assert policy == "policy: confidence for target_cost 0.6: relative cost 0.5800, accuracy 0.8800, f1 0.4400"
+    parts = "all 100 evaluation rows; exiting and policy: the 40 evaluation rows that calibrated nothing"
+    assert measured == f"measured on: {parts}"
+    # Of an older run's file, and with rows beside the evaluation split that calibrate.
+    others = format_exit_table({**results, "num_report_samples": None}).splitlines()[-1]
+    assert others == f"measured on: {parts.replace('40 ', '')}"
+    all_rows = format_exit_table({**results, "num_report_samples": 100}).splitlines()[-1]
+    assert all_rows == "measured on: all 100 evaluation rows, which calibrated nothing"
 
 
 def test_the_printed_table_without_a_policy(results):
     """Fails if a run without a policy cannot be printed."""
     results["policy"] = None
     lines = format_exit_table(results).splitlines()
-    assert len(lines) == 4 and "leaving" not in lines[0]
+    assert len(lines) == 5 and "exiting" not in lines[0]
+    assert lines[-1] == "measured on: all 100 evaluation rows"
 
 
 def test_metrics_get_one_exit_at_a_time(rng):
