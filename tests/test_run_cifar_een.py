@@ -21,9 +21,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from een_hf.data.cifar import IMAGES
 from een_hf.data.samples import load_digits
+from een_hf.training.checkpoints import last_whole_checkpoint
 from een_hf.training.experiment import main
 from een_hf.training.history import RUN_FILE
-from een_hf.training.trainer import last_whole_checkpoint
 
 
 ROOT = Path(__file__).parents[1]

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from ..models import ExitConfigurationError
 from ..models.exit_losses import reduce_losses
+from .checkpoints import reading_checkpoint
 from .trainer import EarlyExitTrainer, register_scheme
 
 
@@ -883,10 +884,11 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
                 f"--resume_from_checkpoint {checkpoint} has no {STATE_FILE}, the weight network of --method l2w: "
                 f"start anew from its weights with --model_name_or_path {checkpoint}."
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in self._meta_parts().items():
-            part.load_state_dict(state[name])
-        self.meta_generator.set_state(state["generator"])
+        with reading_checkpoint(checkpoint):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for name, part in self._meta_parts().items():
+                part.load_state_dict(state[name])
+            self.meta_generator.set_state(state["generator"])
 
     # What W has learned
 

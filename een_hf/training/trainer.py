@@ -21,9 +21,8 @@ from torch import nn
 from torch.utils.data import RandomSampler
 from transformers import EvalPrediction, Trainer
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, nested_numpify
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from ..callbacks import samplers_of, use_early_exit_callbacks
 from ..errors import is_full_disk
@@ -32,6 +31,14 @@ from ..inference import ExitPredictions, predict
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from .arguments import EarlyExitTrainingArguments
+from .checkpoints import (
+    PublicTrainerState,
+    checkpoint_fault,
+    is_whole_checkpoint,
+    last_whole_checkpoint,
+    reading_checkpoint,
+    write_checksums,
+)
 from .losses import LABEL_COLUMNS, class_weights, exit_loss_weights
 
 
@@ -86,22 +93,6 @@ def get_scheme(name: str) -> type["EarlyExitTrainer"]:
     if trainer_class not in _SCHEMES.values():
         register_scheme(name)(trainer_class)
     return trainer_class
-
-
-def is_whole_checkpoint(folder: str) -> bool:
-    """Whether all of a checkpoint was written: `Trainer` writes its state last."""
-    path = os.path.join(folder, TRAINER_STATE_NAME)
-    try:
-        with open(path) as file:
-            return "global_step" in json.load(file)
-    except (OSError, ValueError):
-        return False
-
-
-def last_whole_checkpoint(output_dir: str) -> str | None:
-    """The checkpoint of the most steps that was written to its end, or `None`."""
-    checkpoints = sort_checkpoints(output_dir) if os.path.isdir(output_dir) else []
-    return next(filter(is_whole_checkpoint, reversed(checkpoints)), None)
 
 
 def scheme_arguments() -> list[type]:
@@ -666,12 +657,12 @@ class EarlyExitTrainer(Trainer):
             checkpoint = last_whole_checkpoint(self.args.output_dir)
             if checkpoint is None:
                 raise ExitConfigurationError(f"--resume_from_checkpoint: no whole one in {self.args.output_dir}.")
-        elif checkpoint:
-            if not is_whole_checkpoint(checkpoint):
-                raise ExitConfigurationError(
-                    f"--resume_from_checkpoint {checkpoint} is not there or half-written (no {TRAINER_STATE_NAME}): "
-                    "leave the flag out to go on from the last whole one."
-                )
+        elif checkpoint and (fault := checkpoint_fault(checkpoint)):
+            raise ExitConfigurationError(
+                f"--resume_from_checkpoint {checkpoint} is not there or not whole ({fault}): leave the flag out to go "
+                "on from the last whole one."
+            )
+        self._resumed_from = checkpoint
         if checkpoint:
             self._read_scheme(checkpoint)
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -681,16 +672,43 @@ class EarlyExitTrainer(Trainer):
         path = os.path.join(checkpoint, SCHEME_FILE)
         if not os.path.exists(path):
             return
-        with open(path) as file:
+        with reading_checkpoint(checkpoint), open(path) as file:
             written = json.load(file)
-        found, self._new_heads = written["method"], written.get("new_heads")
+            found, self._new_heads = written["method"], written.get("new_heads")
+            if not isinstance(found, str) or not all(type(k) is int for k in self._new_heads or ()):
+                raise ValueError(f"{SCHEME_FILE} names no scheme")
         if found != self.method:
             raise ExitConfigurationError(
                 f"--resume_from_checkpoint {checkpoint} was trained with --method {found}, not {self.method}: go on "
                 f"with --method {found}, or start anew from its weights with --model_name_or_path {checkpoint}."
             )
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with reading_checkpoint(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_callback_state(self):
+        folder, step = self._resumed_from, self.state.best_global_step
+        with reading_checkpoint(folder):
+            super()._load_callback_state()
+        if step is not None and self.state.best_model_checkpoint is None:
+            best = os.path.join(os.path.dirname(os.path.normpath(folder)), f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            self.state.best_model_checkpoint = best if os.path.isdir(best) else None
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        with reading_checkpoint(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with reading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _save_checkpoint(self, model, trial):
+        self.state.__class__ = PublicTrainerState
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save and os.path.isdir(folder):
             shutil.rmtree(folder)  # of an interrupted run, or one that is being repeated: never mix the two
@@ -713,6 +731,8 @@ class EarlyExitTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # What makes a checkpoint whole is written next, by one process: all the others must be through.
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_checksums(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)

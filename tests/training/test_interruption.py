@@ -4,16 +4,18 @@ import json
 import resource
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from damage import damaged, wrong_json
 from transformers import TrainerCallback
 
 from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification, ExitConfigurationError
-from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer
-from een_hf.training.trainer import is_whole_checkpoint, last_whole_checkpoint
+from een_hf.training import EarlyExitTrainingArguments, get_scheme
+from een_hf.training.checkpoints import checkpoint_fault, is_whole_checkpoint, last_whole_checkpoint
 
 
-def make_trainer(folder, **settings):
+def make_trainer(folder, method="joint", **settings):
     torch.manual_seed(0)
     config = EarlyExitBertConfig(
         vocab_size=500,
@@ -25,10 +27,11 @@ def make_trainer(folder, **settings):
     )
     ids = torch.randint(1, 500, (32, 8), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": int(row[0]) % 2} for row in ids]
-    settings = {"save_steps": 2, "max_steps": 6, "per_device_train_batch_size": 8, **settings}
     common = {"save_strategy": "steps", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    args = EarlyExitTrainingArguments(str(folder), **common, **settings)
-    return JointExitTrainer(model=EarlyExitBertForSequenceClassification(config), args=args, train_dataset=rows)
+    common |= {"save_steps": 2, "max_steps": 6, "per_device_train_batch_size": 8}
+    args = EarlyExitTrainingArguments(str(folder), **{**common, **settings})
+    model = EarlyExitBertForSequenceClassification(config)
+    return get_scheme(method)(model=model, args=args, train_dataset=rows, eval_dataset=rows)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,98 @@ def test_a_half_written_checkpoint_is_passed_over(damage, finished, tmp_path):
     for name, wanted in finished.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], wanted), name
     assert is_whole_checkpoint(newest)
+
+
+@pytest.fixture(scope="module")
+def finished_l2w(tmp_path_factory):
+    """A run's folder with checkpoints of steps 1 and 2, the weight network among them."""
+    trainer = make_trainer(tmp_path_factory.mktemp("l2w"), "l2w", save_steps=1, max_steps=2)
+    trainer.train()
+    return trainer.args.output_dir
+
+
+PARTS = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "weight_network.pt", "model.safetensors", "scheme.json"]
+
+
+@pytest.mark.parametrize("part", [*PARTS, "trainer_state.json", "checksums.json"])
+def test_a_checkpoint_with_a_broken_part_is_passed_over(part, finished_l2w, tmp_path, caplog):
+    """What breaks: one torn file of the newest checkpoint ends every resume in a traceback."""
+    folder = shutil.copytree(finished_l2w, tmp_path / "run")
+    file = folder / "checkpoint-2" / part
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-1")
+    assert f"{folder / 'checkpoint-2'} is passed over: {part} is" in caplog.text.replace("cannot be", "is")
+    with pytest.raises(ExitConfigurationError, match=f"--resume_from_checkpoint .*checkpoint-2 .*not whole.*{part}"):
+        make_trainer(folder, "l2w").train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(finished, tmp_path):
+    folder = shutil.copytree(finished.args.output_dir, tmp_path / "run")
+    file = folder / "checkpoint-6" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    resumed = make_trainer(folder)
+    resumed.train(resume_from_checkpoint=True)
+    for name, wanted in finished.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], wanted), name
+    assert is_whole_checkpoint(folder / "checkpoint-6")
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
+def test_any_damage_is_noticed(finished_l2w, tmp_path, count):
+    folder = shutil.copytree(finished_l2w, tmp_path / "run") / "checkpoint-2"
+    rng, files = np.random.default_rng(count), sorted(folder.iterdir())
+    for number in range(count):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        (broken,) = damaged(whole, rng, 1)
+        file.write_bytes(broken)
+        try:
+            assert broken == whole or file.name == "trainer_state.json" or checkpoint_fault(folder), file
+        finally:
+            file.write_bytes(whole)
+        assert checkpoint_fault(folder) is None
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", [*PARTS, "trainer_state.json"])
+def test_damage_without_checksums_ends_in_one_line(part, finished_l2w, tmp_path, count):
+    """A checkpoint by an earlier version has none: what a library makes of its damage must not be a traceback."""
+    folder = shutil.copytree(finished_l2w, tmp_path / "run") / "checkpoint-1"
+    (folder / "checksums.json").unlink()
+    file = folder / part
+    whole, rng, refused = file.read_bytes(), np.random.default_rng(count), 0
+    files = [whole[: int(rng.integers(len(whole)))] for _ in range(count)]
+    if part.endswith(".json"):
+        files += [text.encode() for text in wrong_json(json.loads(whole), rng, count)]
+    else:
+        values = (None, {"state": 1, "param_groups": [3]}, {"python": 1, "network": {"x": 2}}, 3, [], {}, "x")
+        for value in values[:count]:
+            torch.save(value, file)
+            files.append(file.read_bytes())
+    for broken in files:
+        file.write_bytes(broken)
+        trainer = make_trainer(tmp_path / "out", "l2w", save_strategy="no", max_steps=2)
+        try:
+            trainer.train(resume_from_checkpoint=str(folder))
+        except ExitConfigurationError as error:
+            assert "\n" not in str(error) and "checkpoint-1" in str(error)
+            refused += 1
+    assert refused >= count
+
+
+def test_the_best_checkpoint_is_found_again(tmp_path):
+    """The state that is saved names no path, so that a run that was moved keeps its best checkpoint, too."""
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the first is the best
+    make_trainer(tmp_path / "planted" / "run", **settings, learning_rate=1e-3).train()
+    for path in (tmp_path / "planted").rglob("trainer_state.json"):
+        assert "planted" not in path.read_text()
+    moved = shutil.move(tmp_path / "planted" / "run", tmp_path / "moved")
+    shutil.rmtree(moved / "checkpoint-6")
+    trainer = make_trainer(moved, **settings, learning_rate=1e-3)
+    trainer.train(resume_from_checkpoint=True)
+    best = trainer.state.best_global_step
+    assert trainer.state.best_model_checkpoint == str(moved / f"checkpoint-{best}") and best < 6
 
 
 def test_naming_a_half_written_checkpoint_is_an_error(finished, tmp_path):
