@@ -1,9 +1,12 @@
 """What a command answers bad input and a full disk with."""
 
 import errno
+import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from .models import ExitConfigurationError
 
@@ -16,6 +19,29 @@ _FULL_WORDS = (
     "iostream error",
     "unexpected pos",
 )
+
+
+def refuse_nan(flags: Mapping[str, object]) -> None:
+    """Refuse NaN, which every comparison passes by.
+
+    Args:
+        flags: values by the names of their flags; those that are no numbers or lists of numbers pass.
+
+    Raises:
+        ExitConfigurationError: names the flag.
+    """
+    for name, value in flags.items():
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(number, float) and math.isnan(number):
+                raise ExitConfigurationError(f"--{name} must be a number, not {number}.")
+
+
+def check_folder(flag: str, folder: str | os.PathLike) -> None:
+    """Raise ExitConfigurationError where an output folder, or a folder around it, is a file."""
+    folder = Path(folder)
+    present = next(filter(os.path.lexists, (folder, *folder.parents)), None)
+    if present is not None and not present.is_dir():
+        raise ExitConfigurationError(f"--{flag} {folder}: {present} is no folder; give another.")
 
 
 def is_full_disk(error: BaseException | None) -> bool:

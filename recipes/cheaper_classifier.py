@@ -21,10 +21,15 @@ calibration, test = halves["train"], halves["test"]
 
 # Exits after every layer; the backbone and the last head stay as they are, to the bit.
 model = EarlyExitBertForSequenceClassification.from_pretrained(
-    fine_tuned, exit_layers=[1, 2, 3, 4, 5, 6], exit_pooling="mean"
+    fine_tuned, exit_layers=[1, 2, 3, 4, 5, 6], exit_pooling="mean", dtype="float32"
 )
 args = EarlyExitTrainingArguments(
-    output_dir, freeze_backbone=True, head_learning_rate=1e-3, per_device_train_batch_size=32, num_train_epochs=1
+    output_dir,
+    freeze_backbone=True,
+    head_learning_rate=1e-3,
+    per_device_train_batch_size=32,
+    num_train_epochs=1,
+    train_sampling_strategy="group_by_length",
 )
 trainer = JointExitTrainer(model=model, args=args, train_dataset=news["train"], processing_class=tokenizer)
 trainer.train()

@@ -7,7 +7,7 @@ import argparse
 import importlib
 import sys
 
-from ..errors import one_line_errors
+from ..errors import one_line_errors, refuse_nan
 
 
 COMMANDS = {
@@ -38,4 +38,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     command.add_arguments(parser)
     with one_line_errors():
-        command.run(parser.parse_args(argv[1:]))
+        args = parser.parse_args(argv[1:])
+        refuse_nan(vars(args))
+        command.run(args)

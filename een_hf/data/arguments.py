@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import refuse_nan
 from .labels import PROBLEM_TYPES
 from .partition import partition_labels
 from .task import DataError
@@ -50,6 +51,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        refuse_nan(vars(self))
         paths = self.paths()
         if self.dataset_name is not None and paths:
             flag = f"{next(iter(paths))}_{self.path_kind}"

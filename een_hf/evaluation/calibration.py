@@ -333,7 +333,7 @@ def _geometric_start(scored: _Scored, target_cost: float) -> np.ndarray:
 
 def check_target_cost(target_cost: float, costs: Sequence[float]) -> None:
     """Raise ExitConfigurationError for a budget that not even the first exit keeps."""
-    if target_cost < costs[0]:
+    if not target_cost >= costs[0]:
         raise ExitConfigurationError(
             f"--target_cost {target_cost:g} is below the cost of the first exit, {costs[0]:.4g}: no policy is so "
             f"cheap. Give at least {math.ceil(costs[0] * 1000) / 1000:g}, or an earlier first exit (--exit_layers)."

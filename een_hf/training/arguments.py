@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.utils import ExplicitEnum
 
+from ..errors import refuse_nan
 from ..models import MODEL_CLASSES, ExitConfigurationError
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+# The least value of numbers that transformers does not check, or not before a run has begun.
+_AT_LEAST = {
+    0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs warmup_steps "
+    "label_smoothing_factor seed data_seed eval_delay dataloader_num_workers neftune_noise_alpha",
+    1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
+    "save_total_limit dataloader_prefetch_factor torch_empty_cache_steps",
+}
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 
 @dataclass
@@ -46,8 +58,17 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention kernel as transformers names it: `sdpa`, `eager`, ..."}
     )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Precision of the weights: {', '.join(DTYPES)}. Default: float32 where the run trains, whatever "
+            "the checkpoint is stored in, else as stored. --bf16 and --fp16 leave the weights as they are."
+        },
+    )
 
     def __post_init__(self):
+        if self.dtype not in (None, *DTYPES):
+            raise ExitConfigurationError(f"--dtype {self.dtype!r} is not one of: {', '.join(DTYPES)}.")
         if (self.model_name_or_path is None) == (self.model_type is None):
             raise ExitConfigurationError(
                 "Give either --model_name_or_path, a checkpoint to start from, or --model_type, to start from scratch."
@@ -116,6 +137,7 @@ class EarlyExitTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._check_numbers()
         super().__post_init__()
         if isinstance(self.exit_loss_weights, str):
             self.exit_loss_weights = self.exit_loss_weights.split(",")
@@ -131,6 +153,7 @@ class EarlyExitTrainingArguments(TrainingArguments):
         Raises:
             ExitConfigurationError: names the flag.
         """
+        self._check_numbers()
         if self.lr_milestones is not None and not all(0 < share < 1 for share in self.lr_milestones):
             raise ExitConfigurationError(
                 f"--lr_milestones are shares of the steps, between 0 and 1, not {self.lr_milestones}."
@@ -143,6 +166,17 @@ class EarlyExitTrainingArguments(TrainingArguments):
             raise ExitConfigurationError("--warm_start_epochs trains the backbone, which --freeze_backbone keeps.")
         if self.head_learning_rate is not None and self.head_learning_rate <= 0:
             raise ExitConfigurationError(f"--head_learning_rate must be above 0, not {self.head_learning_rate}.")
+
+    def _check_numbers(self) -> None:
+        refuse_nan(vars(self))
+        for least, names in _AT_LEAST.items():
+            for name in names.split():
+                value = getattr(self, name, None)
+                if value is not None and not least <= value < float("inf"):
+                    raise ExitConfigurationError(f"--{name} must be at least {least}, not {value}.")
+        for name in _BELOW_ONE:
+            if getattr(self, name) >= 1:
+                raise ExitConfigurationError(f"--{name} must be below 1, not {getattr(self, name)}.")
 
 
 class Risk(ExplicitEnum):
@@ -206,6 +240,7 @@ class CalibrationArguments:
     )
 
     def __post_init__(self):
+        refuse_nan(vars(self))
         self.cost = CostUnit(self.cost)
         self.risk = None if self.risk is None else Risk(self.risk)
         if self.target_cost is not None and self.max_risk is not None:

@@ -21,7 +21,7 @@ from ..data.labels import REGRESSION, model_label_ids
 from ..data.samples import sample_model_path
 from ..data.streaming import EndlessStream
 from ..data.task import DataError, Modality, TaskData
-from ..errors import one_line_errors
+from ..errors import check_folder, one_line_errors, refuse_nan
 from ..evaluation import (
     anytime_table,
     budgeted_curve,
@@ -121,7 +121,14 @@ def parse_arguments(modality: Modality, argv: list[str]) -> RunArguments:
             where = f"recipe {recipe}: key {name[2:]!r}" if recipe and word not in argv else f"flag {name}"
             hint = f"; did you mean {' or '.join(near)}?" if near else "; see --help."
             raise ExitConfigurationError(f"Unknown {where}{hint}")
-    parsed = parser.parse_args_into_dataclasses(words)
+    try:
+        parsed = parser.parse_args_into_dataclasses(words)
+    except ExitConfigurationError:
+        raise
+    except ValueError as error:  # of transformers
+        raise ExitConfigurationError(str(error)) from error
+    for part in parsed:
+        refuse_nan(vars(part))
     own = [part for kind, part in zip(schemes, parsed[4:], strict=True) if kind is get_scheme(method).arguments_class]
     return RunArguments(*parsed[:4], scheme=own[0] if own else None)
 
@@ -144,33 +151,38 @@ def _recipe_words(path: str) -> list[str]:
 
 
 def check_output_dir(args: RunArguments) -> str | None:
-    """Return the checkpoint to resume from, or `None` for a fresh start; remember this run's settings.
+    """Return the checkpoint to resume from, or `None` for a fresh start.
+
+    A run that ended before its first checkpoint leaves nothing to go on from, and its folder free.
 
     Raises:
         ExitConfigurationError: the folder belongs to a finished run, to a run with other settings, or to neither.
     """
     folder = Path(args.training.output_dir)
+    check_folder("output_dir", folder)
     if not args.training.do_train:
         return None
     checkpoint = args.training.resume_from_checkpoint
     last = last_whole_checkpoint(folder)
-    if (folder / RUN_FILE).exists():
-        before, now = read_run(folder), args.settings()
-        names = [name for name in now if before["settings"].get(name, now[name]) != now[name]]
-        if names:
-            changes = ", ".join(f"--{n} was {before['settings'][n]!r}, is {now[n]!r}" for n in names)
-            raise ExitConfigurationError(
-                f"--output_dir {folder} holds a run with other arguments ({changes}): give another --output_dir, "
-                "or remove that folder."
-            )
-        if before["finished"]:
-            raise ExitConfigurationError(
-                f"--output_dir {folder} holds a finished run: give another --output_dir, or remove that folder to "
-                "train again."
-            )
-    elif last is not None or (folder / "config.json").exists():
+    before = read_run(folder) if (folder / RUN_FILE).exists() else None
+    if last is None and not (folder / "config.json").exists() and not (before and before["finished"]):
+        return checkpoint
+    if before is None:
         raise ExitConfigurationError(
             f"--output_dir {folder} holds a model or checkpoints of something else: give another --output_dir."
+        )
+    now = args.settings()
+    names = [name for name in now if before["settings"].get(name, now[name]) != now[name]]
+    if names:
+        changes = ", ".join(f"--{n} was {before['settings'][n]!r}, is {now[n]!r}" for n in names)
+        raise ExitConfigurationError(
+            f"--output_dir {folder} holds a run with other arguments ({changes}): give another --output_dir, "
+            "or remove that folder."
+        )
+    if before["finished"]:
+        raise ExitConfigurationError(
+            f"--output_dir {folder} holds a finished run: give another --output_dir, or remove that folder to "
+            "train again."
         )
     return checkpoint or last
 
@@ -184,8 +196,10 @@ def _model_source(args: ModelArguments) -> str | None:
     return str(sample_model_path(name)) if name == "minilm" and not os.path.isdir(name) else name
 
 
-def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> EarlyExitMixin:
+def load_model(modality: Modality, args: ModelArguments, data: TaskData, trains: bool = True) -> EarlyExitMixin:
     """The early-exit model for `data`, from a checkpoint or from scratch.
+
+    Its weights are in `--dtype`; by default in float32 where it `trains`, else as stored.
 
     Raises:
         ExitConfigurationError: an architecture that this script does not train, a config field that is not there, or
@@ -194,6 +208,7 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> Earl
     model_classes = modality.model_classes
     given = {name: getattr(args, name) for name in ("exit_layers", "exit_pooling") if getattr(args, name) is not None}
     given["problem_type"] = data.problem_type
+    dtype = args.dtype or ("float32" if trains or args.model_type else "auto")
     if args.model_type is not None:
         if args.model_type not in model_classes:
             raise ExitConfigurationError(
@@ -210,7 +225,7 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> Earl
         overrides = {name: yaml.safe_load(value) for name, value in overrides.items()}
         config = config_class(**overrides, **given)
         _set_labels(config, _label_names(data))
-        return model_class(config)
+        return model_class(config).to(getattr(torch, dtype))
 
     model_class, config, fine_tuned = _read_config(modality, args, **given)
     if not fine_tuned or args.ignore_mismatched_sizes:
@@ -228,6 +243,7 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData) -> Earl
         config=config,
         ignore_mismatched_sizes=args.ignore_mismatched_sizes or not fine_tuned,
         attn_implementation=args.attn_implementation,
+        dtype=dtype,
         **_hub(args),
     )
 
@@ -379,7 +395,7 @@ class Experiment:
         hub = {"cache_dir": args.model.cache_dir, "token": args.model.token}
         like = labels_of_checkpoint(self.modality, args.model)
         self.data = self.modality.load_data(args.data, splits_needed=needed, seed=training.seed, like=like, **hub)
-        self.model = load_model(self.modality, args.model, self.data)
+        self.model = load_model(self.modality, args.model, self.data, trains=training.do_train)
         self.new_head = self.model.is_new_head(self.model.num_exits - 1)
         self.history = history_of(args.model.model_name_or_path, has_head=not self.new_head)
         self.modality.fit_model(self.model, args.data)

@@ -404,8 +404,16 @@ def test_the_best_model_by_one_exit(tmp_path):
         load_best_model_at_end=True,
         metric_for_best_model="exit2_loss",
         learning_rate=0.05,
+        lr_scheduler_type="constant",
         **settings,
     )
+
+    class Worsen(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            for group in optimizer.param_groups if state.global_step == 4 else ():
+                group["lr"] = 1.0
+
+    trainer.add_callback(Worsen())
     assert trainer.args.greater_is_better is False
     trainer.train()
     losses = [log["eval_exit2_loss"] for log in trainer.state.log_history if "eval_exit2_loss" in log]
