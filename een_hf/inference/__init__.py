@@ -2,6 +2,7 @@
 
 from .engine import ExitEngine
 from .predict import ExitPredictions, pad_rows, predict
+from .runner import ExitRunner
 
 
-__all__ = ["ExitEngine", "ExitPredictions", "pad_rows", "predict"]
+__all__ = ["ExitEngine", "ExitPredictions", "ExitRunner", "pad_rows", "predict"]

@@ -2,9 +2,12 @@
 
 import copy
 import inspect
+import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from tqdm.auto import tqdm
@@ -12,6 +15,7 @@ from tqdm.auto import tqdm
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.policies import answer_confidence
 from .engine import ExitEngine
+from .runner import MAX_ROWS, runner_of
 
 
 @dataclass
@@ -41,6 +45,7 @@ def predict(
     window: int | None = None,
     progress: bool | None = None,
     total: int | None = None,
+    cuda_graphs: bool | None = None,
 ) -> ExitPredictions:
     """Predict a data set or stream with early exits, in input order.
 
@@ -50,13 +55,15 @@ def predict(
         model: an early-exit model.
         dataset: rows of model inputs, each a dict without a batch dimension, with or without labels; anything
             iterable, a `datasets.Dataset` or a generator, or a map-style data set of known length.
-        batch_size: rows per step.
+        batch_size: rows per step; by CUDA graphs at least so many, and as many more as a probe of the device shows to
+            be worth it.
         collator: makes model inputs out of a list of rows. Default: text is padded on the right, images are stacked,
             and columns that the model does not take are left out.
         window: texts that are read and sorted by length at a time. Default: the whole data set, or 64 batches of a
             stream. Images are read by batches.
         progress: show a progress bar. Default: from 1,000 rows on, or for a stream.
         total: number of rows, where `dataset` does not know it.
+        cuda_graphs: run by `ExitRunner` (default: on CUDA; elsewhere its programs run eagerly), else by `ExitEngine`.
 
     Raises:
         ExitConfigurationError: something else than rows of model inputs, or a text longer than the model takes.
@@ -68,17 +75,92 @@ def predict(
     text = model.main_input_name == "input_ids"
     window = (window or (64 * batch_size if total is None else max(total, 1))) if text else batch_size
     progress = (total is None or total >= 1000) if progress is None else progress
-    engine, none = ExitEngine(_in_eval_mode(model), batch_size), torch.empty(0, dtype=torch.int64)
+    graphs = model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
+    model = _in_eval_mode(model)
+    policy, none = model.get_exit_policy(), torch.empty(0, dtype=torch.int64)
     answers = [(none, torch.empty(0, model.config.num_labels), none)]
+    if graphs:
+        found = _run_by_graphs(model, rows, batch_size, window, collator)
+    else:
+        found = ExitEngine(model, batch_size).run(_batches(rows, batch_size, window, collator, model))
     with tqdm(total=total, unit="row", disable=not progress) as bar:
-        for ids, logits, exit_index in engine.run(_batches(rows, batch_size, window, collator, model)):
-            answers.append((ids.cpu(), logits.float().cpu(), torch.full((len(ids),), exit_index)))
+        for ids, logits, exit_index in found:
+            if not graphs:
+                exit_index = torch.full_like(ids, exit_index)
+            answers.append((ids, logits, exit_index))
             bar.update(len(ids))
-    ids, logits, exit_index = (torch.cat(tensors) for tensors in zip(*answers, strict=True))
+    # Answers stay on the device until they are fetched here, all at once.
+    (ids, logits, exit_index), device = zip(*answers[1:] or answers, strict=True), model.device
+    ids, exit_index = torch.cat([t.to(device) for t in ids]).cpu(), torch.cat(exit_index).cpu()
+    logits = torch.cat(logits).float().cpu()
     order = ids.argsort()
     logits, exit_index = logits[order], exit_index[order]
-    tempered = logits if engine.policy is None else engine.policy.temper(logits, exit_index)
+    tempered = logits if policy is None else policy.temper(logits, exit_index)
     return ExitPredictions(logits, exit_index, answer_confidence(tempered, model.config.problem_type))
+
+
+def _run_by_graphs(model, rows, batch_size, window, collator) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(ids, logits, exit index) by batches of a size that the device likes, collated and sent while it works."""
+    runner, rows = runner_of(model), iter(rows)
+    if (first := next(rows, None)) is None:
+        return
+    rows = chain([first], rows)
+    limit = MAX_ROWS if window is None else max(window, batch_size)
+    size = min(limit, max(batch_size, runner.fastest_batch_size(collator([first]))))
+    text = model.main_input_name == "input_ids"
+    for ids, inputs in _ahead(_batches(rows, size, window if text else size, collator, model, send=False), model):
+        outputs = runner(**inputs)
+        yield ids, outputs.logits, outputs.exit_index
+
+
+def _ahead(batches: Iterator[tuple], model, depth: int = 2) -> Iterator[tuple]:
+    """The same batches on the model's device, made and sent by another thread, up to `depth` of them ahead."""
+    if model.device.type != "cuda":
+        yield from batches
+        return
+    ready, stop = queue.Queue(depth), threading.Event()
+    stream = torch.cuda.Stream(model.device)
+
+    def put(item) -> None:
+        while not stop.is_set():
+            with suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def work() -> None:
+        try:
+            with torch.no_grad(), torch.cuda.stream(stream):
+                for ids, inputs in batches:
+                    if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
+                        del inputs["attention_mask"]  # the runner would have to wait for the device to know
+                    sent = {
+                        name: value.pin_memory().to(model.device, non_blocking=True)
+                        if isinstance(value, torch.Tensor)
+                        else value
+                        for name, value in inputs.items()
+                    }
+                    event = torch.cuda.Event()
+                    event.record(stream)
+                    put((ids, sent, event))
+            put(None)
+        except BaseException as error:  # raised again where the batches are used
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            ids, inputs, event = item
+            here = torch.cuda.current_stream(model.device)
+            here.wait_event(event)
+            for value in inputs.values():
+                if isinstance(value, torch.Tensor):
+                    value.record_stream(here)
+            yield ids, inputs
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _in_eval_mode(model: EarlyExitMixin) -> EarlyExitMixin:
@@ -165,8 +247,8 @@ def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, torc
         yield inputs
 
 
-def _batches(rows, batch_size, window, collator, model) -> Iterator[tuple[torch.Tensor, dict]]:
-    """(ids, inputs) by batches, each window of texts from long to short."""
+def _batches(rows, batch_size, window, collator, model, send=True) -> Iterator[tuple[torch.Tensor, dict]]:
+    """(ids, inputs) by batches, each window of texts from long to short; sent to the model's device, or not yet."""
     names, start, rows = _input_names(model), 0, iter(rows)
     while chunk := list(islice(rows, window)):
         lengths = [len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0 for row in chunk]
@@ -177,7 +259,10 @@ def _batches(rows, batch_size, window, collator, model) -> Iterator[tuple[torch.
             if "input_ids" in inputs:
                 where = f"The batch of row {start + chosen[0]} (counted from 0)"
                 model.config.check_input_length(inputs["input_ids"].shape[1], where)
-            inputs = {n: value.to(model.device) if torch.is_tensor(value) else value for n, value in inputs.items()}
+            if send:
+                inputs = {
+                    n: value.to(model.device) if torch.is_tensor(value) else value for n, value in inputs.items()
+                }
             yield torch.tensor(chosen) + start, inputs
         start += len(chunk)
 

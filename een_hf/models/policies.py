@@ -254,6 +254,18 @@ class Vote(ExitCriterion):
         return votes.amax(-1).masked_fill(broken, float("nan")), (votes,)
 
 
+def decide(
+    criterion: ExitCriterion,
+    logits: torch.Tensor,
+    state: tuple,
+    threshold: float | torch.Tensor,
+    temperature: float | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, tuple]:
+    """Which examples exit, (batch,) bool, where `criterion` scores logits (batch, num_labels), and its next state."""
+    scores, state = criterion.score(logits, state, temperature)
+    return scores >= threshold, state
+
+
 @dataclass(frozen=True)
 class ExitPolicy:
     """Criterion and thresholds: who leaves at which exit.
@@ -416,8 +428,7 @@ class ExitPolicy:
             (rows,) bool, True leaves, and the state for the next exit.
         """
         temperature = self.temperatures[exit_index] if self.temperatures else None
-        scores, state = self.scorer.score(logits, state, temperature)
-        return scores >= self.thresholds[exit_index], state
+        return decide(self.scorer, logits, state, self.thresholds[exit_index], temperature)
 
     def temper(self, logits: torch.Tensor, exit_index: torch.Tensor) -> torch.Tensor:
         """Logits (rows, num_labels) of answers, divided by the temperature of the 0-based exit (rows,) of each."""

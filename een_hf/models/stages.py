@@ -40,6 +40,12 @@ class Examples:
         """The same examples with `function` applied to every tensor."""
         return replace(self, **{f.name: _map(getattr(self, f.name), function) for f in fields(self)})
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor, in an order that depends on which there are only."""
+        found = []
+        self.map(lambda tensor: found.append(tensor) or tensor)
+        return found
+
     def select(self, indices: torch.Tensor) -> "Examples":
         """The examples at `indices` (int64), in that order."""
         return self.map(lambda tensor: tensor.index_select(0, indices))

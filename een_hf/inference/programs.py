@@ -1,0 +1,236 @@
+"""Captured programs: the stages of a network on static tensors, as CUDA graphs where there is CUDA.
+
+A batch of one shape runs in a `Lane`. The exits at which examples may leave the batch cut the network into segments. A
+program runs one segment on the first R examples of the lane's buffers: the layers, the head, the decision; it writes
+the answers to the places they belong to, and those who continue, closed up, to the front of the next buffers. Only
+their number goes to the host, which may then choose a smaller R. Examples beyond that number are surplus: what is
+computed of them goes to a spare place past the end.
+
+Elsewhere than on CUDA a program is the same function, run eagerly on the same tensors.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from ..models.policies import ExitPolicy, decide
+from ..models.stages import Examples
+
+
+def row_bucket(count: int, capacity: int) -> int:
+    """The fewest rows that a program of a lane of `capacity` rows runs on so that `count` examples fit."""
+    step = max(1, capacity // (16 if capacity >= 64 else 8))
+    return min(capacity, -(-count // step) * step)
+
+
+def segments_of(model, policy: ExitPolicy | None) -> list[list[int]]:
+    """The exits that are evaluated, cut after each at which examples can exit."""
+    segments = [[]]
+    for exit_index in model.evaluated_exits(policy):
+        segments[-1].append(exit_index)
+        if policy is not None and exit_index < model.num_exits - 1 and policy.lets_exit(exit_index):
+            segments.append([])
+    return segments
+
+
+class Decisions:
+    """A policy whose numbers are on the device: another policy of the same kind changes numbers, not programs."""
+
+    def __init__(self, model, policy: ExitPolicy | None):
+        self.segments = segments_of(model, policy)
+        self.scorer = policy and policy.scorer
+        self.thresholds = torch.zeros(model.num_exits, device=model.device)
+        self.temperatures = torch.ones_like(self.thresholds) if policy and policy.temperatures else None
+        self.policy = None
+        self.set(policy)
+
+    @staticmethod
+    def kind(model, policy: ExitPolicy | None) -> tuple:
+        """What programs depend on."""
+        if policy is None:
+            return (str(segments_of(model, None)),)
+        params = repr(sorted(policy.params.items()))
+        return str(segments_of(model, policy)), policy.criterion, params, policy.temperatures is not None
+
+    def set(self, policy: ExitPolicy | None) -> None:
+        """Take the numbers of a policy of the same kind."""
+        if policy is None or policy is self.policy:
+            return
+        self.thresholds.copy_(torch.tensor(policy.thresholds, dtype=torch.float32))
+        if self.temperatures is not None:
+            self.temperatures.copy_(torch.tensor(policy.temperatures, dtype=torch.float32))
+        self.policy = policy
+
+    def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
+        """As `ExitPolicy.decide`."""
+        temperature = None if self.temperatures is None else self.temperatures[exit_index]
+        return decide(self.scorer, logits, state, self.thresholds[exit_index], temperature)
+
+
+class Lane:
+    """Static tensors for batches of one shape and up to `capacity` examples, and the programs on them.
+
+    Args:
+        model: an early-exit model in eval mode.
+        decisions: of the policy.
+        capacity: examples.
+        inputs: model inputs, tensors (batch, ...) that show shapes and dtypes; anything else is a constant.
+        padded: whether `attention_mask` may hold zeros; otherwise it is left out.
+        pool: memory pool of the graphs; `None`: run eagerly.
+        run_stage: the model's own, or compiled.
+    """
+
+    def __init__(self, model, decisions: Decisions, capacity: int, inputs: dict, padded: bool, pool, run_stage):
+        self.model, self.decisions, self.capacity, self.padded = model, decisions, capacity, padded
+        self.pool, self.run_stage = pool, run_stage
+        device = model.device
+        self.inputs = {
+            name: torch.zeros((capacity, *value.shape[1:]), dtype=value.dtype, device=device)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+        self.places = torch.arange(capacity + 1, device=device)  # the last is the spare one
+        self.counts = torch.zeros(len(decisions.segments) + 1, dtype=torch.int64, device=device)
+        self.host_counts = torch.zeros(self.counts.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.events = [torch.cuda.Event() if device.type == "cuda" else None for _ in decisions.segments]
+        self.batch = 0
+        # Of the examples that reach a segment, the share that continues after it, over past batches; 0: not known.
+        self.shares = [0.0] * len(decisions.segments)
+        self.buffers: list[Examples | None] = [None, None]  # by turns: what a segment reads, and what it writes
+        self.logits = self.exit_index = None
+        self.programs: dict[tuple[int, int], _Program] = {}
+
+    def run(self, segment: int, rows: int) -> None:
+        """Run a segment on the first `rows` examples."""
+        key = (segment, rows)
+        if key not in self.programs:
+            self.programs[key] = _Program(self, segment, rows)
+        self.programs[key]()
+        if segment + 1 < len(self.decisions.segments):
+            self.host_counts[segment + 1].copy_(self.counts[segment + 1], non_blocking=True)
+            if self.events[segment] is not None:
+                self.events[segment].record()
+
+    def count_after(self, segment: int) -> int:
+        """How many examples continue after a segment; waits for it."""
+        if self.events[segment] is not None:
+            self.events[segment].synchronize()
+        return int(self.host_counts[segment + 1])
+
+    def may_shrink(self, segment: int, rows: int, present: float) -> bool:
+        """Whether, by past batches, so many exit after a segment that fewer rows follow: else nobody need wait."""
+        return self.capacity == 1 or row_bucket(math.ceil(self.shares[segment] * present), self.capacity) < rows
+
+    def observe(self) -> None:
+        """Learn from the counts of the batch before, where they have arrived."""
+        before = self.batch
+        for segment in range(len(self.decisions.segments) - 1):
+            event = self.events[segment]
+            if not before or (event is not None and not event.query()):
+                return
+            count = int(self.host_counts[segment + 1])
+            share = count / before
+            self.shares[segment] = share if not self.shares[segment] else 0.8 * self.shares[segment] + 0.2 * share
+            before = count
+
+    def set_batch(self, batch: int) -> None:
+        """Say how many examples the inputs hold."""
+        if batch != self.batch:
+            self.counts[0].fill_(batch)
+            self.batch = batch
+
+    def compute(self, segment: int, rows: int) -> None:
+        """The segment itself; it may run twice without harm, since it writes nothing that it reads."""
+        model, decisions = self.model, self.decisions
+        exits = decisions.segments[segment]
+        single = self.capacity == 1
+        if segment == 0:
+            inputs = {n: v[:rows] if isinstance(v, torch.Tensor) else v for n, v in self.inputs.items()}
+            examples = replace(model.embed(**inputs), ids=self.places[:rows], padded=self.padded or None)
+            after = -1
+        else:
+            examples = self.buffers[segment % 2].map(lambda tensor: tensor[:rows])
+            after = decisions.segments[segment - 1][-1]
+        context = model.make_context(examples)
+        for exit_index in exits:
+            hidden, logits = self.run_stage(exit_index, examples, context, examples.logits, after)
+            boosted = model.config.exit_aggregation == "boosted"
+            examples = replace(examples, hidden=hidden, logits=logits if boosted else None)
+            if decisions.scorer is not None and (decisions.scorer.remembers or exit_index == exits[-1]):
+                if exit_index < model.num_exits - 1:
+                    done, examples.state = decisions.decide(exit_index, logits, examples.state)
+            after = exit_index
+
+        if self.logits is None:
+            self.logits = logits.new_zeros(self.capacity + 1, logits.shape[-1])
+            self.exit_index = self.places.new_zeros(self.capacity + 1)
+        if single:
+            self.logits[:1].copy_(logits)
+            self.exit_index[:1].fill_(exits[-1])
+        else:
+            present = self.places[:rows] < self.counts[segment]
+            targets = torch.where(present, examples.ids, self.capacity)
+            self.logits.index_copy_(0, targets, logits)
+            self.exit_index.index_fill_(0, targets, exits[-1])
+        if segment == len(decisions.segments) - 1:
+            return
+
+        if self.buffers[(segment + 1) % 2] is None:
+            self.buffers[(segment + 1) % 2] = examples.map(self._room)
+        following = self.buffers[(segment + 1) % 2].tensors()
+        if single:
+            for buffer, tensor in zip(following, examples.tensors(), strict=True):
+                buffer[:1].copy_(tensor)
+            self.counts[segment + 1 : segment + 2].copy_(~done)
+            return
+        continues = present > done  # and not
+        ranks = continues.cumsum(0)
+        places = torch.where(continues, ranks - 1, self.capacity)
+        for buffer, tensor in zip(following, examples.tensors(), strict=True):
+            buffer.index_copy_(0, places, tensor)
+        self.counts[segment + 1].copy_(ranks[-1])
+
+    def _room(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_ones((self.capacity + 1, *tensor.shape[1:]))
+
+    def nbytes(self) -> int:
+        """Bytes of the static tensors."""
+        tensors = [value for value in self.inputs.values() if isinstance(value, torch.Tensor)]
+        tensors += [tensor for examples in self.buffers if examples is not None for tensor in examples.tensors()]
+        tensors += [tensor for tensor in (self.logits, self.exit_index) if tensor is not None]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+class _Program:
+    """One segment at one number of rows: captured on its first call, replayed from then on."""
+
+    def __init__(self, lane: Lane, segment: int, rows: int):
+        self.lane, self.segment, self.rows, self.graph = lane, segment, rows, None
+
+    def __call__(self) -> None:
+        if self.graph is None:
+            run = partial(self.lane.compute, self.segment, self.rows)
+            if self.lane.pool is None:
+                run()
+                return
+            self.graph = capture(run, self.lane.pool)
+        self.graph.replay()
+
+
+def capture(function: Callable[[], object], pool) -> "torch.cuda.CUDAGraph":
+    """A CUDA graph of `function`, which runs twice before, so that libraries make their workspaces outside of it."""
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(here)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            function()
+    side.synchronize()
+    with torch.cuda.graph(graph, pool=pool, stream=side):
+        function()
+    here.wait_stream(side)
+    return graph

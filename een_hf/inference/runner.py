@@ -1,0 +1,265 @@
+"""`ExitRunner`: one batch at a time, by captured programs."""
+
+import threading
+import time
+from collections import OrderedDict
+from contextlib import nullcontext
+
+import torch
+
+from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitPolicy
+from ..models.stages import Examples
+from .programs import Decisions, Lane, capture, row_bucket
+
+
+# Texts are padded to a multiple of this many tokens: one set of programs each.
+LENGTH_STEP = 16
+MAX_LANES = 32
+MAX_ROWS = 512
+# A larger batch must take this much less time per example to be worth its memory.
+_WORTH = 0.95
+
+
+class ExitRunner:
+    """Answers batches as `model(**inputs)` does in eval mode, by programs captured as CUDA graphs.
+
+    Programs are captured on first use, for powers of two of the batch size and multiples of 16 tokens, the least
+    recently used of more than `MAX_LANES` shapes being dropped; each runs on fewer rows as examples exit. Weights that
+    are trained in place are followed, tensors that are replaced (`load_state_dict(assign=True)`, `.to()`) are noticed
+    and captured again. Threads that share a runner take turns.
+
+    Args:
+        model: an early-exit model.
+        policy: who exits; `None`: the model's own, as it is at each call.
+        cuda_graphs: `False` runs the same programs eagerly; `None`: on CUDA only.
+        compile: whether stages go through `torch.compile` first: slower to start, the same answers.
+
+    Raises:
+        ExitConfigurationError: a policy that does not fit the model.
+
+    Example:
+        >>> runner = ExitRunner(model.eval().cuda())
+        >>> outputs = runner(**tokenizer(texts, padding=True, return_tensors="pt"))
+        >>> outputs.logits, outputs.exit_index
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitMixin,
+        policy: ExitPolicy | dict | None = None,
+        cuda_graphs: bool | None = None,
+        compile: bool = False,
+    ):
+        self.model, self.device = model, model.device
+        self.policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
+        if self.policy is not None:
+            self.policy.validate(model.num_exits, model.config.problem_type, model.config.num_labels)
+        self.cuda_graphs = model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
+        self._lock = threading.Lock()
+        self._sizes: dict[int, int] = {}
+        self._stage = torch.compile(model.run_stage, dynamic=True) if compile else model.run_stage
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
+        self._decisions: dict[tuple, Decisions] = {}
+        self._lanes: OrderedDict[tuple, Lane] = OrderedDict()
+        self._chosen: tuple = (None, None, None)
+        # Where the parameters are, and the tensors themselves, so that no graph reads memory that was given back.
+        self._holders = [
+            (part, name) for module in self.model.modules() for part in (module._parameters, module._buffers)
+            for name, tensor in part.items() if tensor is not None
+        ]  # fmt: skip
+        self._held = [part[name] for part, name in self._holders]
+        self._pointers = [tensor.data_ptr() for tensor in self._held]
+
+    def _is_current(self) -> bool:
+        try:
+            return self._pointers == [part[name].data_ptr() for part, name in self._holders]
+        except (KeyError, AttributeError):
+            return False
+
+    @torch.no_grad()
+    def __call__(self, **inputs) -> EarlyExitClassifierOutput:
+        """Answer one batch.
+
+        Args:
+            **inputs: as `model(...)` takes them, on any device; labels are left out.
+
+        Returns:
+            `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based; without a policy the last exit's.
+
+        Raises:
+            ValueError: the model is in training mode.
+        """
+        if self.model.training:
+            raise ValueError("ExitRunner answers in eval mode: call model.eval().")
+        with self._lock, torch.inference_mode(False), self._on_device():
+            return self._run(inputs)
+
+    def _on_device(self):
+        device = self.model.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+    def _run(self, inputs: dict) -> EarlyExitClassifierOutput:
+        lane, batch = self._load(inputs)
+        segments = lane.decisions.segments
+        rows, present = row_bucket(batch, lane.capacity), batch
+        for segment in range(len(segments)):
+            lane.run(segment, rows)
+            if segment == 0 and not self._is_current():  # looked at while the device is busy
+                self._forget()
+                return self._run(inputs)
+            if segment == len(segments) - 1:
+                break
+            if not lane.may_shrink(segment, rows, present):
+                # Those who have exited ride along, their answers being written, until fewer rows are worth a wait.
+                present *= lane.shares[segment]
+                continue
+            present = lane.count_after(segment)
+            if present == 0:
+                break
+            rows = row_bucket(present, lane.capacity)
+        return EarlyExitClassifierOutput(
+            logits=lane.logits[:batch].clone(), exit_index=lane.exit_index[:batch].clone()
+        )
+
+    def _load(self, inputs: dict) -> tuple[Lane, int]:
+        """The lane for these inputs, which it now holds, and the size of the batch."""
+        inputs = {n: v for n, v in inputs.items() if v is not None and n not in ("labels", "early_exit")}
+        main = inputs.get(self.model.main_input_name)
+        main = inputs["inputs_embeds"] if main is None else main
+        batch, length = main.shape[0], main.shape[1]
+        text, padded = self.model.main_input_name == "input_ids", False
+        wanted = length
+        if text:
+            wanted = min(-(-length // LENGTH_STEP) * LENGTH_STEP, max(length, self._longest()))
+            mask = inputs.pop("attention_mask", None)
+            # On the device nobody looks: that would wait for it.
+            padded = wanted > length or (mask is not None and (mask.is_cuda or not bool(mask.all())))
+            if padded:
+                inputs["attention_mask"] = torch.ones(main.shape[:2], dtype=torch.int64) if mask is None else mask
+        shapes = tuple(
+            (
+                n,
+                (wanted, *v.shape[2:]) if text and v.dim() > 1 and v.shape[1] == length else tuple(v.shape[1:]),
+                v.dtype,
+            )
+            if isinstance(v, torch.Tensor)
+            else (n, v)
+            for n, v in inputs.items()
+        )
+        lane = self._lane(batch, shapes, inputs, padded)
+        for name, value in inputs.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            static = lane.inputs[name]
+            if text and static.dim() > 1 and static.shape[1] > value.shape[1]:
+                static[:batch, : value.shape[1]].copy_(value, non_blocking=True)
+                static[:batch, value.shape[1] :].fill_(self._padding(name))
+            else:
+                static[:batch].copy_(value, non_blocking=True)
+        lane.observe()
+        lane.set_batch(batch)
+        return lane, batch
+
+    def _lane(self, batch: int, shapes: tuple, inputs: dict, padded: bool) -> Lane:
+        policy = self.policy or self.model.get_exit_policy()
+        if policy is not self._chosen[0] or self._chosen[1] is None:
+            kind = Decisions.kind(self.model, policy)
+            if kind not in self._decisions:
+                self._decisions[kind] = Decisions(self.model, policy)
+            self._decisions[kind].set(policy)
+            self._chosen = policy, kind, self._decisions[kind]
+        _, kind, decisions = self._chosen
+        decisions.set(policy)
+        capacity = 1 << (batch - 1).bit_length()
+        device = self.model.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (capacity, shapes, padded, kind, autocast, self.model.config._attn_implementation)
+        if key not in self._lanes:
+            shown = {
+                n: torch.empty((1, *s[1]), dtype=s[2], device="meta") if isinstance(inputs[n], torch.Tensor) else s[1]
+                for n, s in zip(inputs, shapes, strict=True)
+            }
+            self._lanes[key] = Lane(self.model, decisions, capacity, shown, padded, self._pool, self._stage)
+            if len(self._lanes) > MAX_LANES:
+                self._lanes.popitem(last=False)
+        self._lanes.move_to_end(key)
+        return self._lanes[key]
+
+    def _longest(self) -> int:
+        return getattr(self.model.config, "max_input_length", None) or self.model.config.max_position_embeddings
+
+    def _padding(self, name: str) -> int:
+        return (getattr(self.model.config, "pad_token_id", 0) or 0) if name == "input_ids" else 0
+
+    @torch.no_grad()
+    def fastest_batch_size(self, inputs: dict) -> int:
+        """The batch size, a power of two up to `MAX_ROWS`, from which on a layer takes hardly less time per example.
+
+        Measured once for each length, on one layer, as a graph where the runner uses graphs.
+
+        Args:
+            inputs: model inputs of one example.
+        """
+        model = self.model
+        with self._lock, torch.inference_mode(False), self._on_device():
+            inputs = {
+                n: v.to(model.device) if isinstance(v, torch.Tensor) else v
+                for n, v in inputs.items() if n not in ("labels", "attention_mask")
+            }  # fmt: skip
+            example = model.embed(**inputs)
+            length = -(-example.hidden.shape[1] // LENGTH_STEP) * LENGTH_STEP
+            if length not in self._sizes:
+                best, size = None, 32
+                while size <= MAX_ROWS:
+                    seconds = self._layer_seconds(example, size) / size
+                    if best is not None and seconds > _WORTH * best:
+                        break
+                    best, self._sizes[length], size = seconds, size, size * 2
+            return self._sizes[length]
+
+    def _layer_seconds(self, example: Examples, size: int) -> float:
+        examples = example.map(lambda tensor: tensor[:1].expand(size, *tensor.shape[1:]).contiguous())
+        context = self.model.make_context(examples)
+
+        def run():
+            return self.model.run_layer(0, examples.hidden, context)
+
+        if not self.cuda_graphs:
+            run()
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        graph = capture(run, self._pool)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        start.record()
+        for _ in range(5):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 5000
+
+    def __deepcopy__(self, memo):
+        return None  # a copy of the model has graphs of its own
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def memory(self) -> int:
+        """Bytes that the programs hold: their static tensors, and the pool of the graphs."""
+        held = sum(lane.nbytes() for lane in self._lanes.values())
+        if self._pool is None:
+            return held
+        segments = torch.cuda.memory_snapshot()
+        return held + sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
+
+
+def runner_of(model: EarlyExitMixin) -> ExitRunner:
+    """The runner that belongs to a model, made on first use and kept with it."""
+    runner = vars(model).get("_exit_runner")
+    if runner is None or runner.model is not model or runner.device != model.device:
+        runner = vars(model)["_exit_runner"] = ExitRunner(model)
+    return runner

@@ -1,0 +1,312 @@
+"""The runner's programs answer as the model does: every line but capture and replay runs on a CPU too."""
+
+import copy
+
+import pytest
+import torch
+
+from een_hf import ExitPolicy
+from een_hf.inference import ExitRunner, predict
+from een_hf.inference.programs import row_bucket, segments_of
+from een_hf.models import (
+    EarlyExitBertConfig,
+    EarlyExitBertForSequenceClassification,
+    EarlyExitViTConfig,
+    EarlyExitViTForImageClassification,
+)
+from een_hf.models.policies import NEVER
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 24}
+CRITERIA = ["confidence", "entropy", "margin", "patience", "vote"]
+COUNTS = {"patience": [1, 1, 2, 0], "vote": [2, 2, 3, 0]}
+
+
+def make_model(kind, device="cpu", **settings):
+    torch.manual_seed(0)
+    settings = {"num_labels": 3, "exit_layers": [1, 2, 4], **settings}
+    if kind == "vit":
+        model = EarlyExitViTForImageClassification(EarlyExitViTConfig(**SHAPE, image_size=8, patch_size=4, **settings))
+    else:
+        config = EarlyExitBertConfig(**SHAPE, vocab_size=99, max_position_embeddings=40, **settings)
+        model = EarlyExitBertForSequenceClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model.eval().to(device)
+
+
+def make_inputs(model, batch, length=13, seed=0, padding="right"):
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": 3 * torch.randn(batch, 3, 8, 8, generator=generator)}
+    inputs = {"input_ids": torch.randint(1, 99, (batch, length), generator=generator)}
+    if padding != "none":
+        lengths = torch.randint(1, length + 1, (batch, 1), generator=generator)
+        mask = (torch.arange(length) < lengths).long()
+        inputs["attention_mask"] = mask if padding == "right" else mask.flip(1)
+    return inputs
+
+
+def on(model, inputs):
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+@torch.no_grad()
+def anytime(model, inputs):
+    return model(**on(model, inputs), early_exit=False).exit_logits
+
+
+def midway_policy(model, inputs, criterion="confidence", **fields):
+    """A policy by which examples exit everywhere: thresholds between two scores, so that rounding decides nothing."""
+    num_exits = model.num_exits
+    if criterion in COUNTS:
+        return ExitPolicy(criterion, [float(count) for count in COUNTS[criterion]], **fields)
+    scores = ExitPolicy(criterion, [0.0] * num_exits, **fields).scores(anytime(model, inputs).float())
+    thresholds = []
+    for column in scores.T:
+        ordered = column.sort().values
+        cut = len(ordered) * 2 // 3
+        thresholds.append(float(ordered[max(cut - 1, 0) : cut + 1].mean()))
+    return ExitPolicy(criterion, thresholds, **fields)
+
+
+def assert_as_anytime(runner, model, inputs, policy, tolerance=2e-5):
+    """Each example's exit is the first whose score reaches its threshold, and its logits are that exit's."""
+    every, answers = anytime(model, inputs), runner(**inputs)
+    scores = policy.scores(every.float())
+    exits = []
+    for row in scores.tolist():
+        exits.append(next(k for k, score in enumerate(row) if k == len(row) - 1 or score >= policy.thresholds[k]))
+    assert answers.exit_index.tolist() == exits
+    wanted = every[torch.arange(len(exits)), exits]
+    assert (answers.logits - wanted).abs().max() <= tolerance
+    return exits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("aggregation", ["none", "boosted"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_runner_equals_anytime(kind, criterion, aggregation, device):
+    """A surplus row that is answered, an order that is applied twice, a state that is left behind."""
+    model = make_model(kind, device, exit_aggregation=aggregation)
+    temperatures = None if criterion in COUNTS else [0.7, 1.4, 1.1, 1.0]
+    policy = midway_policy(model, make_inputs(model, 70), criterion, temperatures=temperatures)
+    runner, seen = ExitRunner(model, policy), set()
+    for seed, batch in enumerate((70, 1, 2, 3, 8, 33, 64, 1, 70)):
+        padding = ("right", "left", "none")[seed % 3]
+        inputs = make_inputs(model, batch, (13, 16, 30)[seed % 3], seed=seed, padding=padding)
+        seen |= set(assert_as_anytime(runner, model, inputs, policy))
+    assert aggregation == "boosted" or len(seen) >= (2 if criterion in COUNTS else 3)
+
+
+def test_batches_shrink_through_several_buckets():
+    """Compaction that keeps the full bucket answers rightly and saves nothing."""
+    model = make_model("vit")
+    inputs = make_inputs(model, 64)
+    runner = ExitRunner(model, midway_policy(model, inputs))
+    sizes = []
+    for depth, layer in enumerate(model.backbone_layers):
+        layer.register_forward_hook(lambda _, args, __, depth=depth: sizes.append((depth, args[0].shape[0])))
+    exits = runner(**inputs).exit_index
+    for depth, rows in sizes:
+        after = [k for k, layer in enumerate(model.config.exit_layers) if layer <= depth]
+        there = int((exits > max(after)).sum()) if after else 64
+        assert rows == row_bucket(there, 64)
+    assert len({rows for _, rows in sizes}) >= 3
+
+
+@pytest.mark.parametrize(("capacity", "limit"), [(1, 1), (8, 1), (32, 1.15), (512, 1.07)])
+def test_buckets_are_few_and_close(capacity, limit):
+    """Programs without number fill the memory; coarse ones run on rows that nobody needs."""
+    buckets = [row_bucket(count, capacity) for count in range(1, capacity + 1)]
+    assert all(count <= rows <= capacity for count, rows in enumerate(buckets, 1))
+    assert len(set(buckets)) <= 16
+    half = buckets[capacity // 2 - 1 :]
+    assert sum(rows / count for count, rows in enumerate(half, max(capacity // 2, 1))) / len(half) <= limit
+
+
+def test_no_wait_where_no_smaller_bucket_follows():
+    """A wait for the device at each exit where hardly any example exits costs more than it saves."""
+    model = make_model("bert")
+    inputs = make_inputs(model, 16)
+    scores = anytime(model, inputs)[:, 0].softmax(-1).amax(-1)
+    policy = ExitPolicy("confidence", [float(scores.max()), NEVER, 0.5, 0.0])  # one exits at exit 1
+    runner, waits = ExitRunner(model, policy), []
+    for _ in range(3):
+        assert_as_anytime(runner, model, inputs, policy)
+        (lane,) = runner._lanes.values()
+        waits.append([lane.may_shrink(segment, 16, 16) for segment in range(2)])
+        lane.observe()
+    assert waits[0] == [True, True]
+    assert waits[-1][0] is False
+
+
+def test_nothing_is_decided_where_nobody_can_exit():
+    """Decisions that cannot end anything cost launches, and a wait each."""
+    model = make_model("bert")
+    assert segments_of(model, ExitPolicy("confidence", [NEVER, 0.5, 2.0, 0.0])) == [[1], [3]]
+    assert segments_of(model, None) == [[3]]
+    assert segments_of(model, ExitPolicy("vote", [9, 2, NEVER, 0])) == [[0, 1], [2, 3]]
+    model.config.exit_aggregation = "boosted"
+    assert segments_of(model, ExitPolicy("confidence", [NEVER, 0.5, 2.0, 0.0])) == [[0, 1], [2, 3]]
+
+
+def test_all_exit_at_once_and_nobody_exits():
+    """The ends of the range: the layers behind must not run, and the last exit answers all."""
+    model = make_model("bert")
+    inputs = make_inputs(model, 9)
+    calls = []
+    model.backbone_layers[1].register_forward_hook(lambda *_: calls.append(1))
+    answers = ExitRunner(model, ExitPolicy("confidence", [-NEVER, 0.5, 0.5, 0.0]))(**inputs)
+    assert answers.exit_index.tolist() == [0] * 9 and not calls
+    policy = ExitPolicy("confidence", [NEVER] * 4)
+    assert_as_anytime(ExitRunner(model, policy), model, inputs, policy)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_another_policy_and_other_weights_between_calls(device):
+    """A program must never answer with old weights or old thresholds."""
+    model = make_model("vit", device)
+    inputs, runner = make_inputs(model, 24), ExitRunner(model)
+    policies = [midway_policy(model, inputs), midway_policy(model, inputs, "margin"), ExitPolicy("vote", [1, 2, 3, 0])]
+    policies.append(ExitPolicy("confidence", [0.9, *policies[0].thresholds[1:]]))
+    policies.append(midway_policy(model, inputs, temperatures=[2.0, 1.0, 0.5, 1.0]))
+    for policy in (*policies, *policies):
+        model.set_exit_policy(policy)
+        assert_as_anytime(runner, model, inputs, policy)
+    state = copy.deepcopy(model.state_dict())
+
+    def trained():
+        model.train()
+        model(**on(model, inputs), labels=torch.zeros(24, dtype=torch.int64, device=device)).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.5 * parameter.grad)
+        model.eval()
+
+    changes = {
+        "in place": trained,
+        "loaded": lambda: model.load_state_dict(state),
+        "assigned": lambda: model.load_state_dict({n: t.clone() * 1.1 for n, t in state.items()}, assign=True),
+        "data": lambda: setattr(model.classifier.weight, "data", model.classifier.weight.data * -2),
+        "moved": lambda: model.double().float(),
+    }
+    for name, change in changes.items():
+        before = runner(**inputs).logits
+        change()
+        policy = midway_policy(model, inputs)
+        model.set_exit_policy(policy)
+        assert_as_anytime(runner, model, inputs, policy)
+        if name != "moved":
+            assert not torch.equal(before, runner(**inputs).logits)
+
+
+def test_two_models_and_two_policies_at_once():
+    """Static tensors that are shared between runners would be overwritten by the other."""
+    models = [make_model("bert"), make_model("vit")]
+    runners = []
+    for model in models:
+        inputs = make_inputs(model, 16)
+        for policy in (midway_policy(model, inputs), midway_policy(model, inputs, "entropy")):
+            runners.append((ExitRunner(model, policy), model, policy))
+    held = []
+    for seed in range(3):
+        for runner, model, policy in runners:
+            inputs = make_inputs(model, 16, seed=seed)
+            assert_as_anytime(runner, model, inputs, policy)
+            answers = runner(**inputs)
+            held.append((answers.logits, answers.logits.clone()))
+    # An answer must not change when the next batch comes.
+    assert all(torch.equal(now, then) for now, then in held)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_other_precisions(kind, dtype, device):
+    """A buffer of another dtype would round answers, or refuse them; autocast is part of what a program is."""
+    model = make_model(kind, device)
+    half = copy.deepcopy(model).to(dtype)
+    for network, autocast in ((half, False), (model, dtype != torch.float32)):
+        inputs = make_inputs(network, 20)
+        with torch.autocast(device, dtype=dtype, enabled=autocast):
+            policy = midway_policy(network, inputs)
+            runner, every = ExitRunner(network, policy), anytime(network, inputs)
+            for _ in range(2):
+                answers = runner(**inputs)
+                chosen = every[torch.arange(20), answers.exit_index]
+                assert answers.logits.dtype == every.dtype
+                # Kernels for fewer rows round otherwise: an example may stop at another exit, with that exit's logits.
+                assert (answers.logits - chosen).abs().max() <= {torch.float32: 1e-4}.get(dtype, 0.25)
+                assert (policy.exits_of(every.float()) == answers.exit_index).float().mean() >= 0.8
+    if dtype != torch.float32:  # without autocast again, by the same runner
+        answers, every = runner(**inputs), anytime(model, inputs)
+        assert (answers.logits - every[torch.arange(20), answers.exit_index]).abs().max() <= 1e-4
+
+
+def test_token_types_positions_and_embeddings_are_read():
+    """An input that is dropped, or padded by the wrong number, changes answers."""
+    model = make_model("bert")
+    inputs = make_inputs(model, 6)
+    inputs["token_type_ids"] = torch.randint(0, 2, (6, 13))
+    inputs["position_ids"] = torch.randperm(40)[:13].expand(6, 13)
+    policy = midway_policy(model, inputs)
+    assert_as_anytime(ExitRunner(model, policy), model, inputs, policy)
+    embedded = {"inputs_embeds": torch.randn(6, 13, 16), "attention_mask": inputs["attention_mask"]}
+    policy = midway_policy(model, embedded)
+    assert_as_anytime(ExitRunner(model, policy), model, embedded, policy)
+    longest = make_inputs(model, 3, 40)
+    assert_as_anytime(ExitRunner(model, policy), model, longest, policy)
+
+
+def test_training_mode_is_refused():
+    """Dropout in answers, frozen into a graph."""
+    with pytest.raises(ValueError, match="eval"):
+        ExitRunner(make_model("vit").train())(pixel_values=torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.slow
+def test_compiled_stages_answer_the_same():
+    """A compiled stage that is specialised on one batch would answer others wrongly."""
+    model = make_model("bert")
+    policy = midway_policy(model, make_inputs(model, 40))
+    runner = ExitRunner(model, policy, compile=True)
+    for seed, batch in enumerate((40, 7, 1)):
+        assert_as_anytime(runner, model, make_inputs(model, batch, seed=seed), policy)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphs_equal_eager_programs():
+    """Capture that forgets a tensor answers with that of the batch before."""
+    model = make_model("bert", "cuda")
+    policy = midway_policy(model, make_inputs(model, 64))
+    graphs, eager = ExitRunner(model, policy), ExitRunner(model, policy, cuda_graphs=False)
+    for seed in range(12):
+        inputs = make_inputs(model, (64, 1, 5, 30)[seed % 4], seed=seed)
+        ours, theirs = graphs(**inputs), eager(**inputs)
+        assert torch.equal(ours.exit_index, theirs.exit_index)
+        assert (ours.logits - theirs.logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_predict_by_programs_equals_the_engine(kind):
+    """Rows that change places, or a batch that is never fetched."""
+    model = make_model(kind)
+    rows = []
+    for seed in range(40):
+        inputs = make_inputs(model, 1, 1 + seed % 30, seed=seed, padding="none")
+        rows.append({name: value[0] for name, value in inputs.items()})
+    sample = make_inputs(model, 40, 30)
+    for policy in (None, midway_policy(model, sample), ExitPolicy("patience", [9, 1, 2, 0])):
+        model.set_exit_policy(policy)
+        wanted = predict(model, rows, 8, cuda_graphs=False)
+        for data in (rows, iter(rows)):
+            found = predict(model, data, 8, cuda_graphs=True)
+            assert torch.equal(found.exit_index, wanted.exit_index)
+            assert (found.logits - wanted.logits).abs().max() <= 2e-5
+            assert (found.confidence - wanted.confidence).abs().max() <= 1e-5
+    assert copy.deepcopy(model)(**sample, early_exit=False).exit_logits.shape == (40, 4, 3)
+    assert predict(model, [], cuda_graphs=True).logits.shape == (0, 3)
