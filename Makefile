@@ -1,13 +1,15 @@
 # make demo       install into .venv, then fine-tune six exits on BBC News (no network needed after the install)
 # make test       install, then the test suite
 # make test-slow  the tests marked slow
+# make test-lowest  the test suite with the lowest versions that setup.py allows, in .venv-lowest (LOWEST_PYTHON=python3.10)
 # make quality    lint and format check
+# make benchmark-gpu    benchmarks/gpu.py, under four minutes on one GPU, into runs/gpu
 # make benchmark-page   write benchmarks/README.md from the results in benchmarks/results
 # make benchmark-smoke  the whole chain of benchmarks at tiny size, in a few minutes, into runs/benchmark-smoke
 #
 # PYTHON=path/to/python uses an environment that exists and installs nothing.
 
-.PHONY: help demo test test-slow quality benchmark-page benchmark-smoke clean
+.PHONY: help demo test test-slow test-lowest quality benchmark-gpu benchmark-page benchmark-smoke clean
 .DEFAULT_GOAL := help
 
 ifeq ($(origin PYTHON), undefined)
@@ -34,9 +36,24 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PYTHON) -m pytest -m slow -n 2 --dist loadfile
 
+LOWEST := .venv-lowest
+LOWEST_PYTHON ?= python3
+$(LOWEST)/.installed: setup.py
+	$(LOWEST_PYTHON) -m venv $(LOWEST)
+	grep -oE '"[a-z0-9-]+>=[0-9.]+"' setup.py | tr -d '"' | sed 's/>=/==/' > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/lowest.txt \
+		--editable ".[dev]"
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
+
 quality: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+benchmark-gpu: $(INSTALLED)
+	$(PYTHON) benchmarks/gpu.py --results runs/gpu
 
 benchmark-page: $(INSTALLED)
 	$(PYTHON) benchmarks/page.py
@@ -49,8 +66,9 @@ benchmark-smoke: $(INSTALLED)
 		--max_train_samples 200 --max_eval_samples 100
 	$(PYTHON) benchmarks/training_step.py --rounds 1 --batch_size 4 --length 16 --results $(SMOKE)/results
 	$(PYTHON) benchmarks/inference.py --repeats 3 --lengths 16 --batch_sizes 8 --rows 32 --results $(SMOKE)/results
+	$(PYTHON) benchmarks/gpu.py --small --models minilm vit-small --results $(SMOKE)/results
 	$(PYTHON) benchmarks/page.py --folder $(SMOKE)
 	@echo "Page: $(SMOKE)/README.md"
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache

@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from common import add_results_argument, summarize, write_results
+from common import add_results_argument, exit_in_shares, make_inputs, ratio, summarize, write_results
 from transformers import AutoTokenizer
 
 from een_hf import EarlyExitBertForSequenceClassification, EarlyExitViTConfig, EarlyExitViTForImageClassification
@@ -41,45 +41,10 @@ def load(name: str):
     return model, AutoTokenizer.from_pretrained(path)
 
 
-def make_inputs(model, batch_size: int, length: int | None) -> dict[str, torch.Tensor]:
-    """Random pixels, or random words of full length."""
-    generator = torch.Generator().manual_seed(0)
-    if length is None:
-        size = model.config.image_size
-        inputs = {"pixel_values": torch.randn(batch_size, 3, size, size, generator=generator)}
-    else:
-        words = torch.randint(1000, 20000, (batch_size, length), generator=generator)
-        inputs = {"input_ids": words, "attention_mask": torch.ones_like(words)}
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
-
-
 def leave_at(model, exit_index: int) -> None:
     thresholds = [NEVER] * model.num_exits
     thresholds[exit_index] = -NEVER
     model.set_exit_policy({"criterion": "confidence", "thresholds": thresholds})
-
-
-def leave_equally(model, inputs: dict) -> np.ndarray:
-    """Set thresholds at which equal shares of these rows leave at every exit; return who is still there per layer."""
-    scores = model(**inputs, early_exit=False).exit_logits.float().softmax(-1).amax(-1)
-    here = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-    thresholds = []
-    for index in range(model.num_exits):
-        leaving = max(1, int(here.sum()) // (model.num_exits - index))
-        if not here.any():  # fewer rows than exits
-            thresholds.append(NEVER)
-            continue
-        thresholds.append(scores[here, index].sort(descending=True).values[leaving - 1].item())
-        here &= scores[:, index] < thresholds[-1]
-    model.set_exit_policy({"criterion": "confidence", "thresholds": thresholds})
-    exits = model(**inputs).exit_index.cpu().numpy()
-    depth = np.array(model.config.exit_layers)[exits]
-    return np.array([(depth > layer).mean() for layer in range(len(model.backbone_layers))])
-
-
-def ratio(seconds: dict, numerator: str, denominator: str) -> float:
-    """Median over the rounds: one and the other of a round saw the same machine."""
-    return float(np.median(np.divide(seconds[numerator], seconds[denominator])))
 
 
 def run_undecided(model, inputs: dict, num_exits: int) -> None:
@@ -110,7 +75,7 @@ def batch_one(model, length: int | None, repeats: int) -> list[dict]:
 
 def batches(model, batch_size: int, length: int | None, repeats: int) -> list[dict]:
     inputs = make_inputs(model, batch_size, length)
-    shares = leave_equally(model, inputs)
+    shares = exit_in_shares(model, inputs, [1 / model.num_exits] * model.num_exits)
     stock = stock_model(model)
     examples = model.embed(**inputs).unpadded()
     context = model.make_context(examples)
@@ -137,7 +102,7 @@ def data_set(model, tokenizer, batch_size: int, num_rows: int, max_length: int, 
     texts = load_bbc_news()["train"]["text"][:num_rows]
     texts = [text.split("\n", 1)[0] if index % 2 else text for index, text in enumerate(texts)]
     sample = tokenizer(texts[:256], truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    shares = leave_equally(model, sample.to(model.device))
+    shares = exit_in_shares(model, sample.to(model.device), [1 / model.num_exits] * model.num_exits)
     seconds = measure_seconds(
         text_functions(model, tokenizer, [texts], max_length=max_length, batch_size=batch_size), repeats
     )

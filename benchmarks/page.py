@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from common import STEP_TARGETS
 from matplotlib.figure import Figure
 
 from een_hf.evaluation import curve_area, metric_at_cost
@@ -286,13 +287,6 @@ def inference(data: dict, name: str, plots: Path | None) -> str:
     return "\n".join([*parts, *(plain_table(rows) for rows in of_kind.values())])
 
 
-# Scheme: (against, time at most, memory at most).
-STEP_TARGETS = {
-    "joint": ("plain fine-tuning", 1.05, None),
-    "boosted": ("plain fine-tuning", 1.05, None),
-    "l2w, interval 1": ("joint", 4.0, 1.6),
-    "l2w, interval 10": ("joint", 1.35, None),
-}
 STEP_COLUMNS = [f"{what} / {other}" for what in ("time", "memory") for other in ("plain fine-tuning", "joint")]
 
 

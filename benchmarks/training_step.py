@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 import torch
-from common import add_results_argument, summarize, write_results
+from common import add_results_argument, ratio, summarize, write_results
 from transformers import AutoConfig, BertForSequenceClassification, Trainer, TrainerCallback, ViTForImageClassification
 
 from een_hf.data import sample_model_path
@@ -126,11 +126,11 @@ def compare(args, batch_size: int, memory: dict[str, float]) -> list[dict]:
                 seconds[scheme].append(np.mean(clock.seconds))
     rows = []
     for scheme in SCHEMES:
-        row = {"scheme": scheme, "batch_size": batch_size, "peak_memory_mib": memory[scheme]}
+        row = {"scheme": scheme, "batch_size": batch_size, "peak_memory_mib": memory.get(scheme)}
         for other in ("plain fine-tuning", "joint"):
-            # Round by round, because a round of one and of the other saw the same machine.
-            row[f"time / {other}"] = float(np.median(np.divide(seconds[scheme], seconds[other])))
-            row[f"memory / {other}"] = memory[scheme] / memory[other]
+            row[f"time / {other}"] = ratio(seconds, scheme, other)
+            if memory:
+                row[f"memory / {other}"] = memory[scheme] / memory[other]
         rows.append({**row, "step": summarize(seconds[scheme])})
         print({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()})
     return rows
@@ -145,6 +145,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="of texts")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--only", choices=SCHEMES, help="train this scheme and print its peak memory in MiB")
+    parser.add_argument("--no_memory", action="store_true", help="measure time alone")
+    parser.add_argument("--name", help="of the results file; default: the model")
     add_results_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -152,11 +154,12 @@ def main() -> None:
         return print_peak(args)
 
     # First of all: a child starts with the resident size of its parent.
-    memory = {(size, scheme): peak_memory(args, scheme, size) for size in args.batch_size for scheme in SCHEMES}
+    schemes = [] if args.no_memory else SCHEMES
+    memory = {size: {scheme: peak_memory(args, scheme, size) for scheme in schemes} for size in args.batch_size}
     rows = []
     for size in args.batch_size:
-        rows += compare(args, size, {scheme: memory[size, scheme] for scheme in SCHEMES})
-    write_results(args.results, f"training_step_{args.model}", rows)
+        rows += compare(args, size, memory[size])
+    write_results(args.results, args.name or f"training_step_{args.model}", rows)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,17 @@
 """The page of the benchmarks says what its JSON files say."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import page as page_script
 import pytest
 
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"device": "abacus", "cores": 2, "threads": 1, "torch": "2.0", "transformers": "5.0"}
-
-
-spec = importlib.util.spec_from_file_location("page", ROOT / "benchmarks" / "page.py")
-page_script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(page_script)
 
 
 def run_page(*words):

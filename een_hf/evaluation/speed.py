@@ -11,23 +11,21 @@ from transformers import AutoConfig, AutoModelForImageClassification, AutoModelF
 from ..inference import predict
 
 
-def measure_seconds(functions: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, list[float]]:
-    """Seconds of every call, `repeats` for each function, after one call to warm up; the functions take turns."""
+def measure_seconds(
+    functions: dict[str, Callable[[], object]], repeats: int = 5, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every call, `repeats` for each function, after `warmup` calls; the functions take turns."""
     seconds = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for repeat in range(-warmup, repeats):
         for name, function in functions.items():
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             function()
-            _synchronize()
-            if repeat:
+            synchronize()
+            if repeat >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def stock_model(model, num_layers: int | None = None) -> torch.nn.Module:
