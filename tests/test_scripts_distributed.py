@@ -78,6 +78,19 @@ def files(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("modality", ["text", "images"])
+def test_a_stream_in_two_processes_equals_one(modality, request, tmp_path):
+    """What breaks: texts of several lengths cannot be stacked for the other process, or it trains on other rows."""
+    flags = text_flags(tmp_path, request.getfixturevalue("minilm_path")) if modality == "text" else None
+    flags = [*(flags or image_flags(tmp_path)), "--streaming"]
+    logits = []
+    for processes in (1, 2):
+        run(flags, processes, tmp_path / str(processes))
+        logits.append(np.load(tmp_path / str(processes) / "exit_logits.npz")["logits"])
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["text", "images"])
 def test_two_processes_equal_one(modality, request, tmp_path):
     """What breaks: rows of the other process are missing, doubled or out of order in a file, or a file is torn."""
     flags = text_flags(tmp_path, request.getfixturevalue("minilm_path")) if modality == "text" else None

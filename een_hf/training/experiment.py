@@ -410,6 +410,10 @@ class Experiment:
             made_of = self.processor, args.data, self.model.config, training.seed
             rows = self.modality.augment(self.splits["train"], *made_of)
             self.splits["train"] = EndlessStream(rows) if args.data.streaming else rows
+        if args.data.streaming and training.accelerator_config.dispatch_batches is None:
+            # By default the first process reads for all, and cannot stack texts that were padded batch by batch. Every
+            # process reads the same order of this stream and takes its own rows.
+            training.accelerator_config.dispatch_batches = False
         if self.modality.main_input_name != "input_ids":
             training.remove_unused_columns = False  # rows carry what seeds their mixing
         self.trainer: EarlyExitTrainer = (get_scheme(training.method) if training.do_train else Evaluator)(
@@ -724,7 +728,7 @@ class Experiment:
                         "predictions": [self._label(prediction) for prediction in row],
                         "exit": int(exit_index) + 1,
                         "relative_cost": costs[exit_index],
-                        "confidence": confidence,
+                        "confidence": confidence and round(confidence, 4),
                     }
                     file.write(json.dumps(line) + "\n")
 
