@@ -36,29 +36,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from een_hf.evaluation import measure_seconds, stock_model, text_functions
-from een_hf.inference import pad_rows, predict
+from een_hf.inference import ExitRunner, pad_rows, predict
 from een_hf.models import MODEL_CLASSES, ExitPolicy
 from een_hf.models.policies import NEVER
-
-
-try:
-    from een_hf.inference import ExitRunner
-except ImportError:
-
-    class ExitRunner:
-        """The model itself, while there is no runner."""
-
-        def __init__(self, model, cuda_graphs=None):
-            self.model = model
-
-        def __call__(self, **inputs):
-            return self.model(**inputs)
-
-        def memory(self):
-            return 0
-
-    def predict(*args, predict=predict, cuda_graphs=None, **kwargs):
-        return predict(*args, **kwargs)
 
 
 STARTED = time.perf_counter()
@@ -514,7 +494,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="small shapes; always without a GPU")
     parser.add_argument("--no_cuda_graphs", action="store_true", help="run the programs eagerly")
     parser.add_argument("--compile", action="store_true", help="also time the first model under torch.compile (slow)")
-    parser.add_argument("--limit", type=float, help=f"seconds of each part; default: {LIMITS}")
+    parser.add_argument("--limit", type=float, help=f"seconds of each part; default: {LIMITS}; small shapes: 4 times")
     add_results_argument(parser)
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
@@ -533,7 +513,7 @@ def parse() -> argparse.Namespace:
 
 
 def limit_of(args, name: str) -> float:
-    return args.limit or LIMITS[name]
+    return args.limit or LIMITS[name] * (4 if args.small else 1)
 
 
 def run(args, name: str) -> None:
