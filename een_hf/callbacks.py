@@ -156,7 +156,9 @@ class EarlyExitWandbCallback(WandbCallback):
     def setup(self, args, state, model=None, **kwargs):
         if state.is_world_process_zero and self._wandb.run is None and state.trial_name is None:
             name = args.run_name or f"{getattr(args, 'method', None) or 'run'}-seed{args.seed}"
-            self._wandb.init(project=os.getenv("WANDB_PROJECT") or args.project, name=name)
+            # Of itself wandb records the command line with its tokens, the console, and folders of this machine.
+            settings = self._wandb.Settings(x_disable_meta=True, console=os.getenv("WANDB_CONSOLE", "off"))
+            self._wandb.init(project=os.getenv("WANDB_PROJECT") or args.project, name=name, settings=settings)
         super().setup(args, state, model, **kwargs)
 
     def on_exit_results(self, args, state, control, results=None, **kwargs):

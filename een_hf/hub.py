@@ -46,6 +46,7 @@ _EXAMPLE_TITLES = {
     "deep": "Only the last exit was right",
     "mistakes": "Confident mistakes of exit 1",
 }
+_TOKEN = re.compile(r"(.*_)?token")
 _EXAMPLE_IMAGE = re.compile(r"\w+-\d+\.png")
 
 
@@ -355,8 +356,26 @@ def _started_from(settings: dict | None) -> str | None:
     return _last_part(name) if name else None
 
 
-def _public(value: Any) -> Any:
-    return _last_part(value) if isinstance(value, str) and "/" in value and hub_name(value) is None else value
+def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they may be pushed or logged: tokens left out, local paths by their last part.
+
+    Args:
+        settings: values by name, lists and dicts of them included; what ends in `_dir` or `_file` is a path.
+    """
+    return {
+        name: None if _TOKEN.fullmatch(str(name)) else _public(value, str(name).endswith(("_dir", "_file")))
+        for name, value in settings.items()
+    }
+
+
+def _public(value: Any, is_path: bool = False) -> Any:
+    if isinstance(value, dict):
+        return public_settings(value)
+    if type(value) in (list, tuple):
+        return type(value)(_public(item, is_path) for item in value)
+    if not isinstance(value, str) or not {"/", os.sep} & {*value}:
+        return value
+    return os.path.basename(os.path.normpath(value)) if is_path else _last_part(value)
 
 
 def _last_part(name: str) -> str:

@@ -1,8 +1,10 @@
 """Sharing on the Hub, through a real server on the loopback interface, and the model card that goes along."""
 
 import ast
+import copy
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -23,11 +25,14 @@ from een_hf.hub import (
     guarantee_in_words,
     hub_name,
     is_run_card,
+    public_settings,
     refresh_model_card,
     write_examples,
     write_model_card,
 )
 from een_hf.models import EarlyExitBertConfig, ExitConfigurationError, ExitPolicy
+from een_hf.training import EarlyExitTrainingArguments
+from een_hf.training.arguments import publishing
 
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +92,9 @@ flags = ["--model_type=vit", f"--config_overrides={overrides}", "--image_size=8"
 flags += ["--do_train", "--do_eval", "--max_train_samples=64", "--max_eval_samples=60", "--num_train_epochs=1"]
 flags += ["--target_cost=0.7", "--save_strategy=epoch", "--use_cpu", "--disable_tqdm=True", "--learning_rate=0.005"]
 flags += ["--push_to_hub", "--hub_model_id=someone/digits-run", "--hub_always_push", f"--output_dir={folder}/run"]
+flags += ["--hub_strategy=all_checkpoints", "--eval_strategy=epoch", "--load_best_model_at_end", "--report_to=all"]
+flags += ["--hub_token=hf_planted_one", "--token=hf_planted_two", f"--cache_dir={folder}/cache", "--logging_steps=1"]
+sys.argv[1:] = flags
 main(IMAGES, flags)
 """
 
@@ -172,18 +180,19 @@ def run_python(code, folder, endpoint, **environment):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """The server's folder, after the models and a run were pushed and loaded again without the package."""
-    folder, store = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("hub")
+    folder, store = tmp_path_factory.mktemp("planted"), tmp_path_factory.mktemp("hub")
     command = [sys.executable, str(ROOT / "tests" / "hub_server.py"), str(store)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             endpoint = server.stdout.readline().strip()
             ours = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-            run_python(PUSH, folder, endpoint, HF_HOME=str(folder / "pusher"), PYTHONPATH=ours)
+            wandb = {"WANDB_MODE": "offline", "WANDB_DIR": str(store)}
+            run_python(PUSH, folder, endpoint, HF_HOME=str(folder / "pusher"), PYTHONPATH=ours, **wandb)
             run_python(LOAD, folder, endpoint, HF_HOME=str(folder / "loader"))
             run_python(CARD, folder, endpoint, HF_HOME=str(folder / "reader"), PYTHONPATH=str(ROOT))
         finally:
             server.terminate()
-    return {"folder": folder, "store": store / "someone", "commits": store / "commits.jsonl"}
+    return {"folder": folder, "store": store / "someone", "commits": store / "commits.jsonl", "all": store}
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +247,96 @@ def test_examples_are_not_published_unasked(hub):
     assert list((hub["folder"] / "run" / "_examples").glob("*.png"))
     assert not [path for path in (hub["store"] / "digits-run").rglob("*") if "examples" in str(path)]
     assert "## Examples" not in (hub["store"] / "digits-run" / "README.md").read_text()
+
+
+def assert_nothing_private(store):
+    """No file that was pushed, and none that wandb would send, holds a token or names the run's folder."""
+    wandb = list(store.glob("wandb/offline-run-*"))
+    files = [path for path in store.rglob("*") if path.is_file() and "logs" not in path.relative_to(store).parts]
+    names = {path.name for path in files}
+    assert wandb and {"training_args.bin", "trainer_state.json"} <= names and any("tfevents" in name for name in names)
+    assert any(name.endswith(".wandb") for name in names) and list(store.rglob("checkpoint-*/training_args.bin"))
+    for path in files:
+        content = path.read_bytes()
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                content = b"".join(array.tobytes() for array in arrays.values())
+        assert b"planted" not in content and b"hf_test" not in content, path
+
+
+def test_no_token_and_no_folder_leaves_the_machine(hub):
+    """What a Trainer pickles, TensorBoard's events, wandb's record of the command line: all of it goes out."""
+    assert_nothing_private(hub["all"])
+
+
+TEXT_RUN = """
+import sys
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from een_hf.data.glue import TEXT
+from een_hf.training.experiment import main
+
+folder = sys.argv[1]
+words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
+BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(f"{folder}/source")
+shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=15)
+BertForSequenceClassification(BertConfig(**shape, max_position_embeddings=32)).save_pretrained(f"{folder}/source")
+for name in ("train", "dev"):
+    with open(f"{folder}/{name}.csv", "w") as file:
+        file.write("text,label\\n" + "".join(f"{'a b c' if i % 2 else 'e f'},{i % 2}\\n" for i in range(40)))
+flags = f"--model_name_or_path {folder}/source --train_file {folder}/train.csv --validation_file {folder}/dev.csv"
+flags += f" --test_file {folder}/dev.csv --do_train --do_eval --do_predict --num_train_epochs 2 --target_cost 0.9"
+flags += " --save_strategy epoch --eval_strategy epoch --load_best_model_at_end --use_cpu --disable_tqdm True"
+flags += " --push_to_hub --hub_model_id someone/text-run --hub_always_push --hub_strategy all_checkpoints"
+flags += f" --hub_token hf_planted_one --token hf_planted_two --output_dir {folder}/run --cache_dir {folder}/cache"
+sys.argv[1:] = [*flags.split(), "--report_to=all", "--logging_steps=1"]
+main(TEXT)
+"""
+
+
+@pytest.mark.slow
+def test_no_token_and_no_folder_of_a_text_run_leaves_the_machine(tmp_path):
+    """As above, with a tokenizer and weights from a local folder."""
+    folder, store = tmp_path / "planted", tmp_path / "hub"
+    folder.mkdir()
+    store.mkdir()
+    command = [sys.executable, str(ROOT / "tests" / "hub_server.py"), str(store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            endpoint, wandb = server.stdout.readline().strip(), {"WANDB_MODE": "offline", "WANDB_DIR": str(store)}
+            run_python(TEXT_RUN, folder, endpoint, HF_HOME=str(folder / "home"), PYTHONPATH=str(ROOT), **wandb)
+        finally:
+            server.terminate()
+    assert_nothing_private(store)
+
+
+def test_arguments_are_whole_unless_they_are_published(tmp_path):
+    """Another process that gets them pickled must write to the same folder and push with the same token."""
+    args = EarlyExitTrainingArguments(str(tmp_path / "out"), hub_token="hf_planted", report_to="none", use_cpu=True)
+    for again in (pickle.loads(pickle.dumps(args)), copy.deepcopy(args), copy.copy(args)):
+        assert (again.output_dir, again.hub_token) == (args.output_dir, "hf_planted")
+    with publishing():
+        told = pickle.loads(pickle.dumps(args))
+    assert (told.output_dir, told.hub_token, told.learning_rate) == ("out", None, args.learning_rate)
+    assert (args.to_dict()["output_dir"], args.to_dict()["hub_token"]) == ("out", None)
+
+
+def test_what_may_be_published():
+    settings = {"token": "x", "hub_token": "x", "tokenizer_name": "google/bert", "output_dir": "runs/mine", "seed": 3}
+    settings |= {
+        "train_file": "a/b.csv",
+        "run_name": "/home/me/x",
+        "nested": {"cache_dir": "/a/b", "list": ["/a/b", 1]},
+    }
+    assert public_settings(settings) == {
+        "token": None,
+        "hub_token": None,
+        "tokenizer_name": "google/bert",
+        "output_dir": "mine",
+        "seed": 3,
+        "train_file": "b.csv",
+        "run_name": "x",
+        "nested": {"cache_dir": "b", "list": ["b", 1]},
+    }
 
 
 def test_every_push_of_a_run_can_be_loaded(hub):

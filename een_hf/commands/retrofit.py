@@ -50,6 +50,7 @@ from ..evaluation import (
 )
 from ..evaluation.calibration import rows_needed
 from ..evaluation.results import LOGITS_NAME, _replacing
+from ..hub import public_settings
 from ..inference import pad_rows, predict
 from ..models import MODEL_CLASSES, ExitConfigurationError
 from ..models.configuration_een import is_classifier
@@ -144,7 +145,7 @@ def run(args) -> None:
     with _room_for(folder / LOGITS_NAME):
         save_exit_logits(folder, exit_logits, exit_logits[:, -1].argmax(-1), calibration_rows, "calibration")
     record = {
-        "arguments": vars(args),
+        "arguments": public_settings(vars(args)),
         "num_training_rows": len(training_rows),
         "num_calibration_rows": len(calibration_rows),
         "exit_layers": model.config.exit_layers,

@@ -1,6 +1,7 @@
 """Configuration of early-exit models: the exit fields, once, and one config class per architecture."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
@@ -108,6 +109,12 @@ class EarlyExitConfigMixin:
                 f"{what} has {num_tokens} tokens, the model takes at most {longest}: tokenize with truncation=True, "
                 f"max_length={longest}."
             )
+
+    def to_dict(self) -> dict:
+        """As in `PreTrainedConfig`; trackers record it, so that a local folder is named by its last part."""
+        values = super().to_dict()
+        name = values.get("_name_or_path")
+        return {**values, "_name_or_path": os.path.basename(name)} if name and os.path.isdir(name) else values
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

@@ -1,12 +1,16 @@
 """Command-line arguments that every scheme and both scripts share."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 from transformers.utils import ExplicitEnum
 
 from ..errors import refuse_nan
+from ..hub import public_settings
 from ..models import MODEL_CLASSES, ExitConfigurationError
 
 
@@ -19,6 +23,17 @@ _AT_LEAST = {
     "save_total_limit dataloader_prefetch_factor torch_empty_cache_steps",
 }
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+_PUBLISHING = ContextVar("whether arguments are pickled for others to read", default=False)
+
+
+@contextmanager
+def publishing() -> Iterator[None]:
+    """While files are written that are pushed: arguments are pickled without tokens and local paths."""
+    token = _PUBLISHING.set(True)
+    try:
+        yield
+    finally:
+        _PUBLISHING.reset(token)
 
 
 @dataclass
@@ -135,6 +150,13 @@ class EarlyExitTrainingArguments(TrainingArguments):
             "help": "Show example inputs of the evaluation split in the model card, and so publish them with a push."
         },
     )
+
+    def to_dict(self):
+        """As in `TrainingArguments`, for trackers: without tokens, and with local paths by their last part."""
+        return public_settings(super().to_dict())
+
+    def __getstate__(self):
+        return public_settings(self.__dict__) if _PUBLISHING.get() else self.__dict__
 
     def __post_init__(self):
         self._check_numbers()

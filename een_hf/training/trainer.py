@@ -30,7 +30,7 @@ from ..hub import CARD_NAME, is_run_card
 from ..inference import ExitPredictions, predict
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
-from .arguments import EarlyExitTrainingArguments
+from .arguments import EarlyExitTrainingArguments, publishing
 from .checkpoints import (
     PublicTrainerState,
     checkpoint_fault,
@@ -757,8 +757,13 @@ class EarlyExitTrainer(Trainer):
             card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
             card.save(path)
 
+    def _save(self, output_dir=None, state_dict=None):
+        with publishing():
+            super()._save(output_dir, state_dict)
+
     def _push_from_checkpoint(self, checkpoint_folder):
         # Trainer takes config and weights out of the checkpoint; the config names these files.
         if self.is_world_process_zero():
             custom_object_save(self.accelerator.unwrap_model(self.model), self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+        with publishing():
+            super()._push_from_checkpoint(checkpoint_folder)
