@@ -40,6 +40,13 @@ def test_methods_differ_in_their_own_flags_only(family):
     assert common["joint"] == common["boosted"] == common["l2w"]
 
 
+@pytest.mark.parametrize("name", ["boosted", "l2w", "l2w_imagenet"])
+def test_recipes_by_a_papers_settings_clip_nothing(name):
+    """What breaks: transformers clips the norm to 1 by default, which the papers' SGD at rate 0.1 does not."""
+    recipe = yaml.safe_load((ROOT / "recipes" / f"cifar100_vit_{name}.yaml").read_text())
+    assert (recipe["optim"], recipe["learning_rate"], recipe["max_grad_norm"]) == ("sgd", 0.1, 0)
+
+
 # The shell scripts. They run where recipes/ and the Python scripts are, and write there: a folder of links is enough.
 
 

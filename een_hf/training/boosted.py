@@ -1,9 +1,13 @@
 """Exits as an additive model."""
 
+import logging
 from dataclasses import dataclass, field
 
 from ..models import ExitConfigurationError
 from .trainer import EarlyExitTrainer, register_scheme
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -15,7 +19,10 @@ class BoostedArguments:
     )
     gradient_rescale: bool = field(
         default=True,
-        metadata={"help": "boosted: each block receives the mean of the gradients of the exits behind it."},
+        metadata={
+            "help": "boosted: each block receives the mean of the gradients of the exits behind it. It acts under "
+            "SGD; the steps of AdamW do not depend on a constant factor of a block's gradient."
+        },
     )
 
     def __post_init__(self):
@@ -30,7 +37,9 @@ class BoostedExitTrainer(EarlyExitTrainer):
     Every F_k gets the loss, and F_k is what exit k predicts: in training, in evaluation and after reload, because the
     model does the aggregation (config `exit_aggregation`, `boost_temperature`). With `gradient_rescale` the hidden
     state after block k is scaled in the backward pass so that block k receives
-    (1 / (K-k+1)) * (g_head + (K-k) * g_next). Regression boosts residuals by the same recursion.
+    (1 / (K-k+1)) * (g_head + (K-k) * g_next): the sum over the exits behind it times a constant of the block. So it
+    acts under SGD, as in the paper; under AdamW, whose steps do not depend on such a factor, it changes nothing but
+    the norm that `--max_grad_norm` clips, and a warning says so. Regression boosts residuals by the same recursion.
 
     References:
         Boosted Dynamic Neural Networks (Yu et al., AAAI 2023): equations 5 and 6 for the additive model, section
@@ -49,3 +58,13 @@ class BoostedExitTrainer(EarlyExitTrainer):
         model.config.exit_aggregation = "boosted"
         model.config.boost_temperature = self.scheme_args.boost_temperature
         model.config.gradient_rescale = self.scheme_args.gradient_rescale
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        if self.scheme_args.gradient_rescale and "adam" in type(optimizer).__name__.lower():
+            logger.warning(
+                "--gradient_rescale does nothing under %s but to the norm that --max_grad_norm clips: its steps do "
+                "not depend on the scale of a block's gradient, as those of --optim sgd do.",
+                type(optimizer).__name__,
+            )
+        return optimizer

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import RandomSampler
 from transformers import EvalPrediction, Trainer
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, nested_numpify
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
@@ -671,6 +672,12 @@ class EarlyExitTrainer(Trainer):
         """Refuse a checkpoint of another scheme; go on with its division into new and old heads."""
         path = os.path.join(checkpoint, SCHEME_FILE)
         if not os.path.exists(path):
+            if not os.path.exists(os.path.join(checkpoint, OPTIMIZER_NAME)):
+                raise ExitConfigurationError(
+                    f"--resume_from_checkpoint {checkpoint} holds no optimizer (--save_only_model), so that no run "
+                    f"can go on from it: start from its weights, --model_name_or_path {checkpoint}, in another "
+                    "--output_dir."
+                )
             return
         with reading_checkpoint(checkpoint), open(path) as file:
             written = json.load(file)

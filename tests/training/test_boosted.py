@@ -29,6 +29,7 @@ def make_model(model_type="bert", num_labels=3, exit_layers=None):
         attention_probs_dropout_prob=0.0,
         initializer_range=0.3,  # far from the symmetric start, where many gradients vanish
         num_labels=num_labels,
+        exit_pooling="cls",  # as `head_by_hand` reads
         exit_layers=exit_layers,
         **shape,
     )
@@ -152,3 +153,33 @@ def test_another_scheme_takes_boosting_back(tmp_path):
 def test_a_bad_temperature_names_its_flag(temperature):
     with pytest.raises(ExitConfigurationError, match="--boost_temperature"):
         BoostedArguments(boost_temperature=temperature)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
+def test_rescaling_acts_under_sgd_alone_and_a_warning_says_so(optimizer, tmp_path, caplog):
+    """A constant factor of a block's gradient cancels in AdamW's step (here with a tiny eps, and without clipping)."""
+    trained = {}
+    rows = [{name: value[row] for name, value in make_inputs("bert", 3).items()} for row in range(NUM_ROWS)]
+    for rescale in (True, False):
+        args = EarlyExitTrainingArguments(
+            str(tmp_path),
+            optim=optimizer,
+            adam_epsilon=1e-13,
+            max_grad_norm=0.0,
+            learning_rate=1e-3,
+            max_steps=4,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        caplog.clear()
+        settings = BoostedArguments(gradient_rescale=rescale)
+        trainer = BoostedExitTrainer(model=make_model(), args=args, scheme_args=settings, train_dataset=rows)
+        trainer.train()
+        assert ("--gradient_rescale does nothing under AdamW" in caplog.text) == (rescale and optimizer != "sgd")
+        trained[rescale] = dict(trainer.model.named_parameters())
+    # The bias of a key cancels in the softmax: its gradient is rounding.
+    names = [name for name in trained[True] if "key.bias" not in name]
+    difference = max((trained[True][name] - trained[False][name]).abs().max().item() for name in names)
+    assert difference > 1e-4 if optimizer == "sgd" else difference < 1e-7

@@ -197,3 +197,10 @@ def test_a_repeated_step_leaves_nothing_of_the_old_checkpoint(finished, tmp_path
     make_trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert not (folder / "checkpoint-4" / "leftover").exists()
     assert json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_weights_alone_are_nothing_to_go_on_from(tmp_path):
+    """What breaks: the run goes on with a new optimizer, and without a word."""
+    make_trainer(tmp_path, save_only_model=True).train()
+    with pytest.raises(ExitConfigurationError, match="checkpoint-6 holds no optimizer.*--model_name_or_path"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)

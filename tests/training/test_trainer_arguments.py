@@ -63,6 +63,7 @@ HONOURED = {
     "length_column_name": "test_sampling: test_a_trainer_groups_texts_where_asked",
     "neftune_noise_alpha": "test_noise_on_embeddings_reaches_every_exit",
     "resume_from_checkpoint": "test_interruption: test_naming_a_half_written_checkpoint_is_an_error",
+    "save_only_model": "test_interruption: test_weights_alone_are_nothing_to_go_on_from",
     "bf16": "test_trainer: test_predictions_are_made_in_the_precision_of_the_evaluation",
 }
 # Not concerned: what `Trainer` does alone, before, after or around our code; a value under which training, evaluation
@@ -119,7 +120,6 @@ NOT_CONCERNED = {
     "eval_on_start": True,
     "eval_use_gather_object": True,
     "eval_accumulation_steps": 1,
-    "save_only_model": True,
     "save_strategy": "epoch",
     "save_steps": 1,
     "save_on_each_node": True,
