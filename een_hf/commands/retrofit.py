@@ -36,6 +36,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..data.glue import TEXT, TextDataArguments, encode_text_data, prepare_rows, text_columns
 from ..data.images import EvaluationTransform, decode_image, whole_images
+from ..data.samples import model_source
 from ..data.sources import limit_rows, load_files
 from ..data.task import DataError, TaskData
 from ..errors import check_folder, is_full_disk
@@ -71,8 +72,9 @@ def add_arguments(parser) -> None:
     data.add_argument("--train_dir", help="images: folder of image files, sub-folders included")
     data.add_argument("--skip_corrupt", action="store_true", help="leave out images that cannot be decoded")
     data.add_argument(
-        "--text_column_names", nargs="+", help="one text column, or two for pairs; default: the only one or two"
+        "--text_column_names", nargs="+", help="one text column, or two for pairs; default: the only one"
     )
+    data.add_argument("--skip_empty", action="store_true", help="leave out rows without text")
     data.add_argument("--tokenizer_name", help="folder or Hub name; default: the model's own")
     data.add_argument("--max_seq_length", type=int, default=128, help="texts are cut to this length; default: 128")
     data.add_argument("--max_train_samples", type=int, help="take only the first N rows")
@@ -205,6 +207,8 @@ def check_arguments(args) -> None:
         raise DataError("Give the rows: either --train_file (text) or --train_dir (images).")
     if args.skip_corrupt and args.train_dir is None:
         raise DataError("--skip_corrupt leaves out images: it belongs to --train_dir.")
+    if args.skip_empty and args.train_file is None:
+        raise DataError("--skip_empty leaves out texts: it belongs to --train_file.")
     CalibrationArguments(max_risk=args.max_risk, risk_confidence=args.risk_confidence)
     get_criterion(args.exit_criterion).check(SINGLE_LABEL)
     for name in ("batch_size", "chunk_size", "num_train_epochs", "train_batch_size", "max_train_samples"):
@@ -232,7 +236,7 @@ def load_model(args) -> PreTrainedModel:
         ExitConfigurationError: there is no such model, or it is none that can be retrofitted.
     """
     try:
-        found, _ = PreTrainedConfig.get_config_dict(args.model)
+        found, _ = PreTrainedConfig.get_config_dict(model_source(args.model))
     except (OSError, ValueError) as error:
         raise ExitConfigurationError(f"MODEL {args.model} cannot be loaded: {error}") from error
     known = {kind.config_class.model_type: kind for kind in MODEL_CLASSES.values()} | MODEL_CLASSES
@@ -256,7 +260,7 @@ def load_model(args) -> PreTrainedModel:
     logging.set_verbosity_error()  # that the exits' heads are missing is as it should be
     try:
         model = model_class.from_pretrained(
-            args.model, exit_layers=args.exit_layers, exit_pooling=pooling, exit_policy=None
+            model_source(args.model), exit_layers=args.exit_layers, exit_pooling=pooling, exit_policy=None
         ).eval()
     except OSError as error:
         raise ExitConfigurationError(f"MODEL {args.model} cannot be loaded: {error}") from error
@@ -343,12 +347,18 @@ class TextRows(Rows):
             max_train_samples=args.max_train_samples,
         )
         source = f"--train_file {args.train_file}"
-        splits = load_files({"train": [args.train_file]}, source, None)
+        splits = load_files({"train": [args.train_file]}, source, None, text_columns=settings.text_column_names or ())
         columns = text_columns(settings, None, splits, "label", source)
+        if len(columns) > 1 and settings.text_column_names is None:
+            raise DataError(
+                f"{source} has two columns of text, {' and '.join(columns)}, and one of them may be labels: name the "
+                "one that is read, or both for pairs, by --text_column_names."
+            )
         rows = limit_rows(splits["train"].select_columns(columns), args.max_train_samples)
-        rows = prepare_rows(rows, columns, source)
+        rows = prepare_rows(rows, columns, source, skip_empty=args.skip_empty)
+        print(f"Columns read: {', '.join(columns)}")
         try:
-            self.processor = TEXT.load_processor(args.model, settings, config)
+            self.processor = TEXT.load_processor(model_source(args.model), settings, config)
         except OSError as error:
             raise DataError(f"MODEL {args.model} has no tokenizer ({error}): give --tokenizer_name.") from error
         data = TaskData({"train": rows}, SINGLE_LABEL, None, columns, "", "", None, [])
@@ -386,7 +396,7 @@ class ImageRows(Rows):
         if not found:
             raise DataError(f"--train_dir {args.train_dir} holds no image files.")
         try:
-            self.processor = AutoImageProcessor.from_pretrained(args.model)
+            self.processor = AutoImageProcessor.from_pretrained(model_source(args.model))
         except (OSError, ValueError) as error:
             raise DataError(f"MODEL {args.model} has no image processor: {error}") from error
         self.transform = EvaluationTransform(self.processor, config.num_channels)

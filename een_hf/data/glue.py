@@ -94,12 +94,18 @@ class TextDataArguments(DataArguments):
         default=None,
         metadata={
             "help": "One text column, or two for pairs, apart by blanks or commas. Default: the task's, else the only "
-            "one or two text columns."
+            "one, or the only two beside the label column."
         },
     )
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels. Default: `label`."})
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer, where it is not the model's own: Hub name or folder."}
+    )
+    skip_empty: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out rows without text instead of stopping; rows to predict are kept, with an empty text."
+        },
     )
     max_seq_length: int = field(default=128, metadata={"help": "Rows are cut to this many tokens."})
     pad_to_max_length: bool = field(
@@ -179,10 +185,11 @@ def load_text_data(
     splits, problem_type, label_names = resolve_labels(
         splits, label_column, known, source, seed, like=like, problem_type=args.problem_type
     )
+    settings = {"skip_empty": args.skip_empty, "blank_is_empty": task is None or bool(args.paths())}
     splits = {
-        split: rows
+        split: _prepare_stream(rows, input_columns, source, **settings)
         if args.streaming and split == "train"
-        else prepare_rows(rows, input_columns, f"{source}, split {split!r}")
+        else prepare_rows(rows, input_columns, f"{source}, split {split!r}", **settings, keep=split.startswith("test"))
         for split, rows in splits.items()
     }
     if cut:
@@ -272,9 +279,6 @@ def _encode_rows(
     num_labels: int | None,
 ) -> dict[str, list]:
     """A batch of rows as model inputs; `num_labels` is given for multi-label rows, which become rows of 0 and 1."""
-    for column in columns:
-        if None in rows[column]:  # of a stream; rows that are held were looked through before
-            raise DataError(f"A row of the stream has no text in column {column!r}: fill it or leave the row out.")
     encoded = dict(
         tokenizer(*(rows[column] for column in columns), truncation=True, max_length=length, padding=padding)
     )
@@ -294,17 +298,17 @@ def _encode_rows(
 
 def _load_splits(args: TextDataArguments, cache_dir: str | None, token: str | None) -> tuple[str, dict]:
     """What the source is called in messages, and all its splits under the names of `TaskData`."""
-    files = args.paths()
+    files, task = args.paths(), GLUE_TASKS.get(args.task_name)
+    texts = args.text_column_names or (task.text_columns if task else ())
     if args.partition_dir is not None and args.dataset_name is None:
         source = f"--partition_dir {args.partition_dir}"
         return source, dict(load_partition(args.partition_dir, args.partition_id))
     if files:
         source = " ".join(f"--{split}_file {path}" for split, path in files.items())
         splits = {
-            split: load_files({split: [path]}, f"--{split}_file {path}", cache_dir, args.streaming)
+            split: load_files({split: [path]}, f"--{split}_file {path}", cache_dir, args.streaming, texts)[split]
             for split, path in files.items()
         }
-        splits = {split: rows[split] for split, rows in splits.items()}
     elif args.dataset_name is None:
         source = f"--task_name {args.task_name} ({_HUB_GLUE})"
         config = args.dataset_config_name or args.task_name
@@ -348,33 +352,96 @@ def _missing_split_hints(args: TextDataArguments) -> dict[str, str]:
 def text_columns(
     args: TextDataArguments, task: GlueTask | None, splits: dict, label_column: str, source: str
 ) -> list[str]:
+    """The columns that are named, by the flag or by the task, else the only column of text.
+
+    Two columns of text are a pair where the label column stands beside them: without it, one of them may be the label.
+    """
     columns = args.text_column_names or (list(task.text_columns) if task else None)
     if columns is None:
         rows = next(iter(splits.values()))
+        most = 2 if label_column in rows.column_names else 1
         columns = [
             name
             for name, feature in rows.features.items()
             if getattr(feature, "dtype", None) in ("string", "large_string") and name not in (label_column, ROW_ID)
         ]
-        if not 1 <= len(columns) <= 2:
+        if not 1 <= len(columns) <= most:
             raise DataError(
-                f"{source} has {len(columns)} columns of text; name one or two by --text_column_names. Its columns "
-                f"are: {', '.join(rows.column_names)}."
+                f"{source} has {len(columns)} columns of text; name one, or two for pairs, by --text_column_names. "
+                f"Its columns are: {', '.join(rows.column_names)}."
             )
     for split, rows in splits.items():
         check_columns(rows, columns, "text_column_names", f"{source}, split {split!r}")
     return columns
 
 
-def prepare_rows(rows: datasets.Dataset, columns: list[str], where: str) -> datasets.Dataset:
-    """Text columns as strings without gaps, and a row id that outlives cutting and selecting."""
+def prepare_rows(
+    rows: datasets.Dataset,
+    columns: list[str],
+    where: str,
+    *,
+    skip_empty: bool = False,
+    blank_is_empty: bool = True,
+    keep: bool = False,
+) -> datasets.Dataset:
+    """Text columns as strings without gaps, and a row id that outlives cutting and selecting.
+
+    Args:
+        rows: with the columns.
+        columns: of text.
+        where: what the rows are called in messages.
+        skip_empty: leave out rows of which a text is missing, instead of raising DataError.
+        blank_is_empty: whether a text of nothing but blanks is missing, too.
+        keep: give such rows an empty text instead of leaving them out.
+    """
     for column in columns:
         if rows.features[column] != datasets.Value("string"):
             rows = rows.cast_column(column, datasets.Value("string"))
-        texts = rows[column][:]
-        if None in texts:
-            raise DataError(f"{where} has no text in column {column!r} of row {texts.index(None)} (counted from 0).")
-    return rows if ROW_ID in rows.column_names else rows.add_column(ROW_ID, list(range(len(rows))))
+    if ROW_ID not in rows.column_names:
+        rows = rows.add_column(ROW_ID, list(range(len(rows))))
+    texts = {column: rows[column][:] for column in columns}
+    empty = {
+        column: [row for row, text in enumerate(of_column) if _is_empty(text, blank_is_empty)]
+        for column, of_column in texts.items()
+    }
+    broken = set().union(*empty.values())
+    if not broken:
+        return rows
+    column, first = next((column, numbers[0]) for column, numbers in empty.items() if numbers)
+    if not skip_empty:
+        raise DataError(
+            f"{where} has no text in column {column!r} of row {first} (counted from 0; {len(broken)} such rows of "
+            f"{len(rows)}): fill it, or give --skip_empty to leave such rows out."
+        )
+    done = "kept with an empty text" if keep else "left out"
+    logger.warning("%s: %d of %d rows have no text and are %s.", where, len(broken), len(rows), done)
+    if not keep:
+        return rows.select([row for row in range(len(rows)) if row not in broken])
+    for column in columns:
+        rows = rows.remove_columns(column).add_column(column, [text or "" for text in texts[column]])
+    return rows
+
+
+def _prepare_stream(
+    rows: datasets.IterableDataset, columns: list[str], source: str, *, skip_empty: bool, blank_is_empty: bool
+) -> datasets.IterableDataset:
+    """`prepare_rows` for a stream, which is looked through while it is read."""
+    settings = {"columns": columns, "source": source, "skip_empty": skip_empty, "blank_is_empty": blank_is_empty}
+    return rows.filter(_has_text, fn_kwargs=settings)
+
+
+def _has_text(row: dict, columns: list[str], source: str, skip_empty: bool, blank_is_empty: bool) -> bool:
+    column = next((column for column in columns if _is_empty(row[column], blank_is_empty)), None)
+    if column is not None and not skip_empty:
+        raise DataError(
+            f"{source} has a row without text in column {column!r}: fill it, or give --skip_empty to leave such rows "
+            "out."
+        )
+    return column is None
+
+
+def _is_empty(text: str | None, blank_is_empty: bool) -> bool:
+    return text is None or (blank_is_empty and not str(text).strip())
 
 
 # What the script needs

@@ -1,6 +1,7 @@
 """Small real data and a small pretrained encoder out of installed packages: no download, the same rows everywhere."""
 
 import importlib.util
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -73,6 +74,11 @@ def load_digits(seed: int = 42, test_size: int = 500) -> datasets.DatasetDict:
             for split, rows in zip(("train", "test"), parts, strict=True)
         }
     )
+
+
+def model_source(name: str) -> str:
+    """The folder of an installed sample, unless a folder has its name; any other name as it is."""
+    return str(sample_model_path(name)) if name in _MODEL_FOLDERS and not os.path.isdir(name) else name
 
 
 def sample_model_path(name: str = "minilm") -> Path:

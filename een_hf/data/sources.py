@@ -1,5 +1,6 @@
 """Where data come from: the Hub, folders and files, each error naming the flag."""
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetsError
 
+from .csv_files import csv_settings
 from .task import DataError
 
 
@@ -43,18 +45,34 @@ def parquet_files(folder: Path, config: str | None, source: str) -> dict[str, li
     )
 
 
-def load_files(files: dict[str, list[str]], source: str, cache_dir: str | None, streaming: bool = False) -> dict:
+def load_files(
+    files: dict[str, list[str]],
+    source: str,
+    cache_dir: str | None,
+    streaming: bool = False,
+    text_columns: Sequence[str] = (),
+) -> dict:
+    """Rows by split of files by split, all of one format; `text_columns` are text whatever a csv file holds there."""
     kind = FILE_FORMATS[Path(next(iter(files.values()))[0]).suffix]
-    try:
-        return dict(datasets.load_dataset(kind, data_files=files, cache_dir=cache_dir, streaming=streaming))
-    except _LOAD_ERRORS as error:
-        raise DataError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
+    settings, splits = {"cache_dir": cache_dir, "streaming": streaming, "split": "train"}, {}
+    for split, paths in files.items():
+        if kind == "csv":
+            (path,) = paths
+            settings |= csv_settings(path, source, text_columns, streaming)
+        try:
+            splits[split] = datasets.load_dataset(kind, data_files=[glob.escape(path) for path in paths], **settings)
+        except _LOAD_ERRORS as error:
+            raise DataError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
+    return splits
 
 
 def load_image_folder(path: str, source: str, cache_dir: str | None, streaming: bool = False) -> dict:
     """Images in one folder per class, below one folder per split where these are named so."""
     try:
-        return dict(datasets.load_dataset("imagefolder", data_dir=path, cache_dir=cache_dir, streaming=streaming))
+        found = datasets.load_dataset(
+            "imagefolder", data_dir=glob.escape(path), cache_dir=cache_dir, streaming=streaming
+        )
+        return dict(found)
     except _LOAD_ERRORS as error:
         raise DataError(f"{source} cannot be read as images in folders: {error.__cause__ or error}") from error
 

@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, PreTrainedConfig, set_seed
 from transformers.utils import logging
 
 from ..data.labels import REGRESSION, model_label_ids
-from ..data.samples import sample_model_path
+from ..data.samples import model_source
 from ..data.streaming import EndlessStream
 from ..data.task import DataError, Modality, TaskData
 from ..errors import check_folder, one_line_errors, refuse_nan
@@ -190,12 +190,6 @@ def check_output_dir(args: RunArguments) -> str | None:
 # Model
 
 
-def _model_source(args: ModelArguments) -> str | None:
-    """The checkpoint to load: `minilm` is the installed sample, unless a folder has that name."""
-    name = args.model_name_or_path
-    return str(sample_model_path(name)) if name == "minilm" and not os.path.isdir(name) else name
-
-
 def load_model(modality: Modality, args: ModelArguments, data: TaskData, trains: bool = True) -> EarlyExitMixin:
     """The early-exit model for `data`, from a checkpoint or from scratch.
 
@@ -239,7 +233,7 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData, trains:
         ids = model_label_ids(data, config.label2id)
         _set_labels(config, dict(sorted(zip(ids, data.label_names, strict=True))))
     return model_class.from_pretrained(
-        _model_source(args),
+        model_source(args.model_name_or_path),
         config=config,
         ignore_mismatched_sizes=args.ignore_mismatched_sizes or not fine_tuned,
         attn_implementation=args.attn_implementation,
@@ -264,7 +258,7 @@ def _read_config(modality: Modality, args: ModelArguments, **given) -> tuple[typ
     """The class for a checkpoint, its config with what is `given`, and whether it is a fine-tuned classifier."""
     model_classes, name = modality.model_classes, args.model_name_or_path
     try:
-        found, _ = PreTrainedConfig.get_config_dict(_model_source(args), **_hub(args))
+        found, _ = PreTrainedConfig.get_config_dict(model_source(name), **_hub(args))
     except (OSError, ValueError) as error:
         raise ExitConfigurationError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
     known = {kind.config_class.model_type: kind for kind in model_classes.values()} | model_classes
@@ -399,7 +393,7 @@ class Experiment:
         self.new_head = self.model.is_new_head(self.model.num_exits - 1)
         self.history = history_of(args.model.model_name_or_path, has_head=not self.new_head)
         self.modality.fit_model(self.model, args.data)
-        source = _model_source(args.model)
+        source = args.model.model_name_or_path and model_source(args.model.model_name_or_path)
         self.processor = self.modality.load_processor(source, args.data, self.model.config, **hub)
         self.splits = self.modality.encode_data(self.data, self.processor, args.data, self.model.config)
         self._take_calibration_rows()

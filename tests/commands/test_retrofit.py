@@ -110,6 +110,46 @@ def rows_read():
     handle.remove()
 
 
+@pytest.mark.parametrize("columns", ["Text,Category", "Text,Category,label"])
+def test_two_columns_of_text_must_be_named(columns, sources, tmp_path, capsys):
+    """Breaks if the labels of a file are read as second sentences, and agreement with that is certified."""
+    folder, flag, path = sources["bert"]
+    texts, extra = Path(path).read_text().splitlines()[1:], "".join(",0" for _ in columns.split(",")[2:])
+    table = tmp_path / "own.csv"
+    table.write_text(f"{columns}\n" + "".join(f"{text},word1{extra}\n" for text in texts))
+    message = "two columns of text, Text and Category, .*--text_column_names"
+    if "label" not in columns:
+        message = "2 columns of text.*--text_column_names"
+    with pytest.raises(SystemExit, match=message):
+        main(words_of((folder, flag, str(table)), tmp_path / "out"))
+    assert not list(tmp_path.glob("out/*"))
+    main(words_of((folder, flag, str(table)), tmp_path / "out", text_column_names="Text"))
+    assert "Columns read: Text\n" in capsys.readouterr().out
+    main(words_of(sources["bert"], tmp_path / "same"))
+    assert "Columns read: text\n" in capsys.readouterr().out
+    first, second = (load_exit_logits(tmp_path / name)["logits"] for name in ("out", "same"))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_empty_texts_are_left_out(sources, tmp_path):
+    folder, flag, path = sources["bert"]
+    texts = Path(path).read_text().splitlines()[1:]
+    table = tmp_path / "gaps.jsonl"
+    table.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *texts, " "]))
+    with pytest.raises(SystemExit, match="2 such rows of 202.*--skip_empty"):
+        main(words_of((folder, flag, str(table)), tmp_path / "out"))
+    main(words_of((folder, flag, str(table)), tmp_path / "out", skip_empty=None))
+    main(words_of(sources["bert"], tmp_path / "same"))
+    first, second = (load_exit_logits(tmp_path / name)["logits"] for name in ("out", "same"))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_the_installed_sample_is_found_by_its_name(sources, minilm_path, tmp_path):
+    """Breaks if `minilm` is looked for on the Hub here, while the scripts know it."""
+    with pytest.raises(SystemExit, match="MODEL minilm has no classifier"):
+        main(words_of(("minilm", *sources["bert"][1:]), tmp_path / "out"))
+
+
 def chunks(out):
     return sorted(out.glob("features/*/chunk-*.npz"))
 

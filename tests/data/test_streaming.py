@@ -74,7 +74,7 @@ def test_a_text_that_is_missing(tmp_path, minilm_path):
     args = TextDataArguments(streaming=True, **files)
     data = load_text_data(args, splits_needed=("train", "validation"), seed=1)
     rows = encode_text_data(data, AutoTokenizer.from_pretrained(minilm_path), args)["train"]
-    with pytest.raises(DataError, match="no text in column 'sentence'"):
+    with pytest.raises(DataError, match="a row without text in column 'sentence'"):
         list(rows)
 
 

@@ -1,0 +1,142 @@
+"""csv files: UTF-8, separated by commas, an empty field for what is missing; anything else is said with its remedy."""
+
+import csv
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+
+from .task import DataError
+
+
+_STREAM_ROWS = 100_000  # of a stream, which is not read to its end beforehand, so many rows are looked at
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+# Types by what all values of a column must look like; leading zeros, and more digits than a number keeps, are text.
+_TYPES = {
+    "bool": re.compile(r"True|TRUE|true|False|FALSE|false"),
+    "int64": re.compile(r"0|-?[1-9]\d{0,17}"),
+    "float64": re.compile(r"[+-]?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d+)?"),
+}
+
+
+def csv_settings(path: str, source: str, text_columns: Sequence[str] = (), streaming: bool = False) -> dict[str, Any]:
+    """Look through a csv file, and return what `datasets` must read it with.
+
+    Words as `null`, `NA` or `None` are text, not gaps. A column holds numbers only if all its values are numbers.
+
+    Args:
+        path: of the file.
+        source: what it is called in messages.
+        text_columns: columns that are text whatever they hold.
+        streaming: look at the first 100,000 rows only.
+
+    Raises:
+        DataError: another encoding or separator, no rows, a column that is named twice, or a row with too few or too
+            many fields.
+    """
+    _check_encoding(path, source)
+    with open(path, encoding="utf-8-sig", newline="") as file, _long_fields():
+        reader = csv.reader(file)
+        try:
+            header = next(reader, [])
+            _check_header(header, source)
+            rows = _whole_rows(reader, header, source)
+            types, num_rows = _column_types(itertools.islice(rows, _STREAM_ROWS if streaming else None), header)
+        except UnicodeDecodeError as error:
+            raise _wrong_encoding(path, source) from error
+        except csv.Error as error:
+            raise DataError(f"{source}, line {reader.line_num}, cannot be read as csv: {error}.") from error
+    if not num_rows:
+        raise DataError(f"{source} has a header ({', '.join(header)}) but no rows: give a file with rows.")
+    types |= {name: "string" for name in text_columns if name in types}
+    return {
+        "encoding": "utf-8-sig",
+        "keep_default_na": False,
+        "na_values": [""],
+        "skip_blank_lines": len(header) > 1,
+        "features": datasets.Features({name: datasets.Value(types[name]) for name in header}),
+    }
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _check_encoding(path: str, source: str) -> None:
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if not start:
+        raise DataError(f"{source} is empty: give a file with a header and rows.")
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{source} is encoded in UTF-16: {_remedy(path, 'UTF-16')}")
+
+
+def _wrong_encoding(path: str, source: str) -> DataError:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                return DataError(
+                    f"{source}, line {number}, is not UTF-8 (byte 0x{byte:02x}), but perhaps Latin-1: "
+                    f"{_remedy(path, 'LATIN1')}"
+                )
+    return DataError(f"{source} is not UTF-8: {_remedy(path, 'LATIN1')}")
+
+
+def _remedy(path: str, encoding: str) -> str:
+    return f"convert it, for example by `iconv -f {encoding} -t UTF-8 {path} > utf8.csv`."
+
+
+def _check_header(header: list[str], source: str) -> None:
+    if len(header) == 1:
+        separator = next((one for one in _SEPARATORS if one in header[0]), None)
+        if separator is not None:
+            raise DataError(
+                f"{source} is separated by {_SEPARATORS[separator]}: its only column is {header[0]!r}. Write it with "
+                f"commas, for example by pandas: `read_csv(..., sep={separator!r}, keep_default_na=False).to_csv(..., "
+                "index=False)`."
+            )
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{source} names the column {twice!r} twice: rename one of them.")
+
+
+def _whole_rows(reader, header: list[str], source: str) -> Iterator[list[str]]:
+    """Rows as long as the header. A blank line is no row, but in a file of one column an empty text."""
+    for row in reader:
+        if not row and len(header) == 1:
+            row = [""]
+        if row and len(row) != len(header):
+            raise DataError(
+                f"{source}, line {reader.line_num}, has {len(row)} fields, the header {len(header)}: put fields with "
+                'commas or line breaks between double quotes ("), and double those within.'
+            )
+        if row:
+            yield row
+
+
+def _column_types(rows: Iterator[list[str]], header: list[str]) -> tuple[dict[str, str], int]:
+    """The type of each column, and the number of rows."""
+    possible = {name: dict(_TYPES) for name in header}
+    filled, gaps, num_rows = set(), set(), 0
+    for row in rows:
+        num_rows += 1
+        for name, value in zip(header, row, strict=True):
+            (filled if value else gaps).add(name)
+            if value and possible[name]:
+                possible[name] = {kind: look for kind, look in possible[name].items() if look.fullmatch(value)}
+    for name in gaps:  # there is no missing whole number or truth value
+        kinds = possible[name]
+        possible[name] = {"float64": kinds["float64"]} if name in filled and "float64" in kinds else {}
+    return {name: next(iter(possible[name]), "string") for name in header}, num_rows
