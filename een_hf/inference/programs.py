@@ -45,7 +45,8 @@ class Decisions:
         self.thresholds = torch.zeros(model.num_exits, device=model.device)
         self.temperatures = torch.ones_like(self.thresholds) if policy and policy.temperatures else None
         self.policy = None
-        self.set(policy)
+        if policy is not None:
+            self.set(policy)
 
     @staticmethod
     def kind(model, policy: ExitPolicy | None) -> tuple:
@@ -57,7 +58,7 @@ class Decisions:
 
     def set(self, policy: ExitPolicy | None) -> None:
         """Take the numbers of a policy of the same kind."""
-        if policy is None or policy is self.policy:
+        if policy is self.policy:
             return
         self.thresholds.copy_(torch.tensor(policy.thresholds, dtype=torch.float32))
         if self.temperatures is not None:
@@ -95,7 +96,9 @@ class Lane:
         }
         self.places = torch.arange(capacity + 1, device=device)  # the last is the spare one
         self.counts = torch.zeros(len(decisions.segments) + 1, dtype=torch.int64, device=device)
-        self.host_counts = torch.zeros(self.counts.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        host = torch.zeros(self.counts.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.host_counts = host.numpy()
+        self.read = list(zip(self.counts[1:].split(1), host[1:].split(1), strict=True))
         self.events = [torch.cuda.Event() if device.type == "cuda" else None for _ in decisions.segments]
         self.batch = 0
         # Of the examples that reach a segment, the share that continues after it, over past batches; 0: not known.
@@ -111,7 +114,8 @@ class Lane:
             self.programs[key] = _Program(self, segment, rows)
         self.programs[key]()
         if segment + 1 < len(self.decisions.segments):
-            self.host_counts[segment + 1].copy_(self.counts[segment + 1], non_blocking=True)
+            source, target = self.read[segment]
+            target.copy_(source, non_blocking=True)
             if self.events[segment] is not None:
                 self.events[segment].record()
 
@@ -125,20 +129,15 @@ class Lane:
         """Whether, by past batches, so many exit after a segment that fewer rows follow: else nobody need wait."""
         return self.capacity == 1 or row_bucket(math.ceil(self.shares[segment] * present), self.capacity) < rows
 
-    def observe(self) -> None:
-        """Learn from the counts of the batch before, where they have arrived."""
+    def start(self, batch: int) -> None:
+        """Begin a batch of this size, and learn from the counts of the one before where they have arrived."""
         before = self.batch
-        for segment in range(len(self.decisions.segments) - 1):
-            event = self.events[segment]
-            if not before or (event is not None and not event.query()):
-                return
-            count = int(self.host_counts[segment + 1])
-            share = count / before
-            self.shares[segment] = share if not self.shares[segment] else 0.8 * self.shares[segment] + 0.2 * share
-            before = count
-
-    def set_batch(self, batch: int) -> None:
-        """Say how many examples the inputs hold."""
+        if self.capacity > 1:
+            for segment, event in enumerate(self.events[:-1]):
+                if not before or (event is not None and not event.query()):
+                    break
+                share, before = self.host_counts[segment + 1] / before, self.host_counts[segment + 1]
+                self.shares[segment] = 0.8 * self.shares[segment] + 0.2 * share if self.shares[segment] else share
         if batch != self.batch:
             self.counts[0].fill_(batch)
             self.batch = batch

@@ -50,34 +50,54 @@ class ExitRunner:
         cuda_graphs: bool | None = None,
         compile: bool = False,
     ):
-        self.model, self.device = model, model.device
+        self.model = model
         self.policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
         if self.policy is not None:
             self.policy.validate(model.num_exits, model.config.problem_type, model.config.num_labels)
         self.cuda_graphs = model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
-        self._lock = threading.Lock()
+        self._lock, self._is_text = threading.Lock(), model.main_input_name == "input_ids"
         self._sizes: dict[int, int] = {}
         self._stage = torch.compile(model.run_stage, dynamic=True) if compile else model.run_stage
         self._forget()
 
     def _forget(self) -> None:
+        self.device = self.model.device
         self._pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
-        self._decisions: dict[tuple, Decisions] = {}
+        self._kinds: dict[tuple, Decisions] = {}
+        self._decisions: Decisions | None = None
+        self._attention = self.model.config._attn_implementation
         self._lanes: OrderedDict[tuple, Lane] = OrderedDict()
-        self._chosen: tuple = (None, None, None)
         # Where the parameters are, and the tensors themselves, so that no graph reads memory that was given back.
-        self._holders = [
-            (part, name) for module in self.model.modules() for part in (module._parameters, module._buffers)
-            for name, tensor in part.items() if tensor is not None
-        ]  # fmt: skip
+        modules = list(self.model.modules())
+        parts = [part for module in modules for part in (module._parameters, module._buffers)]
+        self._holders = [(part, name) for part in parts for name, tensor in part.items() if tensor is not None]
         self._held = [part[name] for part, name in self._holders]
         self._pointers = [tensor.data_ptr() for tensor in self._held]
 
     def _is_current(self) -> bool:
-        try:
-            return self._pointers == [part[name].data_ptr() for part, name in self._holders]
-        except (KeyError, AttributeError):
+        """Whether the programs still fit the model, its weights and its policy; forgets those that do not."""
+        policy = self._policy()
+        if policy is not self._decisions.policy:
+            self._decide_by(policy)
             return False
+        try:
+            same = self._pointers == [part[name].data_ptr() for part, name in self._holders]
+        except (KeyError, AttributeError):
+            same = False
+        if not same or self._attention != self.model.config._attn_implementation:
+            self._forget()
+            return False
+        return True
+
+    def _policy(self) -> ExitPolicy | None:
+        return self.model.get_exit_policy() if self.policy is None else self.policy
+
+    def _decide_by(self, policy: ExitPolicy | None) -> None:
+        kind = Decisions.kind(self.model, policy)
+        if kind not in self._kinds:
+            self._kinds[kind] = Decisions(self.model, policy)
+        self._decisions = self._kinds[kind]
+        self._decisions.set(policy)
 
     @torch.no_grad()
     def __call__(self, **inputs) -> EarlyExitClassifierOutput:
@@ -98,19 +118,22 @@ class ExitRunner:
             return self._run(inputs)
 
     def _on_device(self):
-        device = self.model.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        other = self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
+        return torch.cuda.device(self.device) if other else nullcontext()
 
     def _run(self, inputs: dict) -> EarlyExitClassifierOutput:
+        if self._decisions is None:
+            self._decide_by(self._policy())
         lane, batch = self._load(inputs)
-        segments = lane.decisions.segments
+        last = len(lane.decisions.segments) - 1
         rows, present = row_bucket(batch, lane.capacity), batch
-        for segment in range(len(segments)):
+        for segment in range(last + 1):
             lane.run(segment, rows)
-            if segment == 0 and not self._is_current():  # looked at while the device is busy
-                self._forget()
-                return self._run(inputs)
-            if segment == len(segments) - 1:
+            if segment == 0:  # while the device is busy
+                if not self._is_current():
+                    return self._run(inputs)
+                outputs = EarlyExitClassifierOutput(logits=lane.logits, exit_index=lane.exit_index)
+            if segment == last:
                 break
             if not lane.may_shrink(segment, rows, present):
                 # Those who have exited ride along, their answers being written, until fewer rows are worth a wait.
@@ -120,17 +143,16 @@ class ExitRunner:
             if present == 0:
                 break
             rows = row_bucket(present, lane.capacity)
-        return EarlyExitClassifierOutput(
-            logits=lane.logits[:batch].clone(), exit_index=lane.exit_index[:batch].clone()
-        )
+        outputs.logits, outputs.exit_index = lane.logits[:batch].clone(), lane.exit_index[:batch].clone()
+        return outputs
 
     def _load(self, inputs: dict) -> tuple[Lane, int]:
         """The lane for these inputs, which it now holds, and the size of the batch."""
         inputs = {n: v for n, v in inputs.items() if v is not None and n not in ("labels", "early_exit")}
+        text, padded = self._is_text, False
         main = inputs.get(self.model.main_input_name)
         main = inputs["inputs_embeds"] if main is None else main
-        batch, length = main.shape[0], main.shape[1]
-        text, padded = self.model.main_input_name == "input_ids", False
+        batch, length = main.shape[:2]
         wanted = length
         if text:
             wanted = min(-(-length // LENGTH_STEP) * LENGTH_STEP, max(length, self._longest()))
@@ -138,55 +160,46 @@ class ExitRunner:
             # On the device nobody looks: that would wait for it.
             padded = wanted > length or (mask is not None and (mask.is_cuda or not bool(mask.all())))
             if padded:
-                inputs["attention_mask"] = torch.ones(main.shape[:2], dtype=torch.int64) if mask is None else mask
-        shapes = tuple(
-            (
-                n,
-                (wanted, *v.shape[2:]) if text and v.dim() > 1 and v.shape[1] == length else tuple(v.shape[1:]),
-                v.dtype,
-            )
-            if isinstance(v, torch.Tensor)
-            else (n, v)
-            for n, v in inputs.items()
-        )
-        lane = self._lane(batch, shapes, inputs, padded)
+                inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.int64) if mask is None else mask
+        shapes = []
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                shape = tuple(value.shape[1:])
+                if wanted > length and shape and shape[0] == length:
+                    shape = (wanted, *shape[1:])
+                value = shape, value.dtype
+            shapes.append((name, value))
+        lane = self._lane(batch, tuple(shapes), padded)
         for name, value in inputs.items():
             if not isinstance(value, torch.Tensor):
                 continue
             static = lane.inputs[name]
-            if text and static.dim() > 1 and static.shape[1] > value.shape[1]:
-                static[:batch, : value.shape[1]].copy_(value, non_blocking=True)
-                static[:batch, value.shape[1] :].fill_(self._padding(name))
+            if batch < lane.capacity:
+                static = static[:batch]
+            if static.shape == value.shape:
+                static.copy_(value, non_blocking=True)
             else:
-                static[:batch].copy_(value, non_blocking=True)
-        lane.observe()
-        lane.set_batch(batch)
+                static[:, :length].copy_(value, non_blocking=True)
+                static[:, length:].fill_(self._padding(name))
+        lane.start(batch)
         return lane, batch
 
-    def _lane(self, batch: int, shapes: tuple, inputs: dict, padded: bool) -> Lane:
-        policy = self.policy or self.model.get_exit_policy()
-        if policy is not self._chosen[0] or self._chosen[1] is None:
-            kind = Decisions.kind(self.model, policy)
-            if kind not in self._decisions:
-                self._decisions[kind] = Decisions(self.model, policy)
-            self._decisions[kind].set(policy)
-            self._chosen = policy, kind, self._decisions[kind]
-        _, kind, decisions = self._chosen
-        decisions.set(policy)
+    def _lane(self, batch: int, shapes: tuple, padded: bool) -> Lane:
         capacity = 1 << (batch - 1).bit_length()
-        device = self.model.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key = (capacity, shapes, padded, kind, autocast, self.model.config._attn_implementation)
-        if key not in self._lanes:
+        autocast = torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type)
+        key = (capacity, shapes, padded, id(self._decisions), autocast)
+        lane = self._lanes.get(key)
+        if lane is None:
             shown = {
-                n: torch.empty((1, *s[1]), dtype=s[2], device="meta") if isinstance(inputs[n], torch.Tensor) else s[1]
-                for n, s in zip(inputs, shapes, strict=True)
+                name: torch.empty((1, *value[0]), dtype=value[1], device="meta") if isinstance(value, tuple) else value
+                for name, value in shapes
             }
-            self._lanes[key] = Lane(self.model, decisions, capacity, shown, padded, self._pool, self._stage)
+            lane = Lane(self.model, self._decisions, capacity, shown, padded, self._pool, self._stage)
+            self._lanes[key] = lane
             if len(self._lanes) > MAX_LANES:
                 self._lanes.popitem(last=False)
         self._lanes.move_to_end(key)
-        return self._lanes[key]
+        return lane
 
     def _longest(self) -> int:
         return getattr(self.model.config, "max_input_length", None) or self.model.config.max_position_embeddings

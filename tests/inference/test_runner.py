@@ -139,7 +139,7 @@ def test_no_wait_where_no_smaller_bucket_follows():
         assert_as_anytime(runner, model, inputs, policy)
         (lane,) = runner._lanes.values()
         waits.append([lane.may_shrink(segment, 16, 16) for segment in range(2)])
-        lane.observe()
+        lane.start(16)
     assert waits[0] == [True, True]
     assert waits[-1][0] is False
 
