@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
