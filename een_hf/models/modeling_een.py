@@ -366,7 +366,7 @@ class EarlyExitMixin:
         ]
         if recording:
             logger.warning_once(f"{' and '.join(recording)} needs every layer: no compute is saved by early exit.")
-        self._check_mask(examples.attention_mask, dynamic=policy is not None and not recording)
+        self.check_mask(examples.attention_mask, dynamic=policy is not None and not recording)
         if not torch.compiler.is_compiling():
             examples = examples.unpadded()
         exit_index = None
@@ -399,7 +399,12 @@ class EarlyExitMixin:
             policy = self.get_exit_policy() if early_exit and not self.training else None
         return policy
 
-    def _check_mask(self, attention_mask: torch.Tensor | None, dynamic: bool) -> None:
+    def check_mask(self, attention_mask: torch.Tensor | None, dynamic: bool) -> None:
+        """Refuse a mask that the exits cannot read.
+
+        Raises:
+            ExitConfigurationError: it is not 2-D where examples can exit or an exit reads the mean of the tokens.
+        """
         if attention_mask is None or attention_mask.dim() == 2:
             return
         poolings = {self.config.last_exit_pooling, self.config.exit_pooling if self.num_exits > 1 else "cls"}

@@ -5,12 +5,13 @@ of the network, W the weight prediction network; g the clipped gradient of the w
 optimizer's step moves theta per unit of g.
 """
 
+import inspect
 import json
 import math
 import os
 from collections import deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
@@ -131,53 +132,27 @@ def _confidences(exit_logits: torch.Tensor) -> torch.Tensor:
     return exit_logits.softmax(-1, dtype=torch.float32 if low else None).amax(-1)
 
 
-class ChargedExits:
-    """At which exit each of n samples of the meta half is charged, as a policy by which they exit.
+def charged_shares(num_samples: int, num_exits: int, target_p: float, offset: float) -> list[int]:
+    """How many of the n samples of the meta half are charged at each exit: n_1 to n_K.
 
-    Exit 1 is charged with the n_1 most confident of the samples; exit 2 with the n_2 most confident of the others, by
-    its own confidence; and so on; exit K with the rest (Han et al., section 3.3). n_k is n p_k with p_k proportional
-    to q^k, rounded systematically: n_1 + ... + n_k = floor(n (p_1 + ... + p_k) + u), so that with u uniform in [0, 1)
-    the mean of n_k is n p_k. Rounded down, the middle exits of a small batch would never be charged. Of equally
-    confident samples the earlier ones come first.
+    n_k is n p_k with p_k proportional to q^k (Han et al., section 3.3), rounded systematically: n_1 + ... + n_k =
+    floor(n (p_1 + ... + p_k) + u), so that with u uniform in [0, 1) the mean of n_k is n p_k. Rounded down, the middle
+    exits of a small batch would never be charged.
 
     Args:
         num_samples: n.
         num_exits: K.
         target_p: q.
         offset: u.
-
-    Attributes:
-        shares: n_1 to n_K.
     """
+    powers = list(accumulate(target_p**k for k in range(1, num_exits + 1)))
+    bounds = [math.floor(num_samples * power / powers[-1] + offset) for power in powers[:-1]]
+    return [after - before for before, after in pairwise([0, *bounds, num_samples])]
 
-    def __init__(self, num_samples: int, num_exits: int, target_p: float, offset: float = 0.0):
-        powers = list(accumulate(target_p**k for k in range(1, num_exits + 1)))
-        bounds = [math.floor(num_samples * power / powers[-1] + offset) for power in powers[:-1]]
-        self.shares = [after - before for before, after in pairwise([0, *bounds, num_samples])]
 
-    remembers = False
-
-    def lets_exit(self, exit_index: int) -> bool:
-        """As `ExitPolicy.lets_exit`."""
-        return self.shares[exit_index] > 0
-
-    def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
-        """As `ExitPolicy.decide`."""
-        order = _confidences(logits.detach()).argsort(descending=True, stable=True)
-        leaves = torch.zeros_like(order, dtype=torch.bool)
-        leaves[order[: self.shares[exit_index]]] = True
-        return leaves, state
-
-    def exits_of(self, exit_logits: torch.Tensor) -> torch.Tensor:
-        """As `ExitPolicy.exits_of`."""
-        num_samples, num_exits = exit_logits.shape[:2]
-        left = torch.arange(num_samples, device=exit_logits.device)
-        exits = torch.full_like(left, num_exits - 1)
-        for index in range(num_exits - 1):
-            leaves, _ = self.decide(index, exit_logits[left, index], ())
-            exits[left[leaves]] = index
-            left = left[~leaves]
-        return exits
+def _most_confident_first(logits: torch.Tensor) -> torch.Tensor:
+    """The order of the samples by confidence; of equally confident ones the earlier come first."""
+    return _confidences(logits.detach()).argsort(descending=True, stable=True)
 
 
 @torch.no_grad()
@@ -339,16 +314,51 @@ def _mark_used(gradients: list[torch.Tensor]) -> None:
     torch._foreach_abs_(gradients)
 
 
-class _PlainForward(nn.Module):
-    """The class's own forward: accelerate wraps the instance's in autocast."""
+class _Forward(nn.Module):
+    """The network without what accelerate wraps around it, under its own names behind `network.`."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, inputs: dict, early_exit: bool | ChargedExits):
-        features = {name: value for name, value in inputs.items() if name != "labels"}
-        return type(self.network).forward(self.network, **{**features, "early_exit": early_exit})
+    def forward(self, inputs: dict, shares: list[int] | None = None):
+        """Without `shares` the logits of all exits (n, K, num_labels).
+
+        With them exit k answers the n_k most confident of the samples that are left, and they take no part in the
+        layers behind: their logits (n, num_labels), exit by exit, and which samples they are (n,).
+        """
+        names = inspect.signature(self.network.embed).parameters
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        kwargs = {name: inputs.pop(name) for name in inputs.keys() - names.keys()}
+        examples = self.network.embed(**inputs)
+        mask, on_host = examples.attention_mask, _on_host(examples.hidden)
+        self.network.check_mask(mask, dynamic=False)
+        of_tokens = mask is not None and mask.dim() == 2
+        if of_tokens and on_host:
+            examples = examples.unpadded()
+        elif of_tokens:
+            examples.padded = True  # to look would be to wait
+        if shares is None:
+            return torch.stack(self.network.run_all(examples, **kwargs), 1)
+
+        examples.ids = torch.arange(len(examples), device=examples.hidden.device)
+        context, after, answers, ids = self.network.make_context(examples), -1, [], []
+        for index, share in enumerate(shares):
+            if share == 0:
+                continue
+            hidden, logits = self.network.run_stage(index, examples, context, None, after, **kwargs)
+            if share == len(examples):
+                break
+            examples, order = replace(examples, hidden=hidden), _most_confident_first(logits)
+            charged, left = order[:share], order[share:]
+            answers.append(logits.index_select(0, charged))
+            ids.append(examples.ids.index_select(0, charged))
+            if of_tokens and on_host:
+                exits = torch.zeros_like(order, dtype=torch.bool).index_fill_(0, charged, True)
+                examples = examples.trim(*examples.measure(exits)[1:])
+            examples = examples.select(left)
+            context, after = self.network.make_context(examples), index
+        return torch.cat([*answers, logits]), torch.cat([*ids, examples.ids])
 
 
 @contextmanager
@@ -515,7 +525,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     for (train a, meta b), then for (train b, meta a), both at the same theta:
 
         theta'(w) = the optimizer's step on a = theta - P g(w) + terms without w
-        L_meta    = sum_k mean of l[j,k](theta') over the samples j of b charged at exit k (`ChargedExits`)
+        L_meta    = sum_k mean of l[j,k](theta') over the samples j of b charged at exit k (`charged_shares`)
         W         = Adam's step on dL_meta/dW
 
     No graph of second order is needed: dL_meta/dw[i,k] = -(1/n) <grad l[i,k](theta), u>, with u = c P grad
@@ -539,7 +549,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         - A directional derivative takes the place of the double backward (`exact` keeps it).
         - `--exit_loss_weights` multiplies w in the look-ahead too; soft labels and label smoothing are respected.
           Mixup and CutMix mix row i with row n - 1 - i: the halves of such a batch show the same images.
-        - W's generator and the order of ties in `ChargedExits` are fixed, so that runs repeat and resume to the bit.
+        - W's generator and the order of equally confident samples are fixed: runs repeat and resume to the bit.
 
     References:
         Han, Pu, Lai, Wang, Song, Cao, Huang, Deng, Huang: Learning to Weight Samples for Dynamic Early-exiting
@@ -565,7 +575,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         )
         self.meta_scheduler = None
         self._looked_ahead_at = None
-        self._share_offset = 0.0  # u of `ChargedExits`, drawn at each look-ahead
+        self._share_offset = 0.0  # u of `charged_shares`, drawn at each look-ahead
         # For the log: (2, batch, K) weights and losses of the last batches, how many are new, the meta losses.
         self._recent, self._unlogged = deque(maxlen=1000), 0
         self._summed_meta_losses, self._num_meta_losses = 0.0, 0
@@ -816,33 +826,25 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
                 with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
                     yield
 
-    def _outputs(self, inputs: dict, parameters: dict | None = None, early_exit: bool | ChargedExits = False):
-        """What the model says of `inputs`, at `parameters` where given."""
-        plain = _PlainForward(self.model)
+    def _outputs(self, inputs: dict, parameters: dict | None = None, shares: list[int] | None = None):
+        """What `_Forward` gives, at `parameters` where given."""
+        network = _Forward(self.model)
         with self._precision():
             if parameters is None:
-                return plain(inputs, early_exit)
-            return functional_call(plain, parameters, (inputs, early_exit))
+                return network(inputs, shares)
+            return functional_call(network, parameters, (inputs, shares))
 
     def _losses(self, inputs: dict, parameters: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """l (n, K) and the logits (n, K, num_labels) of `inputs`, at `parameters` where given."""
-        exit_logits = self._outputs(inputs, parameters).exit_logits
+        exit_logits = self._outputs(inputs, parameters)
         return self.losses_of(exit_logits, inputs["labels"]), exit_logits
 
     def _meta_loss(self, inputs: dict, parameters: dict | None = None) -> torch.Tensor:
-        # A sample counts at one exit only: it leaves there, and the layers behind are spared. Under a mask that is not
-        # 2-D no row can leave.
-        mask, labels = inputs.get("attention_mask"), inputs["labels"]
-        charged = ChargedExits(len(labels), self.model.num_exits, self.scheme_args.meta_target_p, self._share_offset)
-        if mask is None or mask.dim() == 2:
-            outputs = self._outputs(inputs, parameters, charged)
-            logits, exits = outputs.logits, outputs.exit_index
-        else:
-            exit_logits = self._outputs(inputs, parameters).exit_logits
-            exits = charged.exits_of(exit_logits)
-            logits = exit_logits[torch.arange(len(exits), device=exits.device), exits]
-        losses = self.losses_of(logits.unsqueeze(1), labels).squeeze(1)
-        return (losses / losses.new_tensor(charged.shares)[exits]).sum()
+        labels, args = inputs["labels"], self.scheme_args
+        shares = charged_shares(len(labels), self.model.num_exits, args.meta_target_p, self._share_offset)
+        logits, ids = self._outputs(inputs, parameters, shares)
+        losses = self.losses_of(logits.unsqueeze(1), labels[ids]).squeeze(1)
+        return torch.stack([part.mean() for part in losses.split(shares) if len(part)]).sum()
 
     def _average_over_processes(self) -> bool:
         """Average W's gradient over the processes that have one; `False` if none has."""

@@ -10,7 +10,6 @@ import shutil
 from dataclasses import asdict
 from itertools import islice
 
-import datasets
 import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -239,10 +238,11 @@ class EarlyExitTrainer(Trainer):
                 f"{type(self).__name__} needs an early-exit model, not {type(model).__name__}: load the checkpoint "
                 "with EarlyExitBertForSequenceClassification or EarlyExitViTForImageClassification."
             )
-        self.exit_loss_weights = exit_loss_weights(args.exit_loss_weights, model.num_exits)
+        self.exit_loss_weights = exit_loss_weights(args.exit_loss_weights, model.num_exits).to(args.device)
         self.class_weights = None
         if args.class_weights is not None and train_dataset is not None:
             self.class_weights = class_weights(args.class_weights, model.config.num_labels, train_dataset)
+            self.class_weights = self.class_weights.to(args.device)
         if args.freeze_backbone:
             model.freeze_backbone()  # first: it refuses a boosted model, which a scheme may make a plain one
         self.check_model(model)
@@ -385,7 +385,7 @@ class EarlyExitTrainer(Trainer):
             self._summed_losses = self._summed_losses + losses.detach().mean(0) * num_micro_batches
             self._num_summed += 1
         if model.training and self.in_warm_start():
-            weights = weights * torch.eye(len(weights))[-1].to(weights)  # all exits stay in the graph, as DDP needs
+            weights = torch.cat([weights[:-1] * 0, weights[-1:]])  # all exits stay in the graph, as DDP needs
         elif model.training:
             sample_weights = self.sample_weights(losses.detach(), outputs.exit_logits.detach())
             weights = weights if sample_weights is None else weights * sample_weights
@@ -494,7 +494,7 @@ class EarlyExitTrainer(Trainer):
 
     def _answer_rows(self, dataset) -> tuple[ExitPredictions, list[dict]]:
         """Answers of all rows in input order, and of each row the columns that metrics read."""
-        if isinstance(dataset, datasets.Dataset):
+        if hasattr(dataset, "set_format"):  # a datasets.Dataset
             dataset = self._remove_unused_columns(dataset, "test")
         accelerator = self.accelerator
         first, step = accelerator.process_index, accelerator.num_processes

@@ -1,5 +1,8 @@
 """What all schemes share: the loss, the heads' learning rate, a frozen backbone, metrics; and a plain Trainer."""
 
+import subprocess
+import sys
+
 import datasets
 import numpy as np
 import pytest
@@ -285,3 +288,17 @@ def test_a_scheme_needs_no_registration_in_python(tmp_path):
         trainer = trainer_class(model=scratch(), args=args, train_dataset=make_rows())
         trainer.train()
         assert trainer.model.config.training_scheme == method
+
+
+def test_training_needs_no_packages_of_data_sets():
+    """What breaks: schemes cannot be trained or measured where `datasets` and `evaluate` are not installed."""
+    code = (
+        "import importlib.machinery as machinery\n"
+        "find = machinery.PathFinder.find_spec\n"
+        "machinery.PathFinder.find_spec = staticmethod(\n"
+        "    lambda name, *args: None if name.split('.')[0] in ('datasets', 'evaluate') else find(name, *args)\n"
+        ")\n"
+        "import een_hf.training"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
