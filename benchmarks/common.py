@@ -116,10 +116,10 @@ def command_line(script: str, words: list[str]) -> str:
     return shlex.join(["python", script, *words])
 
 
-def write_results(folder: Path, name: str, rows: list[dict]) -> None:
-    """Write `<folder>/<name>.json`: the rows, the machine, the versions and the command."""
+def write_results(folder: Path, name: str, rows: list[dict], **more) -> None:
+    """Write `<folder>/<name>.json`: the rows, the machine, the versions, the command, and what else is given."""
     folder.mkdir(parents=True, exist_ok=True)
     command = command_line(f"benchmarks/{Path(sys.argv[0]).name}", sys.argv[1:])
-    content = {"command": command, "machine": machine(), "rows": rows}
+    content = {"command": command, "machine": machine(), "rows": rows, **more}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {folder / name}.json")

@@ -10,7 +10,7 @@ about a minute.
 - single: one example that exits at exit k, against the stock model cut to that many layers;
 - batches: half of the layers on average, against the whole stock model and what is ideal; memory of the graphs;
 - texts: a data set of texts of real lengths, tokenizing included, against the stock pipeline;
-- training: steps of each scheme, by `training_step.py` (needs the package datasets).
+- training: steps of each scheme, by `training_step.py`.
 
 Each part runs in a process and within a time of its own and writes `gpu_<part>.json` after each model, so that none
 takes the others down. The end is a table of the targets.
@@ -20,7 +20,6 @@ takes the others down. The end is a table of the targets.
 """
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -438,12 +437,10 @@ def texts(args, part: Part) -> None:
 
 def training(args, part: Part) -> None:
     """`training_step.py`, which writes a file of its own."""
-    if importlib.util.find_spec("datasets") is None:
-        part.rows.append({"skipped": "the package datasets is not installed"})
-        return part.write()
-    words = ["--model", "vit-small", "--rounds", "2", "--batch_size", "256", "--bf16"]
+    words = ["--model", "vit-small", "--rounds", "2", "--batch_size", "256", "--dtype", "bfloat16"]
     script = Path(__file__).with_name("training_step.py")
-    where = ["--no_memory", "--name", "gpu_training", "--results", str(args.results)]
+    words += ["--schemes", *list(STEP_TARGETS), "plain fine-tuning"]
+    where = ["--name", "gpu_training", "--results", str(args.results)]
     seconds_left = args.limit + STARTED - time.perf_counter()
     subprocess.run([sys.executable, str(script), *words, *where], check=True, timeout=seconds_left)
 

@@ -25,7 +25,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
-from common import add_results_argument, summarize, write_results
+from common import add_results_argument, ratio, summarize, write_results
 from transformers import (
     BertForSequenceClassification,
     PrinterCallback,
@@ -170,11 +170,12 @@ def compare(args, batch_size: int, memory: dict[str, float]) -> list[dict]:
             seconds[scheme].append(np.mean(clock.seconds))
     rows = []
     for scheme in args.schemes:
-        row = {"scheme": scheme, "batch_size": batch_size, "peak_memory_mib": memory[scheme]}
-        for other in {"plain fine-tuning", "joint"} & set(args.schemes):
-            # Round by round, because a round of one and of the other saw the same machine.
-            row[f"time / {other}"] = float(np.median(np.divide(seconds[scheme], seconds[other])))
-            row[f"memory / {other}"] = memory[scheme] / memory[other]
+        row = {"scheme": scheme, "batch_size": batch_size, "peak_memory_mib": memory.get(scheme)}
+        for other in ("plain fine-tuning", "joint"):
+            if other in args.schemes:
+                row[f"time / {other}"] = ratio(seconds, scheme, other)
+                if memory:
+                    row[f"memory / {other}"] = memory[scheme] / memory[other]
         row["step"] = summarize(seconds[scheme])
         rows.append(row)
         print({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()}, flush=True)
@@ -295,6 +296,8 @@ def main() -> None:
     parser.add_argument("--schemes", choices=SCHEMES, nargs="+", default=list(SCHEMES), help="to compare")
     parser.add_argument("--check", action="store_true", help="compare the meta gradient with the exact one first")
     parser.add_argument("--only", choices=SCHEMES, help="train this scheme and print its peak memory in MiB")
+    parser.add_argument("--no_memory", action="store_true", help="on a CPU measure time alone")
+    parser.add_argument("--name", help="of the results file; default: the model")
     add_results_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -303,7 +306,7 @@ def main() -> None:
 
     # First of all: a child starts with the resident size of its parent.
     memory, rows, checks = {}, [], []
-    if args.device == "cpu":
+    if args.device == "cpu" and not args.no_memory:
         memory = {
             size: {scheme: peak_memory(args, scheme, size) for scheme in args.schemes} for size in args.batch_size
         }
@@ -311,7 +314,9 @@ def main() -> None:
         if args.check:
             checks.append(check(args, size))
         rows += compare(args, size, memory.get(size, {}))
-    write_results(args.results, f"training_step_{args.model}", rows, **({"checks": checks} if args.check else {}))
+    write_results(
+        args.results, args.name or f"training_step_{args.model}", rows, **({"checks": checks} if args.check else {})
+    )
 
 
 if __name__ == "__main__":
