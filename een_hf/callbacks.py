@@ -9,11 +9,15 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
@@ -22,6 +26,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 HISTORY_NAME = "training_curves"
+_MARKERS = "os^DvP*Xp<>h"
 _EXIT_METRIC = re.compile(r"(?:(?P<split>.+)_)?exit(?P<exit>\d+)_(?P<name>.+)")
 
 
@@ -96,20 +101,22 @@ def exit_curves(log_history: list[dict]) -> dict[str, dict[str, list]]:
     return curves
 
 
-def plot_history(curves: dict[str, dict[str, list]], path: str | os.PathLike) -> None:
-    """One picture per curve of `exit_curves`, a line per exit, darker for later ones."""
+def plot_history(curves: dict[str, dict[str, list]], path: str | os.PathLike) -> Figure:
+    """Draw one picture per curve of `exit_curves`, a line per exit with a colour and a marker of its own."""
     figure = Figure(figsize=(4.5 * len(curves), 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         exits = [column for column in curve if column != "step"]
-        for index, column in enumerate(exits):
-            shade = 0.25 + 0.75 * (index + 1) / len(exits)
-            axes.plot(curve["step"], curve[column], ".-", color=(0.18, 0.36, 0.61, shade), label=column)
+        colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(exits)))
+        for column, colour, marker in zip(exits, colours, cycle(_MARKERS), strict=False):
+            axes.plot(curve["step"], curve[column], marker=marker, markersize=4, color=colour, label=column)
         axes.set(title=name.replace("_", " "), xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize="small")
     figure.savefig(path, format="png")
+    return figure
 
 
 def _result_rows(results: dict) -> dict[str, list[dict]]:

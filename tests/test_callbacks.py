@@ -1,5 +1,6 @@
 """What trackers and the run's folder show is what was measured; wandb and TensorBoard run for real, offline."""
 
+import itertools
 import json
 import os
 import struct
@@ -11,11 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 
-from een_hf.callbacks import EarlyExitWandbCallback, ExitHistoryCallback, ExitTableCallback, exit_curves
+from een_hf.callbacks import (
+    EarlyExitWandbCallback,
+    ExitHistoryCallback,
+    ExitTableCallback,
+    exit_curves,
+    plot_history,
+)
 from een_hf.evaluation import make_compute_metrics, plot_exit_curves
 from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
 from een_hf.training import EarlyExitTrainingArguments, get_scheme
@@ -120,6 +128,17 @@ def test_curves_are_what_was_evaluated(trained):
             assert curves[f"eval_{name}"][f"exit {k}"] == wanted
     assert curves["train_loss"]["step"] == [1, 2, 3, 4]
     assert imread(f"{trainer.args.output_dir}/training_curves.png").shape[2] == 4
+
+
+@pytest.mark.parametrize("steps", [[2, 4], [1], list(range(1, 60))])
+def test_steps_are_whole_and_exits_told_apart(tmp_path, steps):
+    """Half a step on the axis is nonsense, and twelve shades of one blue are one line."""
+    curve = {"step": steps} | {f"exit {k}": [k + step for step in steps] for k in range(1, 13)}
+    (axes,) = plot_history({"eval_loss": curve}, tmp_path / "curves.png").axes
+    assert all(tick == round(tick) for tick in axes.get_xticks()) and len(axes.get_xticks()) > 0
+    looks = [(line.get_marker(), to_rgb(line.get_color())) for line in axes.lines]
+    for one, other in itertools.combinations(looks, 2):
+        assert one[0] != other[0] and np.abs(np.subtract(one[1], other[1])).max() > 0.1
 
 
 def test_training_losses_by_exit_add_up(trained):

@@ -1,6 +1,7 @@
 """run_glue_een.py as a user runs it: recipes, files, results and predictions; bad input before any work."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -177,6 +178,23 @@ def test_a_finished_run_and_another_runs_folder_are_refused(finished, files, min
         main(TEXT, tiny(minilm_path, *flags))
     with pytest.raises(SystemExit, match="--seed was 42, is 7"):
         main(TEXT, tiny(minilm_path, *flags, "--seed=7"))
+
+
+def test_a_second_run_into_a_folder_is_told_of_the_first(files, minilm_path, tmp_path):
+    """Two runs at a time would each resume from, and delete, the other's checkpoints."""
+    flags = tiny(minilm_path, f"--train_file={files['train']}", "--do_train", "--max_steps=1", "--report_to=none")
+    flags.append(f"--output_dir={tmp_path / 'out'}")
+    told = []
+
+    def encode_while_another_starts(*args):
+        with pytest.raises(SystemExit) as error:
+            main(TEXT, flags)
+        told.append(str(error.value))
+        return TEXT.encode_data(*args)
+
+    main(dataclasses.replace(TEXT, encode_data=encode_while_another_starts), flags)
+    assert len(told) == 1 and "another run is writing there" in told[0] and str(tmp_path / "out") in told[0]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_evaluating_a_finished_model_again_gives_its_figures(finished, files, tmp_path):

@@ -58,7 +58,7 @@ from ..models.configuration_een import is_classifier
 from ..models.exits import POOLINGS
 from ..models.policies import get_criterion
 from ..training.arguments import CalibrationArguments
-from ..training.history import RUN_FILE, history_of, trained_on, write_run
+from ..training.history import RUN_FILE, history_of, only_run_in, trained_on, write_run
 
 
 RECORD_NAME, FEATURES_NAME = "retrofit.json", "features"
@@ -109,6 +109,11 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     check_arguments(args)
+    with only_run_in(args.output_dir):
+        _run(args)
+
+
+def _run(args) -> None:
     set_seed(args.seed)
     model, history = load_model(args), history_of(args.model, has_head=True)
     if trained_on(args.train_file or args.train_dir, history):
@@ -119,7 +124,6 @@ def run(args) -> None:
     rows = (TextRows if args.train_file else ImageRows)(args, model.config)
     calibration_rows = split_rows(len(rows), args)
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
 
     features, teacher_logits = compute_features(model, rows, args)
     training_rows = np.setdiff1d(np.arange(len(rows)), calibration_rows)

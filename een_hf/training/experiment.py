@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
 from ..models.configuration_een import is_classifier
 from ..models.policies import fitting_criteria, get_criterion, resolve_problem_type
 from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
-from .history import RUN_FILE, history_of, read_run, rows_chose, write_run
+from .history import RUN_FILE, history_of, only_run_in, read_run, rows_chose, write_run
 from .trainer import EarlyExitTrainer, get_scheme, last_whole_checkpoint, scheme_arguments
 
 
@@ -333,7 +334,12 @@ class Experiment:
             raise ExitConfigurationError("--measure_speed times the evaluation rows: add --do_eval.")
         if args.data.streaming:
             self._check_streaming()
-        checkpoint = check_output_dir(args)
+        # One process holds the folder for all of a run.
+        with only_run_in(self.folder) if training.process_index == 0 else nullcontext():
+            return self._run(check_output_dir(args))
+
+    def _run(self, checkpoint: str | None) -> dict:
+        training = self.training
         set_seed(training.seed)
         self._prepare()
         metrics = {}

@@ -2,9 +2,17 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..models import ExitConfigurationError
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 RUN_FILE = "_run_arguments.json"  # holds local paths; what begins with an underscore is never pushed
@@ -14,6 +22,36 @@ _HELD_OUT_BY = (
     "max_train_samples partition_dir partition_id"
 ).split()
 _UNKNOWN = "the weights, for all that is known"
+
+
+@contextmanager
+def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other runs out of an output folder while this one lasts; a killed process keeps nobody out.
+
+    Raises:
+        ExitConfigurationError: another run is under way there.
+    """
+    folder = Path(folder)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    held = None
+    try:
+        if fcntl is not None:
+            held = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ExitConfigurationError(
+                    f"--output_dir {folder}: another run is writing there. Give another --output_dir, or wait for it."
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def read_run(folder: str | os.PathLike) -> dict | None:

@@ -684,6 +684,8 @@ class EarlyExitTrainer(Trainer):
             found, self._new_heads = written["method"], written.get("new_heads")
             if not isinstance(found, str) or not all(type(k) is int for k in self._new_heads or ()):
                 raise ValueError(f"{SCHEME_FILE} names no scheme")
+            sums, self._num_summed = written.get("unlogged_losses") or (0.0, 0)
+            self._summed_losses = torch.tensor(sums, device=self.args.device)
         if found != self.method:
             raise ExitConfigurationError(
                 f"--resume_from_checkpoint {checkpoint} was trained with --method {found}, not {self.method}: go on "
@@ -745,8 +747,11 @@ class EarlyExitTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             settings = asdict(self.scheme_args) if self.scheme_args else {}
+            settings |= {"method": self.method, "new_heads": self.new_heads()}
+            if self._num_summed:
+                settings["unlogged_losses"] = [self._summed_losses.tolist(), self._num_summed]
             with open(os.path.join(output_dir, SCHEME_FILE), "w") as file:
-                json.dump({"method": self.method, "new_heads": self.new_heads(), **settings}, file, indent=2)
+                json.dump(settings, file, indent=2)
 
     # Hub
 

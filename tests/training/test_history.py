@@ -1,13 +1,15 @@
 """What rows may certify, from what the runs behind a model have read."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from damage import wrong_json
 
 from een_hf.models import ExitConfigurationError
-from een_hf.training.history import history_of, rows_chose, trained_on, write_run
+from een_hf.training.history import history_of, only_run_in, rows_chose, trained_on, write_run
 
 
 NOW = {"train_file": "train.csv", "validation_file": "dev.csv", "seed": 42}
@@ -83,3 +85,32 @@ def test_a_damaged_record_is_named(tmp_path, count):
             assert str(path) in str(error)
             refused += 1
     assert refused >= count // 4
+
+
+HOLD = """
+import sys, time
+from een_hf.training.history import only_run_in
+with only_run_in(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_one_runs_while_it_lasts(tmp_path):
+    """Two runs that write the same files leave a mixture; one that was killed must not keep the folder."""
+    folder = tmp_path / "new" / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert any(line == "held\n" for line in other.stdout)
+            with pytest.raises(ExitConfigurationError, match=f"--output_dir {folder}: another run"):
+                with only_run_in(folder):
+                    raise AssertionError
+        finally:
+            other.kill()
+    with only_run_in(folder), pytest.raises(ExitConfigurationError, match="another run"):
+        with only_run_in(folder):
+            raise AssertionError
+    assert not list(folder.iterdir())
+    with only_run_in(tmp_path / "failed"):
+        pass
+    assert not (tmp_path / "failed").exists()

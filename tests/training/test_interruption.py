@@ -141,6 +141,20 @@ def test_damage_without_checksums_ends_in_one_line(part, finished_l2w, tmp_path,
     assert refused >= count
 
 
+def test_the_curves_of_a_resumed_run_are_those_of_one_in_one_go(tmp_path):
+    """The last checkpoint lies between two logs: losses of the steps before it belong into the next log's mean."""
+    settings = {"logging_steps": 3, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+    make_trainer(tmp_path / "whole", **settings).train()
+    folder = shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(folder / "checkpoint-6")
+    (folder / "training_curves.json").unlink()
+    make_trainer(folder, **settings).train(resume_from_checkpoint=True)
+    found, wanted = (
+        json.loads((tmp_path / name / "training_curves.json").read_text()) for name in ("resumed", "whole")
+    )
+    assert found == wanted and wanted["train_loss"]["step"] == [3, 6]
+
+
 def test_the_best_checkpoint_is_found_again(tmp_path):
     """The state that is saved names no path, so that a run that was moved keeps its best checkpoint, too."""
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
