@@ -55,12 +55,12 @@ SMALL = {
     "vit": {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "image_size": 64},
 }
 CRITERIA = ("confidence", "entropy", "margin", "patience", "vote")
-# How far an answer may lie from the anytime logits, as a share of their spread, and how near to its threshold a score
-# (or to each other the two best logits) may lie that rounding puts on the other side.
-TOLERANCES = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.3}
+# How far an answer may lie from the anytime logits, as a share of their spread, and the share of the examples that
+# rounding may take to another exit.
+TOLERANCES = {"float32": (0.01, 0.01), "float16": (0.08, 0.03), "bfloat16": (0.5, 0.1)}
 
 # Seconds of each part on a GPU.
-LIMITS = {"correctness": 60, "single": 30, "batches": 60, "texts": 25, "training": 55}
+LIMITS = {"correctness": 60, "single": 30, "batches": 60, "texts": 35, "training": 50}
 
 # Time over that of the stock model: eager, and under its own CUDA graph (small models, base models).
 SINGLE_TARGETS = (0.5, 1.10, 1.10)
@@ -195,28 +195,33 @@ def without_mask(stock):
 # Correctness
 
 
-def compare(answer, exit_logits: torch.Tensor, policy: ExitPolicy, tolerance: float) -> dict:
+def compare(answer, exit_logits: torch.Tensor, policy: ExitPolicy) -> dict:
     """How an answer differs from the anytime logits (batch, num_exits, num_labels) of the same inputs."""
     exit_logits = exit_logits.float().cpu()
     logits, taken = answer.logits.float().cpu(), answer.exit_index.cpu()
-    spread = exit_logits.std()
-    difference = ((logits - exit_logits[torch.arange(len(taken)), taken]).abs().amax() / spread).item()
+    spread = exit_logits.std().item()
+    difference = (logits - exit_logits[torch.arange(len(taken)), taken]).abs().amax().item()
     elsewhere = taken != policy.exits_of(exit_logits)
-    near = ((policy.scores(exit_logits) - torch.tensor(policy.thresholds)).abs() < tolerance)[:, :-1].any(1)
-    best = exit_logits.topk(2, -1).values
-    near |= (best[..., 0] - best[..., 1] < tolerance * spread).any(1)
+    # Rounding explains another exit only where a score lies as near to its threshold, or where what counts is which
+    # class leads, the best two logits as near to each other.
+    rounding = max(4 * difference, 1e-3 * spread)
+    near = ((policy.scores(exit_logits) - torch.tensor(policy.thresholds)).abs() < rounding)[:, :-1].any(1)
+    if not policy.scorer.scores_probabilities:
+        best = exit_logits.topk(2, -1).values
+        near |= (best[..., 0] - best[..., 1] < rounding).any(1)
     return {
         "examples": len(taken),
         "at another exit": int(elsewhere.sum()),
         "unexplained": int((elsewhere & ~near).sum()),
-        "largest difference": difference if difference == difference else float("inf"),
+        "largest difference": difference / spread if difference == difference else float("inf"),
     }
 
 
-def verdict(parts: list[dict], tolerance: float) -> dict:
+def verdict(parts: list[dict], dtype: str) -> dict:
+    tolerance, share = TOLERANCES[dtype]
     total = {name: sum(part[name] for part in parts) for name in ("examples", "at another exit", "unexplained")}
     total["largest difference"] = max(part["largest difference"] for part in parts)
-    few = total["at another exit"] <= max(1, 0.02 * total["examples"])
+    few = total["at another exit"] <= max(1, share * total["examples"])
     return {**total, "ok": few and not total["unexplained"] and total["largest difference"] < tolerance}
 
 
@@ -227,7 +232,7 @@ def check_runner(
     network = make_network(args, model, step, dtype, exit_aggregation=aggregation)
     kinds = {"eager": False} | ({"graphs": True} if args.cuda_graphs else {})
     runners = {kind: ExitRunner(network, cuda_graphs=graphs) for kind, graphs in kinds.items()}
-    rows, seed, tolerance = [], 0, TOLERANCES[dtype]
+    rows, seed = [], 0
 
     def check(what: str, criterion: str) -> None:
         nonlocal seed
@@ -239,9 +244,9 @@ def check_runner(
             inputs = random_inputs(args, network, batch_size, seed, padded=batch_size % 2 == 1)
             exit_logits = network(**inputs, early_exit=False).exit_logits
             for kind, runner in runners.items():
-                found[kind].append(compare(runner(**inputs), exit_logits, policy, tolerance))
+                found[kind].append(compare(runner(**inputs), exit_logits, policy))
         for kind in kinds:
-            rows.append({"what": what, "criterion": criterion, "runner": kind, **verdict(found[kind], tolerance)})
+            rows.append({"what": what, "criterion": criterion, "runner": kind, **verdict(found[kind], dtype)})
 
     for criterion in criteria:
         check("criterion", criterion)
@@ -258,7 +263,7 @@ def check_runner(
 
 def check_predict(args, model: str, step: int, dtype: str) -> list[dict]:
     """`predict` over examples of many lengths, more of them the second time."""
-    network, tolerance, parts = make_network(args, model, step, dtype), TOLERANCES[dtype], []
+    network, parts = make_network(args, model, step, dtype), []
     for seed, count in ((1, 40), (2, 150)):
         inputs = {name: tensor.cpu() for name, tensor in random_inputs(args, network, count, seed, True).items()}
         rows = [{name: tensor[index] for name, tensor in inputs.items()} for index in range(count)]
@@ -269,8 +274,8 @@ def check_predict(args, model: str, step: int, dtype: str) -> list[dict]:
         exit_in_shares(network, inputs, equal_shares(network))
         exit_logits = network(**inputs, early_exit=False).exit_logits
         answer = predict(network, rows, 16, cuda_graphs=args.cuda_graphs, progress=False)
-        parts.append(compare(answer, exit_logits, network.get_exit_policy(), tolerance))
-    return [{"what": "predict", "criterion": "confidence", **verdict(parts, tolerance)}]
+        parts.append(compare(answer, exit_logits, network.get_exit_policy()))
+    return [{"what": "predict", "criterion": "confidence", **verdict(parts, dtype)}]
 
 
 def correctness(args, part: Part) -> None:
@@ -504,7 +509,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=TOLERANCES, help="of what is timed; default: bfloat16; without a GPU float32"
     )
-    parser.add_argument("--rounds", type=int, help="of interleaved repeats; default: 30; without a GPU 3")
+    parser.add_argument("--rounds", type=int, help="of interleaved repeats; default: 20; without a GPU 3")
     parser.add_argument("--small", action="store_true", help="small shapes; always without a GPU")
     parser.add_argument("--no_cuda_graphs", action="store_true", help="run the programs eagerly")
     parser.add_argument("--compile", action="store_true", help="also time the first model under torch.compile (slow)")
@@ -518,7 +523,7 @@ def parse() -> argparse.Namespace:
     args.cuda_graphs = gpu and not args.no_cuda_graphs
     args.batch_sizes = args.batch_sizes or ([8, 32, 128, 512] if gpu else [1, 8])
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    args.rounds = args.rounds or (30 if gpu else 3)
+    args.rounds = args.rounds or (20 if gpu else 3)
     args.check_dtypes = list(TOLERANCES) if gpu else ["float32", "bfloat16"]
     args.check_sizes = (33, 1, 6) if gpu else (9, 1, 4)
     args.length = 16 if args.small else 128

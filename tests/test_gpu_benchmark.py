@@ -61,9 +61,9 @@ def test_a_wrong_answer_is_called_wrong(fault, right):
     logits = exit_logits[torch.arange(50), taken].clone()
     if fault in ("logits", "nan"):
         logits[7, 2] += float("nan") if fault == "nan" else 1.0
-    found = gpu.compare(SimpleNamespace(logits=logits, exit_index=taken), exit_logits, policy, tolerance=0.01)
+    found = gpu.compare(SimpleNamespace(logits=logits, exit_index=taken), exit_logits, policy)
     assert found["at another exit"] == int(fault in ("near the threshold", "exit"))
-    assert gpu.verdict([found], 0.01)["ok"] is right
+    assert gpu.verdict([found], "float32")["ok"] is right
 
 
 def test_what_fails_is_a_row_and_takes_no_other_along(tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ PATHS = {
 def test_every_path_gives_the_same_pixels(path, files, model, tmp_path, monkeypatch):
     """What breaks: training on pictures that lie on their side or are all white, and certifying other pixels than
     those that are served."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     folder, wanted = files
     found = PATHS[path](folder, list(wanted), model, tmp_path)
     assert found.keys() == wanted.keys()

@@ -23,7 +23,7 @@ from een_hf.training.experiment import main
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     """`datasets` waits 5 seconds for its threads at the end of each shuffled pass."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 WORDS = [f"word{number}" for number in range(40)]
