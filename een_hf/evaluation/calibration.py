@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.optimize
@@ -131,16 +132,16 @@ class _Scored:
         return _Scored(self.logits[rows], labels, self.costs, *settings, temperatures, tempered)
 
     def choices(self) -> list["_Scored"]:
-        """The same rows under each setting that is worth trying: parameters where none are given, and plain scores.
+        """The same rows under each setting of the criterion that is worth trying, where none is given."""
+        tried = [{}] if self.params else get_criterion(self.criterion).choices(self.logits)
+        return [self if params == {} else self.select(slice(None), self.temperatures, params) for params in tried]
 
-        No temperature at all is a setting of its own: one per exit shifts which exits rows leave at, and is not always
-        for the better.
-        """
-        criterion = get_criterion(self.criterion)
-        tried = [{}] if self.params else criterion.choices(self.logits)
-        found = [self if params == {} else self.select(slice(None), self.temperatures, params) for params in tried]
-        plain = [self.select(slice(None), self.temperatures, one.params, tempered=False) for one in found]
-        return [*found, *(plain if criterion.scores_probabilities else [])]
+    @cached_property
+    def plain(self) -> "_Scored":
+        """The same rows, scored without temperatures."""
+        if not get_criterion(self.criterion).scores_probabilities:
+            return self
+        return self.select(slice(None), self.temperatures, tempered=False)
 
     def exits(self, thresholds: np.ndarray) -> np.ndarray:
         """The 0-based exit, (num_rows,), that each row takes."""
@@ -319,7 +320,8 @@ def geometric_policy(
     Of the scores with and without temperatures, whichever is better. The baseline that `calibrate` improves on;
     arguments as there.
     """
-    choices = _scored(exit_logits, labels, costs, criterion, params, problem_type).choices()
+    tempered = _scored(exit_logits, labels, costs, criterion, params, problem_type).choices()
+    choices = [*tempered, *(choice.plain for choice in tempered)]
     scored, thresholds = _best_choice(choices, _geometric_start, target_cost)
     return scored.policy(thresholds, calibrated_for={"target_cost": float(target_cost)})
 
@@ -354,6 +356,11 @@ def _calibrate_cost(choices: list[_Scored], target_cost: float) -> CalibrationRe
         return _improve(scored, _geometric_start(scored, target_cost), target_cost)
 
     scored, best = _best_choice(choices, find, target_cost)
+    # Temperatures shift which exits rows leave at, and not always for the better: never worse than doing without.
+    plain = scored.plain
+    split = _geometric_start(plain, target_cost)
+    if plain.cost_and_gain(split)[0] <= target_cost and plain.score(split) > scored.score(best):
+        scored, best = plain, find(plain, target_cost)
     cost, _ = scored.cost_and_gain(best)
     if cost > target_cost:
         raise ExitConfigurationError(
