@@ -132,7 +132,7 @@ def load_image_data(
     image_column = _image_column(args, rows, source)
     label_column = args.label_column_name or next((name for name in _LABEL_COLUMNS if name in rows.column_names), None)
     cut = args.train_val_split is not None and "train" in splits and "validation" not in splits
-    if not cut and "validation" not in splits and "test" in splits:
+    if not cut and "validation" in needed and "validation" not in splits and "test" in splits:
         splits["validation"] = splits["test"]
     check_splits(splits, [name for name in needed if not (cut and name == "validation")], _HINTS, source)
     for name in (image_column, label_column or "label"):

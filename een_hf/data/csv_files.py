@@ -3,9 +3,11 @@
 import csv
 import itertools
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -38,7 +40,6 @@ def csv_settings(path: str, source: str, text_columns: Sequence[str] = (), strea
         DataError: another encoding or separator, no rows, a column that is named twice, or a row with too few or too
             many fields.
     """
-    _check_encoding(path, source)
     with open(path, encoding="utf-8-sig", newline="") as file, _long_fields():
         reader = csv.reader(file)
         try:
@@ -71,13 +72,21 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _check_encoding(path: str, source: str) -> None:
+def check_text_file(path: str, source: str, *, to_the_end: bool) -> None:
+    """Raise DataError for a file, csv or json, that is empty, in UTF-16 or, read to the end, not in UTF-8."""
     with open(path, "rb") as file:
         start = file.read(2)
     if not start:
-        raise DataError(f"{source} is empty: give a file with a header and rows.")
+        raise DataError(f"{source} is empty: give a file with rows.")
     if start in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{source} is encoded in UTF-16: {_remedy(path, 'UTF-16')}")
+    if to_the_end:
+        try:
+            with open(path, encoding="utf-8") as file:
+                while file.read(1 << 20):
+                    pass
+        except UnicodeDecodeError as error:
+            raise _wrong_encoding(path, source) from error
 
 
 def _wrong_encoding(path: str, source: str) -> DataError:
@@ -95,7 +104,8 @@ def _wrong_encoding(path: str, source: str) -> DataError:
 
 
 def _remedy(path: str, encoding: str) -> str:
-    return f"convert it, for example by `iconv -f {encoding} -t UTF-8 {path} > utf8.csv`."
+    words = shlex.join(["iconv", "-f", encoding, "-t", "UTF-8", str(path)])
+    return f"convert it, for example by `{words} > utf8{Path(path).suffix}`."
 
 
 def _check_header(header: list[str], source: str) -> None:

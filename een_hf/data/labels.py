@@ -20,6 +20,7 @@ SHUFFLE_BUFFER = 10_000  # rows of a stream
 _LISTS = (datasets.List, datasets.LargeList)
 # What tables write for a value that is not there.
 _NOTHING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}
+_LIST = re.compile(r"\[\s*\]|\[[\s\d.,+-]+\]|\[\s*(['\"]).*\1\s*\]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -84,6 +85,11 @@ def resolve_labels(
     declared = _declared_names(features)
     if any(isinstance(feature, _LISTS) for feature in features.values()):
         values, kind, width = _read_lists(values, features, wanted, where)
+        if width and like is not None and width != like.num_labels:
+            raise DataError(
+                f"{where} marks {width} classes in each row, the model has {like.num_labels}: give lists as long as "
+                "its labels, or --ignore_mismatched_sizes to make the head anew."
+            )
         declared = declared or (width and [str(number) for number in range(width)])
     else:
         kinds = {split: problem_type_of(feature, wanted, column, source) for split, feature in features.items()}
@@ -268,6 +274,8 @@ def problem_type_of(feature: Any, wanted: str | None, column: str, source: str) 
         kind = REGRESSION if wanted == REGRESSION else SINGLE_LABEL
     elif dtype.startswith("float"):
         kind = SINGLE_LABEL if wanted == SINGLE_LABEL else REGRESSION
+    if kind is None and type(feature).__name__ == "Json":  # which early versions lack
+        raise DataError(f"{source}: column {column!r} mixes words, numbers or lists: give labels of one kind.")
     if kind is None:
         raise DataError(
             f"{source}: column {column!r} of type {feature} holds no labels; name one by --label_column_name."
@@ -338,7 +346,7 @@ def _check_classes(labels: set, where: str) -> None:
             f"{where} has the label {broken!r}: --problem_type {SINGLE_LABEL} takes whole numbers or words."
         )
     words = {label for label in labels if isinstance(label, str)}
-    if words and all(word.startswith("[") and word.endswith("]") for word in words):
+    if words and all(map(_LIST.fullmatch, words)):
         raise DataError(
             f"{where} holds lists as text, for example {min(words)!r}: a csv file has no lists, give json or parquet."
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetsError
 
-from .csv_files import csv_settings
+from .csv_files import check_text_file, csv_settings
 from .task import DataError
 
 
@@ -56,12 +56,16 @@ def load_files(
     kind = FILE_FORMATS[Path(next(iter(files.values()))[0]).suffix]
     settings, splits = {"cache_dir": cache_dir, "streaming": streaming, "split": "train"}, {}
     for split, paths in files.items():
-        if kind == "csv":
+        if kind in ("csv", "json"):
             (path,) = paths
+            check_text_file(path, source, to_the_end=kind == "json" and not streaming)
+        if kind == "csv":
             settings |= csv_settings(path, source, text_columns, streaming)
         try:
             splits[split] = datasets.load_dataset(kind, data_files=[glob.escape(path) for path in paths], **settings)
         except _LOAD_ERRORS as error:
+            if "corresponds to no data" in str(error):
+                raise DataError(f"{source} has no rows: give a file with rows.") from error
             raise DataError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
     return splits
 

@@ -11,6 +11,8 @@ from een_hf.commands import main as commands_main
 from een_hf.data import DataError, TextDataArguments, load_digits, load_partition, load_text_data
 from een_hf.data.cifar import IMAGES, ImageDataArguments, load_image_data
 from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
+from een_hf.training.arguments import ModelArguments
+from een_hf.training.experiment import labels_of_checkpoint
 
 
 NAMES = ["cat", "dog", "eel"]
@@ -134,6 +136,22 @@ def test_position_embeddings_are_resized_once_and_saved(tmp_path, model):
     loaded = EarlyExitViTForImageClassification.from_pretrained(tmp_path)
     assert loaded.config.image_size == 20
     torch.testing.assert_close(loaded(pixels).logits, wanted, atol=1e-6, rtol=0)
+
+
+def test_images_without_labels_are_predicted_by_a_checkpoint(tmp_path, model):
+    """What breaks: the labels of one's own model are not known to it, and a folder of images alone is refused."""
+    (tmp_path / "new").mkdir()
+    Image.fromarray(PIXELS[0]).save(tmp_path / "new" / "one.png")
+    args = ImageDataArguments(test_dir=str(tmp_path / "new"))
+    source = {"splits_needed": ["test"], "seed": 1, "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(DataError, match="no labels.*a fine-tuned model"):
+        load_image_data(args, **source)
+    model.save_pretrained(tmp_path / "model")
+    like = labels_of_checkpoint(IMAGES, ModelArguments(model_name_or_path=str(tmp_path / "model")))
+    data = load_image_data(args, **source, like=like)
+    assert (data.label_names, data.num_labels) == (["eel", "cat", "dog"], 3)
+    rows = IMAGES.encode_data(data, IMAGES.load_processor(None, args, model.config), args, model.config)["test"]
+    assert {*rows[0]} == {"pixel_values"} and len(rows) == 1
 
 
 def test_folders_that_differ_in_case_are_two_classes(tmp_path, model):

@@ -121,6 +121,21 @@ def test_what_is_no_such_file_is_said_with_its_remedy(load, tmp_path, content, e
         load("train", **flags, streaming=streaming)
 
 
+@pytest.mark.parametrize(
+    ("content", "encoding", "message"),
+    [
+        ('{"text": "a", "label": 1}\n{"text": "é", "label": 0}\n', "latin-1", "line 2, is not UTF-8.*iconv -f LATIN1"),
+        ('{"text": "a", "label": 1}\n', "utf-16", "UTF-16.*iconv"),
+        ("", "utf-8", "is empty"),
+        ("[]", "utf-8", "has no rows"),
+        ('{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n', "utf-8", "mixes words, numbers or lists"),
+    ],
+)
+def test_json_is_said_the_same(load, tmp_path, content, encoding, message):
+    with pytest.raises(DataError, match=f"--train_file .*rows.json.*{message}"):
+        load(train_file=write(tmp_path / "rows.json", content, encoding))
+
+
 def test_a_gap_is_no_label(load, tmp_path):
     with pytest.raises(DataError, match="no label in column 'label' of row 0"):
         load(train_file=write(tmp_path / "rows.csv", "text,label\na,\nb,0\n"))

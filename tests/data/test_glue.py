@@ -193,6 +193,7 @@ def test_bbc_news_is_the_same_for_every_seed(load):
         ([["x"], ["y"]], "multi_label_classification", ["x", "y"], [[0], [1]]),
         (["007", "7"], "single_label_classification", ["007", "7"], [0, 1]),
         (["US", "us"], "single_label_classification", ["US", "us"], [0, 1]),
+        (["[art]", "[tech]"], "single_label_classification", ["[art]", "[tech]"], [0, 1]),
         ([[3], [1, 3], []], "multi_label_classification", ["1", "3"], [[1], [0, 1], []]),
     ],
 )
@@ -237,6 +238,7 @@ def test_problem_types_by_name(load, write, labels, problem_type, names, stored)
         ([0, 1], "multi_label_classification", "does not fit multi_label"),
         ([0.5, 1.0], "single_label_classification", "the label 0.5: .*whole numbers"),
         (["[1, 0]", "[0, 1]"], None, "holds lists as text.*json or parquet"),
+        (["['a', 'b']", "[]"], None, "holds lists as text"),
         (["1.5", "NA", "3"], None, "the label 'NA' among numbers"),
     ],
 )
@@ -252,6 +254,17 @@ def test_multi_hot_lists_are_as_long_in_all_splits(load, write):
     assert load("train", **files, validation_file=write("v.jsonl", rows_of([[1, 1]]))).label_names == ["0", "1"]
     with pytest.raises(DataError, match="unclear meaning"):
         load("train", **files, validation_file=write("w.jsonl", rows_of([[1, 1, 0]])))
+
+
+def test_multi_hot_lists_are_as_long_as_the_model_has_labels(load, write):
+    """Breaks if lists of two classes are taken for the first two of a model's three."""
+    like = load(train_file=write("l.jsonl", rows_of([["x", "y"], ["z"]])))
+    args = TextDataArguments(validation_file=str(write("v.jsonl", rows_of([[1, 0], [0, 1]]))))
+    with pytest.raises(DataError, match="marks 2 classes in each row, the model has 3"):
+        load_text_data(args, splits_needed=["validation"], seed=0, like=like)
+    args = TextDataArguments(validation_file=str(write("w.jsonl", rows_of([[1, 0, 1], [0, 1, 0]]))))
+    data = load_text_data(args, splits_needed=["validation"], seed=0, like=like)
+    assert data.splits["validation"]["label"][:] == [[0, 2], [1]]
 
 
 def test_task_names_number_labels_of_local_files(load, write):
