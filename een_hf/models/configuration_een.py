@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig, PreTrainedConfig, ViTConfig
 
 from .exits import EXIT_HEADS, POOLINGS
@@ -87,6 +88,10 @@ class EarlyExitConfigMixin:
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if not 0 <= self.boost_temperature < 1e30:
+            raise ExitConfigurationError(
+                f"boost_temperature (--boost_temperature) must be a number from 0, not {self.boost_temperature}."
+            )
         self.exit_layers = resolve_exit_layers(self.exit_layers, self.num_hidden_layers)
         if self.exit_pooling is None:
             self.exit_pooling = self.default_exit_pooling
@@ -123,7 +128,10 @@ class EarlyExitConfigMixin:
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
         if config_dict.get("model_type") == cls.model_type:
             config_dict = {"exit_pooling": "cls", **config_dict}  # the only one there was, before it was always saved
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        try:
+            return super().from_dict({**config_dict, **overrides}, **kwargs)
+        except StrictDataclassError as error:
+            raise ExitConfigurationError(f"The config cannot be read: {' '.join(str(error).split())[:300]}") from error
 
     def to_diff_dict(self) -> dict:
         """As in `PreTrainedConfig`; the pooling is always written, so that another default changes no saved model."""

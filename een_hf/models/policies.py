@@ -26,11 +26,10 @@ _CRITERIA: dict[str, type["ExitCriterion"]] = {}
 
 
 def is_number(value: object) -> bool:
-    """Whether a value read from a file is a number that a float holds: no bool, no NaN, no integer beyond floats."""
-    try:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
-    except OverflowError:
+    """Whether a value read from a file is a number: no bool, no NaN, no integer beyond 64 bits."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
+    return abs(value) < 2**63 if isinstance(value, int) else not math.isnan(value)
 
 
 def register_criterion(name: str):

@@ -6,8 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from damage import wrong_contents
 
-from een_hf.models import ExitConfigurationError, ExitPolicy
+from een_hf.models import (
+    EarlyExitBertConfig,
+    EarlyExitBertForSequenceClassification,
+    ExitConfigurationError,
+    ExitPolicy,
+)
 from een_hf.models.policies import NEVER, get_criterion
 
 
@@ -411,3 +417,28 @@ def test_from_results_says_what_is_missing(results):
         ExitPolicy.from_results(results(budgeted=[]), target_cost=0.5)
     with pytest.raises(ExitConfigurationError, match="criterion"):
         ExitPolicy.from_results(results(budgeted=[{"target_cost": 0.5, "thresholds": [2, 0]}]), target_cost=0.5)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_exit_fields_of_another_kind_are_refused(tmp_path, count):
+    """What breaks: an edited config ends in a traceback when the model is loaded, or when it reads its first batch."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 1, "intermediate_size": 8}
+    model = EarlyExitBertForSequenceClassification(EarlyExitBertConfig(vocab_size=9, **shape)).eval()
+    about = {"calibrated_for": {"target_cost": 0.5}, "guarantee": {"risk": "consistency", "limit": 0.1}}
+    policy = {"criterion": "patience", "thresholds": [0.6, 0.6, 0.0], "temperatures": [1.0, 2.0, 1.0]}
+    model.set_exit_policy({**policy, "params": {"tolerance": 0.3}, **about})
+    model.save_pretrained(tmp_path)
+    path, refused = tmp_path / "config.json", 0
+    whole, inputs = json.loads(path.read_text()), torch.arange(1, 9).view(2, 4)
+    starts = ("boost", "exit", "gradient_rescale", "last_exit", "training_scheme")
+    ours = {name: whole.pop(name) for name in list(whole) if name.startswith(starts)}
+    for changed in wrong_contents(ours, np.random.default_rng(count), count):
+        path.write_text(json.dumps({**whole, **changed}))
+        try:
+            loaded = type(model)(EarlyExitBertConfig.from_pretrained(tmp_path)).eval()
+            loaded(input_ids=inputs)
+        except ExitConfigurationError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
+            refused += 1
+    assert refused > count / 2

@@ -114,7 +114,7 @@ def test_any_damage_is_noticed(finished_l2w, tmp_path, count):
         assert checkpoint_fault(folder) is None
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("part", [*PARTS, "trainer_state.json"])
 def test_damage_without_checksums_ends_in_one_line(part, finished_l2w, tmp_path, count):
     """A checkpoint by an earlier version has none: what a library makes of its damage must not be a traceback."""
