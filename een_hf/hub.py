@@ -398,7 +398,7 @@ def choose_examples(
 
     Returns:
         by `surest`, `deep` and `mistakes`: `row` (position), `label`, `predictions` (one per exit) and `confidence`
-        (exit 1's largest softmax probability), the surest first; `deep` by the last exit's.
+        (the largest softmax probability of these logits at exit 1), the surest first; `deep` by the last exit's.
     """
     logits = np.asarray(exit_logits, dtype=np.float64)
     odds = np.exp(logits - logits.max(-1, keepdims=True))

@@ -170,6 +170,18 @@ def test_a_file_of_one_of_the_checkpoints_classes_is_evaluated(name, label, fini
     assert row["metrics"]["accuracy"] == (saved["logits"][:, -1].argmax(-1) == 1).mean()
 
 
+def test_examples_of_the_card_show_calibrated_confidence(finished):
+    saved = np.load(finished / "exit_logits.npz")
+    policy = json.loads((finished / "config.json").read_text())["exit_policy"]
+    temperature = (policy["temperatures"] or policy["confidence_temperatures"])[0]
+    examples = json.loads((finished / "_examples" / "examples.json").read_text())
+    shown = [example for kind in examples.values() for example in kind]
+    assert shown
+    for example in shown:
+        powers = np.exp(saved["logits"][example["row"], 0].astype(np.float64) / temperature)
+        assert example["confidence"] == pytest.approx(powers.max() / powers.sum(), abs=1e-5)
+
+
 def test_a_finished_run_and_another_runs_folder_are_refused(finished, files, minilm_path):
     flags = [f"--{split}_file={path}" for split, path in files.items()]
     flags += ["--do_train", "--do_eval", "--do_predict", "--target_cost=0.8", "--learning_rate=0.01"]

@@ -430,7 +430,7 @@ class ExitPolicy:
         return decide(self.scorer, logits, state, self.thresholds[exit_index], temperature)
 
     def temper(self, logits: torch.Tensor, exit_index: torch.Tensor) -> torch.Tensor:
-        """Logits (rows, num_labels) of answers, divided by the temperature of the 0-based exit (rows,) of each."""
+        """Logits (..., num_labels) of answers, divided by the temperature of the 0-based exit (...) of each."""
         temperatures = self.confidence_temperatures or self.temperatures
         if temperatures is None:
             return logits

@@ -566,6 +566,9 @@ class Experiment:
         data, args, config = self.data, self.args, self.model.config
         if data.problem_type == "single_label_classification":
             names = [config.id2label[index] for index in range(config.num_labels)]
+            policy = self.model.get_exit_policy()
+            if policy is not None:  # else no temperatures are known
+                logits = policy.temper(torch.from_numpy(logits), torch.arange(logits.shape[1])).numpy()
             examples = choose_examples(logits, labels, names)
             rows = data.splits["validation"]
             write_examples(self.folder, examples, rows, data.input_columns, shared=self.training.card_examples)
