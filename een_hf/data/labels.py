@@ -164,7 +164,7 @@ def _read_lists(
             chosen = {s: [[i for i, one in enumerate(row) if one] for row in labels] for s, labels in values.items()}
             return chosen, MULTI_LABEL, lengths.pop()
         whole = numeric and all(isinstance(one, int) and not isinstance(one, bool) for row in rows for one in row)
-        if (words or whole and clear) and all(len(row) == len({*row}) for row in rows):
+        if words or whole and clear and all(len(row) == len({*row}) for row in rows):
             return values, MULTI_LABEL, None
     raise DataError(
         f"{where} holds lists of unclear meaning{f' for {wanted}' if wanted else ''}, for example {rows[0]!r}. Lists "
@@ -281,7 +281,10 @@ def problem_type_of(feature: Any, wanted: str | None, column: str, source: str) 
             f"{source}: column {column!r} of type {feature} holds no labels; name one by --label_column_name."
         )
     if wanted not in (None, kind):
-        raise DataError(f"{source}: column {column!r} of type {feature} does not fit {wanted}.")
+        raise DataError(
+            f"{source}: column {column!r} of type {feature} does not fit {wanted}, which --problem_type or the "
+            "checkpoint asks for. --ignore_mismatched_sizes gives the checkpoint a new head."
+        )
     return kind
 
 
