@@ -471,7 +471,8 @@ def table(folder: Path, parts: list[str], judged: bool) -> list[list[str]]:
 
     for part in parts:
         file = folder / f"gpu_{part}.json"
-        for row in json.loads(file.read_text())["rows"] if file.exists() else [{"failed": "wrote nothing"}]:
+        rows = json.loads(file.read_text())["rows"] if file.exists() else [{"failed": "wrote nothing"}]
+        for row in rows:
             for problem in row.keys() & {"failed", "skipped"}:
                 add(row, problem, row[problem])
             if row.get("ok") is False:
@@ -482,9 +483,8 @@ def table(folder: Path, parts: list[str], judged: bool) -> list[list[str]]:
                 eager, small_graph, base_graph = targets or (None, None, None)
                 place = f"batch {row['batch_size']}" if "batch_size" in row else f"exit after {row['layer']}"
                 for other, limit in (("eager", eager), ("graph", small_graph if small else base_graph)):
-                    more = ", ".join(
-                        f"{n} {row[f'{n} / {other}']:.2f}" for n in ("dynamic", "ideal") if f"{n} / {other}" in row
-                    )
+                    also = {name: row.get(f"{name} / {other}") for name in ("dynamic", "ideal")}
+                    more = ", ".join(f"{name} {value:.2f}" for name, value in also.items() if value is not None)
                     judge(row, f"{place}, runner / stock {other}", row[f"runner / {other}"], limit, f" ({more})")
             if "graphs / eager pass" in row:
                 judge(row, "memory, graphs / eager pass", row["graphs / eager pass"], MEMORY_TARGET)
@@ -495,9 +495,8 @@ def table(folder: Path, parts: list[str], judged: bool) -> list[list[str]]:
             if row.get("scheme") in STEP_TARGETS:
                 other, limit, _ = STEP_TARGETS[row["scheme"]]
                 judge(row, f"{row['scheme']} / {other}", row[f"time / {other}"], limit)
-        checks = [row for row in json.loads(file.read_text())["rows"] if "ok" in row] if file.exists() else []
-        if checks:
-            lines.append([part, "checks", f"{sum(row['ok'] for row in checks)} of {len(checks)} right", ""])
+        if checks := [row["ok"] for row in rows if "ok" in row]:
+            add({}, "checks", f"{sum(checks)} of {len(checks)} right")
     return lines
 
 
@@ -514,6 +513,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no_cuda_graphs", action="store_true", help="run the programs eagerly")
     parser.add_argument("--compile", action="store_true", help="also time the first model under torch.compile (slow)")
     parser.add_argument("--limit", type=float, help=f"seconds of each part; default: {LIMITS}; small shapes: 4 times")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the one that this process is for
     add_results_argument(parser)
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
@@ -546,11 +546,11 @@ def run(args, name: str) -> None:
 
 def main() -> None:
     args = parse()
-    if len(args.only) == 1:
-        return run(args, *args.only)
+    if args.part:
+        return run(args, args.part)
     failed = []
     for name in args.only:
-        words, start = [*sys.argv[1:], "--only", name], time.perf_counter()
+        words, start = [*sys.argv[1:], "--part", name], time.perf_counter()
         try:
             # Beyond its own limit a part may finish what it has begun.
             code = subprocess.run([sys.executable, __file__, *words], timeout=1.3 * limit_of(args, name)).returncode
