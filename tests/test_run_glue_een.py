@@ -393,8 +393,13 @@ def test_a_budget_may_be_time_on_this_machine(finished, files, tmp_path):
 
 def test_bf16_predictions_agree_with_what_the_exits_say(finished, files, tmp_path):
     """Calibrated under bfloat16, answered in float32: the two files of predictions would contradict each other."""
-    flags = [f"--model_name_or_path={finished}", "--do_predict", "--bf16", "--use_cpu", "--max_seq_length=16"]
-    main(TEXT, [*flags, f"--test_file={files['train']}", f"--output_dir={tmp_path}"])
+    model = AutoModelForSequenceClassification.from_pretrained(finished)
+    scores = torch.from_numpy(np.load(finished / "exit_logits.npz")["logits"][:, 0]).softmax(-1).amax(-1)
+    middle = (scores.min() + scores.max()).item() / 2  # some examples exit at exit 1, and some do not
+    model.set_exit_policy({"criterion": "confidence", "thresholds": [middle, 0.0, 0.0]})
+    model.save_pretrained(shutil.copytree(finished, tmp_path / "model"))
+    flags = [f"--model_name_or_path={tmp_path / 'model'}", "--do_predict", "--bf16", "--use_cpu"]
+    main(TEXT, [*flags, "--max_seq_length=16", f"--test_file={files['train']}", f"--output_dir={tmp_path}"])
     answers = [line.split("\t")[1] for line in (tmp_path / "predict_results_train.txt").read_text().splitlines()[1:]]
     exits = [json.loads(line) for line in (tmp_path / "predict_exits_train.jsonl").read_text().splitlines()]
     assert answers == [line["predictions"][line["exit"] - 1] for line in exits]

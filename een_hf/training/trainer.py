@@ -282,10 +282,8 @@ class EarlyExitTrainer(Trainer):
         if name is None or type(self).evaluate is not EarlyExitTrainer.evaluate:
             return
         metric = name.removeprefix("eval_")
-        if isinstance(self.eval_dataset, dict):
-            metric = next(
-                (metric.removeprefix(f"{key}_") for key in self.eval_dataset if metric.startswith(key)), metric
-            )
+        for split in self.eval_dataset if isinstance(self.eval_dataset, dict) else ():
+            metric = metric.removeprefix(f"{split}_")
         of_exit = re.fullmatch(r"exit(\d+)_(.+)", metric)
         num_exits = self.accelerator.unwrap_model(self.model).num_exits
         if of_exit and not 1 <= int(of_exit[1]) <= num_exits:

@@ -73,6 +73,7 @@ def main(folder: Path) -> None:
         thresholds = surest.quantile(0.6, dim=0, interpolation="midpoint").tolist()
         trainer.model.set_exit_policy({"criterion": "confidence", "thresholds": thresholds})
         answers = trainer.predict(trainer.eval_dataset)
+        streamed = trainer.predict(iter(trainer.eval_dataset))
         found = {
             "world_size": args.world_size,
             "parameters": trainer.model.state_dict(),
@@ -81,6 +82,8 @@ def main(folder: Path) -> None:
             "exit_labels": torch.from_numpy(exits.label_ids),
             "answers": torch.from_numpy(answers.predictions),
             "answer_metrics": answers.metrics,
+            "streamed": torch.from_numpy(streamed.predictions),
+            "streamed_labels": torch.from_numpy(streamed.label_ids),
             "thresholds": report.policy.thresholds,
         }
         torch.save(found, folder / f"{scheme}-{args.process_index}.pt")

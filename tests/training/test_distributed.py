@@ -45,10 +45,11 @@ def test_two_processes_equal_one(launcher, one_process, tmp_path):
             assert found["world_size"] == 2
             for name, wanted in alone["parameters"].items():
                 torch.testing.assert_close(found["parameters"][name], wanted, rtol=0, atol=1e-5, msg=name)
-            for name in ("exit_logits", "answers"):
+            for name in ("exit_logits", "answers", "streamed"):
                 torch.testing.assert_close(found[name], alone[name], rtol=0, atol=1e-5)
                 assert torch.equal(found[name].argmax(-1), alone[name].argmax(-1))
             assert torch.equal(found["exit_labels"], alone["exit_labels"])
+            assert torch.equal(found["streamed_labels"], alone["exit_labels"])
             assert found["evaluated"] == alone["evaluated"]
             assert found["answer_metrics"] == alone["answer_metrics"]
             assert max(found["answer_metrics"]["test_exit_fractions"]) < 1, "all rows leave at one exit"

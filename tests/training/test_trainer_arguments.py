@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     EarlyStoppingCallback,
@@ -44,7 +46,7 @@ HONOURED = {
     "data_collator": "test_resume: test_one_process",
     "train_dataset": "test_sampling: test_rows_that_end_by_their_length_alone",
     "eval_dataset": "test_trainer: test_metrics_of_every_exit",
-    "processing_class": "test_schemes: the tokenizer is saved with the checkpoint",
+    "processing_class": "test_a_tokenizer_pads_batches_and_is_saved",
     "model_init": "test_a_model_for_each_training",
     "compute_loss_func": "test_a_loss_function_is_called_for_each_exit",
     "compute_metrics": "test_trainer: test_metrics_of_every_exit",
@@ -199,6 +201,10 @@ def test_the_table_is_complete():
     parts = (REFUSED, HONOURED, NOT_CONCERNED)
     assert sorted(known - {name for part in parts for name in part}) == []
     assert sum(map(len, parts)) == len({name for part in parts for name in part}), "an argument is listed twice"
+    for test in HONOURED.values():
+        file, _, name = test.rpartition(": ")
+        source = Path(__file__).with_name(f"{file}.py") if file else Path(__file__)
+        assert f"def {name}(" in source.read_text(), test
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -448,11 +454,38 @@ def test_new_heads_follow_the_rate_of_an_optimizer_class(tmp_path, kind, factor)
 def test_noise_on_embeddings_reaches_every_exit(tmp_path):
     losses = []
     for alpha in (None, 50.0):
-        trainer = trainer_on(tmp_path, scratch(**NO_DROPOUT), neftune_noise_alpha=alpha, logging_steps=1)
+        model = scratch(**NO_DROPOUT, initializer_range=0.5)
+        trainer = trainer_on(tmp_path, model, neftune_noise_alpha=alpha, logging_steps=1)
         trainer.train()
         log = trainer.state.log_history[0]
         losses.append([log[f"exit{k}_loss"] for k in (1, 2, 3)])
-    assert all(abs(one - other) > 1e-4 for one, other in zip(*losses, strict=True))
+    assert all(abs(one - other) > 1e-2 for one, other in zip(*losses, strict=True))
+
+
+def test_a_tokenizer_pads_batches_and_is_saved(tmp_path, minilm_path):
+    rows = [{"input_ids": [1] * length, "labels": length % 3} for length in range(3, 11)]
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    trainer = trainer_on(tmp_path, processing_class=tokenizer)
+    trainer = type(trainer)(
+        model=trainer.model, args=trainer.args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    trainer.train()
+    assert len(trainer.predict(rows).predictions) == len(trainer.predict_exits(rows).predictions) == 8
+    trainer.save_model(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("metric", ["eval_long_exit1_loss", "long_exit3_loss"])
+def test_the_best_model_by_one_exit_on_one_of_several_sets(tmp_path, metric):
+    rows = make_rows()
+    sets = {"short": rows[:8], "long": rows}
+    args = EarlyExitTrainingArguments(
+        str(tmp_path), eval_strategy="steps", eval_steps=1, max_steps=2, save_strategy="no", use_cpu=True
+    )
+    args.metric_for_best_model, args.greater_is_better = metric, False
+    trainer = get_scheme("joint")(model=scratch(), args=args, train_dataset=rows, eval_dataset=sets)
+    trainer.train()
+    assert trainer.state.best_metric is not None
 
 
 class Predicted(TrainerCallback):
