@@ -39,7 +39,7 @@ from ..data.images import EvaluationTransform, decode_image, whole_images
 from ..data.samples import model_source
 from ..data.sources import limit_rows, load_files
 from ..data.task import DataError, TaskData
-from ..errors import check_folder, is_full_disk
+from ..errors import is_full_disk
 from ..evaluation import (
     calibrate,
     cost_inputs,
@@ -225,7 +225,6 @@ def check_arguments(args) -> None:
     if args.calibration_share is not None and not 0 < args.calibration_share < 1:
         raise ExitConfigurationError(f"--calibration_share must lie between 0 and 1, not {args.calibration_share}.")
     folder = Path(args.output_dir)
-    check_folder("output_dir", folder)
     if folder.exists() and os.path.isdir(args.model) and folder.samefile(args.model):
         raise ExitConfigurationError(f"--output_dir {folder} is the model's own folder: give another.")
     ours = (folder / RECORD_NAME).exists() or (folder / FEATURES_NAME).is_dir()

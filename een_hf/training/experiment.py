@@ -22,7 +22,7 @@ from ..data.labels import REGRESSION, model_label_ids
 from ..data.samples import model_source
 from ..data.streaming import EndlessStream
 from ..data.task import DataError, Modality, TaskData
-from ..errors import check_folder, one_line_errors, refuse_nan
+from ..errors import one_line_errors, refuse_nan
 from ..evaluation import (
     anytime_table,
     budgeted_curve,
@@ -160,7 +160,6 @@ def check_output_dir(args: RunArguments) -> str | None:
         ExitConfigurationError: the folder belongs to a finished run, to a run with other settings, or to neither.
     """
     folder = Path(args.training.output_dir)
-    check_folder("output_dir", folder)
     if not args.training.do_train:
         return None
     checkpoint = args.training.resume_from_checkpoint

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import check_folder
 from ..models import ExitConfigurationError
 
 
@@ -29,9 +30,10 @@ def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other runs out of an output folder while this one lasts; a killed process keeps nobody out.
 
     Raises:
-        ExitConfigurationError: another run is under way there.
+        ExitConfigurationError: another run is under way there, or it is no folder.
     """
     folder = Path(folder)
+    check_folder("output_dir", folder)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     held = None

@@ -114,3 +114,12 @@ def test_a_folder_is_one_runs_while_it_lasts(tmp_path):
     with only_run_in(tmp_path / "failed"):
         pass
     assert not (tmp_path / "failed").exists()
+
+
+@pytest.mark.parametrize("below", ["", "runs/mine"])
+def test_an_output_folder_that_is_a_file(below, tmp_path):
+    (tmp_path / "out").write_text("kept")
+    with pytest.raises(ExitConfigurationError, match="--output_dir .*out is no folder"):
+        with only_run_in(tmp_path / "out" / below):
+            pass
+    assert (tmp_path / "out").read_text() == "kept"
