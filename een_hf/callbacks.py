@@ -22,6 +22,8 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
+from .evaluation.plots import literal
+
 
 logger = logging.get_logger(__name__)
 
@@ -110,7 +112,7 @@ def plot_history(curves: dict[str, dict[str, list]], path: str | os.PathLike) ->
         colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(exits)))
         for column, colour, marker in zip(exits, colours, cycle(_MARKERS), strict=False):
             axes.plot(curve["step"], curve[column], marker=marker, markersize=4, color=colour, label=column)
-        axes.set(title=name.replace("_", " "), xlabel="step")
+        axes.set(title=literal(name.replace("_", " ")), xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

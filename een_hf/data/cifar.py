@@ -241,8 +241,8 @@ def _load_processor(name: str | None, args: ImageDataArguments, config: Any, **h
     if name is None:
         return ViTImageProcessor(size={"height": size, "width": size})
     try:
-        processor = AutoImageProcessor.from_pretrained(name, **hub)
-    except OSError as error:
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)
+    except (OSError, ValueError) as error:
         raise DataError(f"{name} has no image processor ({error}): give --image_processor_name.") from error
     if getattr(processor, "do_center_crop", False):
         before = processor.size["shortest_edge"] / processor.crop_size["height"]

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
+from ..errors import in_one_line
 from .arguments import LIMITS, DataArguments
 from .labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, model_label_ids, resolve_labels
 from .partition import load_partition
@@ -452,7 +453,10 @@ def _load_tokenizer(name: str | None, args: TextDataArguments, config: Any, **hu
     name = args.tokenizer_name or name
     if name is None:
         raise DataError("A model from scratch (--model_type) has no tokenizer: give --tokenizer_name.")
-    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
+    except ValueError as error:  # one that is code of its own, or damaged
+        raise DataError(f"{name}: the tokenizer cannot be read: {in_one_line(error)}") from error
     if len(tokenizer) > config.vocab_size:
         raise DataError(
             f"The tokenizer {name} has {len(tokenizer)} words, the model {config.vocab_size}: give --config_overrides "

@@ -556,6 +556,8 @@ def plot_partition(label_counts: np.ndarray, label_names: Sequence[str], path: s
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from ..evaluation.plots import literal
+
     sizes = label_counts.sum(axis=1)
     num_parts, num_classes = label_counts.shape
     # At least two pixels per part and class at 150 dpi, within the size of a page or a wide screen.
@@ -574,7 +576,7 @@ def plot_partition(label_counts: np.ndarray, label_names: Sequence[str], path: s
     axes.set_xlabel("part")
     axes.set_ylabel("class")
     if num_classes <= 30:
-        axes.set_yticks(range(num_classes), [str(name)[:24] for name in label_names])
+        axes.set_yticks(range(num_classes), [literal(str(name)[:24]) for name in label_names])
     figure.colorbar(shown, ax=axes, label="share of the part's rows", pad=0.01)
     figure.savefig(path, format="png")
     return figure

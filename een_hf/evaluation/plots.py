@@ -15,6 +15,11 @@ _BLUE, _ORANGE, _RED, _GREY = "#2f5d9b", "#e08a1e", "#c0392b", "#707070"
 _BASELINE_MARKERS = "sD^vPXph"
 
 
+def literal(text: str) -> str:
+    """Text for a picture as it is: what stands between dollar signs would be read as a formula, or fail to be."""
+    return text.replace("$", r"\$")
+
+
 def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure:
     """Draw a results dict (as `write_exit_results` takes it) into a PNG file.
 
@@ -40,8 +45,8 @@ def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure
         bottom = shares
     else:
         axes = bottom = figure.subplots()
-    axes.set_title(_title(results))
-    axes.set_ylabel(metric.replace("_", " "))
+    axes.set_title(literal(_title(results)))
+    axes.set_ylabel(literal(metric.replace("_", " ")))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     bottom.set_xlabel("relative cost (plain model = 1)")
@@ -51,11 +56,11 @@ def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure
         axes.plot(*_points(budgeted, metric), "o-", color=_ORANGE, markersize=4, zorder=3, label="budgets")
     for index, baseline in enumerate(results.get("baselines") or ()):
         marker = _BASELINE_MARKERS[index % len(_BASELINE_MARKERS)]
-        name = textwrap.fill(baseline["name"], 40)
+        name = literal(textwrap.fill(baseline["name"], 40))
         axes.plot(*_points([baseline], metric), marker, color=_GREY, markersize=8, zorder=5, label=name)
     if policy:
         (cost,), (score,) = _points([policy], metric)
-        label = f"policy ({policy['criterion']}): {score:.3f} at cost {cost:.2f}"
+        label = f"policy ({literal(policy['criterion'])}): {score:.3f} at cost {cost:.2f}"
         axes.plot([cost], [score], "*", color=_RED, markeredgecolor="white", markersize=20, zorder=6, label=label)
     axes.margins(y=0.12)
     axes.set_xlim(left=0)
@@ -80,9 +85,9 @@ def plot_comparison(runs: dict[str, dict[str, Any]], path: str | os.PathLike) ->
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     data = dict.fromkeys(name for name in (first["dataset"], first["task_name"]) if name)
-    axes.set_title(" / ".join(data))
+    axes.set_title(literal(" / ".join(data)))
     axes.set_xlabel("relative cost (plain model = 1)")
-    axes.set_ylabel(metric.replace("_", " "))
+    axes.set_ylabel(literal(metric.replace("_", " ")))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     baselines = {}
@@ -93,14 +98,15 @@ def plot_comparison(runs: dict[str, dict[str, Any]], path: str | os.PathLike) ->
             continue
         costs, scores = _points(sorted(results["budgeted"], key=lambda entry: entry["relative_cost"]), metric)
         style = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":")[index // 10 % 3], "markersize": 4}
-        axes.plot(costs, scores, "o", drawstyle="steps-post", label=f"{name} ({results['method']})", **style)
+        axes.plot(costs, scores, "o", drawstyle="steps-post", label=literal(f"{name} ({results['method']})"), **style)
         for baseline in results.get("baselines") or ():
             (cost,), (score,) = _points([baseline], metric)
             baselines[baseline["name"], cost, score] = None
     markers = dict(zip(dict.fromkeys(name for name, *_ in baselines), cycle(_BASELINE_MARKERS), strict=False))
     for name, marker in markers.items():
         own = [(cost, score) for label, cost, score in baselines if label == name]
-        axes.plot(*zip(*own, strict=True), marker, color=_GREY, markersize=8, zorder=5, label=textwrap.fill(name, 40))
+        label = literal(textwrap.fill(name, 40))
+        axes.plot(*zip(*own, strict=True), marker, color=_GREY, markersize=8, zorder=5, label=label)
     axes.margins(y=0.12)
     axes.set_xlim(left=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")

@@ -123,7 +123,18 @@ class EarlyExitConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in `PreTrainedConfig`, but overrides take part in the construction, and so in its checks."""
+        """As in `PreTrainedConfig`, but overrides take part in the construction, and so in its checks.
+
+        Raises:
+            ExitConfigurationError: a value of another kind, or an attention kernel of the Hub, which is code: whoever
+                loads the model may ask for one, its file may not.
+        """
+        for name in ("attn_implementation", "_attn_implementation"):
+            if "/" in str(config_dict.get(name)):
+                raise ExitConfigurationError(
+                    f"The config names code of the Hub ({name}: {config_dict[name]!r}). Remove that line, and give "
+                    "attn_implementation when the model is loaded."
+                )
         fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
         if config_dict.get("model_type") == cls.model_type:

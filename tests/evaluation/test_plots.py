@@ -2,10 +2,13 @@
 
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from een_hf.evaluation import plot_exit_curves
+from een_hf.callbacks import plot_history
+from een_hf.data.partition import plot_partition
+from een_hf.evaluation import plot_comparison, plot_exit_curves
 
 
 def lines_of(figure):
@@ -75,3 +78,17 @@ def test_a_single_exit(results, tmp_path):
     for entry in results["budgeted"]:
         entry["exit_fractions"] = [1.0]
     assert len(plot_exit_curves(results, tmp_path / "exit_curves.png").axes[1].patches) == 1
+
+
+@pytest.mark.parametrize("name", ["$x$", r"$\frac$", "a$b_c$d"])
+def test_names_are_no_formulas(results, tmp_path, name):
+    """A name between dollar signs is a formula to matplotlib: drawn as another, or an error after training."""
+    for part in (*results["anytime"], *results["anytime_report"], *results["budgeted"], results["policy"]):
+        part["metrics"] = {name: 0.5}
+    results |= {"metric": name, "dataset": name, "baselines": [{**results["baselines"][0], "metrics": {name: 0.5}}]}
+    results["baselines"][0]["name"] = results["policy"]["criterion"] = results["method"] = name
+    wanted = name.replace("$", r"\$").replace("_", " ")
+    assert plot_exit_curves(results, tmp_path / "curves.png").axes[0].get_ylabel() == wanted
+    assert plot_comparison({name: results, "b": results}, tmp_path / "comparison.png").axes[0].get_ylabel() == wanted
+    assert plot_history({name: {"step": [1], "exit 1": [2]}}, tmp_path / "h.png").axes[0].get_title() == wanted
+    plot_partition(np.ones((2, 2), int), [name, "b"], tmp_path / "partition.png")

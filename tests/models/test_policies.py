@@ -442,3 +442,13 @@ def test_exit_fields_of_another_kind_are_refused(tmp_path, count):
             assert "\n" not in str(error) and len(str(error)) < 600
             refused += 1
     assert refused > count / 2
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_a_config_names_no_code_of_the_hub(tmp_path, name):
+    """transformers takes an attention kernel `owner/name` from the Hub and runs it: no file may ask."""
+    EarlyExitBertConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: "someone/kernel"}))
+    with pytest.raises(ExitConfigurationError, match="code of the Hub.*someone/kernel"):
+        EarlyExitBertForSequenceClassification.from_pretrained(tmp_path)
