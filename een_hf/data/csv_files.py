@@ -17,7 +17,8 @@ from .task import DataError
 
 _STREAM_ROWS = 100_000  # of a stream, which is not read to its end beforehand, so many rows are looked at
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-# Types by what all values of a column must look like; leading zeros, and more digits than a number keeps, are text.
+# Types, narrower ones first, by what all values of a column must look like. Leading zeros, and more digits than a
+# number keeps, are text.
 _TYPES = {
     "bool": re.compile(r"True|TRUE|true|False|FALSE|false"),
     "int64": re.compile(r"0|-?[1-9]\d{0,17}"),
@@ -138,15 +139,19 @@ def _whole_rows(reader, header: list[str], source: str) -> Iterator[list[str]]:
 
 def _column_types(rows: Iterator[list[str]], header: list[str]) -> tuple[dict[str, str], int]:
     """The type of each column, and the number of rows."""
-    possible = {name: dict(_TYPES) for name in header}
-    filled, gaps, num_rows = set(), set(), 0
+    types: list[str | None] = [None] * len(header)
+    gaps, num_rows = set(), 0
     for row in rows:
         num_rows += 1
-        for name, value in zip(header, row, strict=True):
-            (filled if value else gaps).add(name)
-            if value and possible[name]:
-                possible[name] = {kind: look for kind, look in possible[name].items() if look.fullmatch(value)}
-    for name in gaps:  # there is no missing whole number or truth value
-        kinds = possible[name]
-        possible[name] = {"float64": kinds["float64"]} if name in filled and "float64" in kinds else {}
-    return {name: next(iter(possible[name]), "string") for name in header}, num_rows
+        for column, value in enumerate(row):
+            kind = types[column]
+            if not value:
+                gaps.add(column)
+            elif kind is None:
+                types[column] = next((kind for kind, look in _TYPES.items() if look.fullmatch(value)), "string")
+            elif kind != "string" and not _TYPES[kind].fullmatch(value):
+                is_float = kind == "int64" and _TYPES["float64"].fullmatch(value)
+                types[column] = "float64" if is_float else "string"
+    for column in gaps:  # there is no missing whole number or truth value
+        types[column] = "float64" if types[column] in ("int64", "float64") else "string"
+    return dict(zip(header, types, strict=True)), num_rows
