@@ -29,6 +29,7 @@ from transformers.utils import logging
 from ..models import ExitConfigurationError
 from ..models.exit_losses import reduce_losses
 from .checkpoints import reading_checkpoint
+from .forward_mode import FewKernels
 from .trainer import EarlyExitTrainer, register_scheme
 
 
@@ -262,7 +263,7 @@ def _fused_adamw_step(group, states, values, gradients, ahead) -> None:
             moved,
             gradients,
             first,
-            [moment.clone() for moment in second],
+            torch._foreach_add(second, 0),
             [],
             torch._foreach_add(steps, 0),
             fused=True,
@@ -276,11 +277,12 @@ def _fused_adamw_step(group, states, values, gradients, ahead) -> None:
         )
 
     torch._foreach_copy_(ahead, values)
-    step(ahead, [moment.clone() for moment in first], group["weight_decay"])
+    step(ahead, torch._foreach_add(first, 0), group["weight_decay"])
     # From 0 and with the first moment at 1 - b1 after the step, the kernel goes to -P.
     before = torch._foreach_mul(gradients, 1 - 1 / beta1)
     torch._foreach_add_(before, 1 / beta1 - 1)
-    slopes = [torch.zeros_like(value) for value in values]
+    slopes = [torch.empty_like(value) for value in values]
+    torch._foreach_zero_(slopes)
     step(slopes, before, 0.0)
     _mark_used(gradients)
     torch._foreach_neg_(gradients)
@@ -485,23 +487,23 @@ def _random_fork(device: torch.device, start: list[torch.Tensor] | None = None):
 
 
 @contextmanager
-def _without_tf32(matmul: bool = True):
-    """Keep float32 convolutions, and matrix products too where asked for, from being rounded to fewer bits.
+def _float32_precision(matmul: str | None):
+    """Convolutions of float32 in full float32, and matrix products in `matmul`: `ieee`, `tf32`, or `None` as it was.
 
-    For convolutions of cuDNN rounding is torch's default. What an operation reads is the setting of its own kind, in
+    For convolutions of cuDNN TF32 is torch's default. What an operation reads is the setting of its own kind, in
     all versions of torch that have it; the older `allow_tf32` sets that one.
     """
     backends = torch.backends
-    settings = [backends.cudnn.conv, backends.mkldnn.conv]
-    if matmul:
-        settings += [backends.cuda.matmul, backends.mkldnn.matmul]
-    before = [setting.fp32_precision for setting in settings]
+    wanted = {backends.cudnn.conv: "ieee", backends.mkldnn.conv: "ieee"}
+    if matmul is not None:
+        wanted |= {backends.cuda.matmul: matmul, backends.mkldnn.matmul: matmul}
+    before = {setting: setting.fp32_precision for setting in wanted}
     try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
+        for setting, value in wanted.items():
+            setting.fp32_precision = value
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
+        for setting, value in before.items():
             setting.fp32_precision = value
 
 
@@ -695,7 +697,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         """
         forward = self.meta_method() == "forward"
         # The rounding of TF32 would drown a change of 1e-6 in a parameter.
-        with _without_tf32(matmul=not forward):
+        with _float32_precision(None if forward else "ieee"):
             if self.meta_method() == "exact":
                 with sdpa_kernel(SDPBackend.MATH):
                     return self._exact_gradient(train, meta)
@@ -768,13 +770,34 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         size = sum(part.numel() for part in direction)
         scale = get_total_norm(direction).clamp(min=torch.finfo(torch.float32).tiny) * (32 / size**0.5)
         torch._foreach_div_(direction, scale)
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        values = self._cast_of_linear(named.values(), [parameter.detach() for parameter in named.values()])
+        direction = self._cast_of_linear(named.values(), direction)
+        # In half precision attention alone multiplies in float32.
+        half = any(value.dtype in (torch.float16, torch.bfloat16) for value in values)
+        precision = _float32_precision("tf32" if half else None)
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), FewKernels(), precision:
             pairs = {
-                f"network.{name}": forward_ad.make_dual(parameter.detach(), part)
-                for (name, parameter), part in zip(named.items(), direction, strict=True)
+                f"network.{name}": forward_ad.make_dual(value, part)
+                for name, value, part in zip(named, values, direction, strict=True)
             }
             tangent = forward_ad.unpack_dual(self._losses(train, pairs)[0]).tangent
             return tangent * scale
+
+    def _cast_of_linear(self, parameters, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`tensors`, those of linear layers all at once in the type to which autocast would cast each."""
+        with self._precision():
+            kind = self.args.device.type
+            if not torch.is_autocast_enabled(kind):
+                return tensors
+            dtype = torch.get_autocast_dtype(kind)
+        linear = [module for module in self.model.modules() if type(module) is nn.Linear]
+        linear = {id(parameter) for module in linear for parameter in module.parameters()}
+        places = [n for n, parameter in enumerate(parameters) if id(parameter) in linear]
+        cast = [torch.empty_like(tensors[n], dtype=dtype) for n in places]
+        if places:
+            torch._foreach_copy_(cast, [tensors[n] for n in places])
+        of_place = dict(zip(places, cast, strict=True))
+        return [of_place.get(n, tensor) for n, tensor in enumerate(tensors)]
 
     def _exact_gradient(self, train, meta):
         weights, leaf, parameters, gradients, clip = self._train_pass(train, create_graph=True)
