@@ -159,7 +159,7 @@ def captured(function, inputs: dict, device: str):
     with torch.cuda.graph(graph):
         outputs = function(**static)
 
-    def replay():
+    def replay(function=function):  # a graph reads the weights, which must stay
         for name, tensor in inputs.items():
             static[name].copy_(tensor)
         graph.replay()

@@ -4,11 +4,12 @@ A batch of one shape runs in a `Lane`. The exits at which examples may leave the
 program runs one segment on the first R examples of the lane's buffers: the layers, the head, the decision; it writes
 the answers to the places they belong to, and those who continue, closed up, to the front of the next buffers. Only
 their number goes to the host, which may then choose a smaller R. Examples beyond that number are surplus: what is
-computed of them goes to a spare place past the end.
+computed of them goes to a spare place, the first of every static tensor.
 
 Elsewhere than on CUDA a program is the same function, run eagerly on the same tensors.
 """
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,20 +82,27 @@ class Lane:
         inputs: model inputs, tensors (batch, ...) that show shapes and dtypes; anything else is a constant.
         padded: whether `attention_mask` may hold zeros; otherwise it is left out.
         pool: memory pool of the graphs; `None`: run eagerly.
+        stream: that they are captured on.
         run_stage: the model's own, or compiled.
     """
 
-    def __init__(self, model, decisions: Decisions, capacity: int, inputs: dict, padded: bool, pool, run_stage):
+    def __init__(
+        self, model, decisions: Decisions, capacity: int, inputs: dict, padded: bool, pool, stream, run_stage
+    ):
         self.model, self.decisions, self.capacity, self.padded = model, decisions, capacity, padded
-        self.pool, self.run_stage = pool, run_stage
+        self.pool, self.stream, self.run_stage = pool, stream, run_stage
         device = model.device
+        # A cast that autocast keeps would be read by the graph long after it is gone.
+        enabled = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type)
+        self.autocast = partial(torch.autocast, device.type, dtype, enabled, cache_enabled=False)
         self.inputs = {
             name: torch.zeros((capacity, *value.shape[1:]), dtype=value.dtype, device=device)
             if isinstance(value, torch.Tensor)
             else value
             for name, value in inputs.items()
         }
-        self.places = torch.arange(capacity + 1, device=device)  # the last is the spare one
+        self.places = torch.arange(capacity + 1, device=device)  # 0 is the spare one
         self.counts = torch.zeros(len(decisions.segments) + 1, dtype=torch.int64, device=device)
         host = torch.zeros(self.counts.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.host_counts = host.numpy()
@@ -121,8 +129,10 @@ class Lane:
 
     def count_after(self, segment: int) -> int:
         """How many examples continue after a segment; waits for it."""
-        if self.events[segment] is not None:
-            self.events[segment].synchronize()
+        event = self.events[segment]
+        # Not `synchronize`: being woken takes longer than most segments.
+        while event is not None and not event.query():
+            pass
         return int(self.host_counts[segment + 1])
 
     def may_shrink(self, segment: int, rows: int, present: float) -> bool:
@@ -144,15 +154,19 @@ class Lane:
 
     def compute(self, segment: int, rows: int) -> None:
         """The segment itself; it may run twice without harm, since it writes nothing that it reads."""
+        with self.autocast():
+            self._compute(segment, rows)
+
+    def _compute(self, segment: int, rows: int) -> None:
         model, decisions = self.model, self.decisions
         exits = decisions.segments[segment]
         single = self.capacity == 1
         if segment == 0:
             inputs = {n: v[:rows] if isinstance(v, torch.Tensor) else v for n, v in self.inputs.items()}
-            examples = replace(model.embed(**inputs), ids=self.places[:rows], padded=self.padded or None)
+            examples = replace(model.embed(**inputs), ids=self.places[1 : rows + 1], padded=self.padded or None)
             after = -1
         else:
-            examples = self.buffers[segment % 2].map(lambda tensor: tensor[:rows])
+            examples = self.buffers[segment % 2].map(lambda tensor: tensor[1 : rows + 1])
             after = decisions.segments[segment - 1][-1]
         context = model.make_context(examples)
         for exit_index in exits:
@@ -168,11 +182,11 @@ class Lane:
             self.logits = logits.new_zeros(self.capacity + 1, logits.shape[-1])
             self.exit_index = self.places.new_zeros(self.capacity + 1)
         if single:
-            self.logits[:1].copy_(logits)
-            self.exit_index[:1].fill_(exits[-1])
+            self.logits[1:].copy_(logits)
+            self.exit_index[1:].fill_(exits[-1])
         else:
-            present = self.places[:rows] < self.counts[segment]
-            targets = torch.where(present, examples.ids, self.capacity)
+            present = self.places[1 : rows + 1] <= self.counts[segment]
+            targets = examples.ids * present
             self.logits.index_copy_(0, targets, logits)
             self.exit_index.index_fill_(0, targets, exits[-1])
         if segment == len(decisions.segments) - 1:
@@ -183,12 +197,12 @@ class Lane:
         following = self.buffers[(segment + 1) % 2].tensors()
         if single:
             for buffer, tensor in zip(following, examples.tensors(), strict=True):
-                buffer[:1].copy_(tensor)
+                buffer[1:].copy_(tensor)
             self.counts[segment + 1 : segment + 2].copy_(~done)
             return
         continues = present > done  # and not
         ranks = continues.cumsum(0)
-        places = torch.where(continues, ranks - 1, self.capacity)
+        places = ranks * continues
         for buffer, tensor in zip(following, examples.tensors(), strict=True):
             buffer.index_copy_(0, places, tensor)
         self.counts[segment + 1].copy_(ranks[-1])
@@ -216,20 +230,33 @@ class _Program:
             if self.lane.pool is None:
                 run()
                 return
-            self.graph = capture(run, self.lane.pool)
+            self.graph = capture(run, self.lane.pool, self.lane.stream)
         self.graph.replay()
 
 
-def capture(function: Callable[[], object], pool) -> "torch.cuda.CUDAGraph":
-    """A CUDA graph of `function`, which runs twice before, so that libraries make their workspaces outside of it."""
-    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(here)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side):
+def capture(function: Callable[[], object], pool, stream) -> "torch.cuda.CUDAGraph":
+    """A CUDA graph of `function`, which runs twice before, so that libraries make their workspaces outside of it.
+
+    Args:
+        function: reads and writes static tensors.
+        pool: memory pool that graphs share which never run at the same time.
+        stream: to capture on; the pool reuses memory within one stream only.
+    """
+    here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
         for _ in range(2):
             function()
-    side.synchronize()
-    with torch.cuda.graph(graph, pool=pool, stream=side):
-        function()
-    here.wait_stream(side)
+    stream.synchronize()
+    # A graph or tensor that the garbage collector frees meanwhile would end the capture.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        # Other threads, those that send batches, go on.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            function()
+    finally:
+        if collecting:
+            gc.enable()
+    here.wait_stream(stream)
     return graph

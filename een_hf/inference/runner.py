@@ -54,7 +54,7 @@ class ExitRunner:
         self.policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
         if self.policy is not None:
             self.policy.validate(model.num_exits, model.config.problem_type, model.config.num_labels)
-        self.cuda_graphs = model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
+        self.cuda_graphs = cuda_graphs is not False
         self._lock, self._is_text = threading.Lock(), model.main_input_name == "input_ids"
         self._sizes: dict[int, int] = {}
         self._stage = torch.compile(model.run_stage, dynamic=True) if compile else model.run_stage
@@ -62,7 +62,8 @@ class ExitRunner:
 
     def _forget(self) -> None:
         self.device = self.model.device
-        self._pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
+        self._pool = torch.cuda.graph_pool_handle() if self._graphed() else None
+        self._stream = torch.cuda.Stream(self.device) if self._graphed() else None
         self._kinds: dict[tuple, Decisions] = {}
         self._decisions: Decisions | None = None
         self._attention = self.model.config._attn_implementation
@@ -73,6 +74,9 @@ class ExitRunner:
         self._holders = [(part, name) for part in parts for name, tensor in part.items() if tensor is not None]
         self._held = [part[name] for part, name in self._holders]
         self._pointers = [tensor.data_ptr() for tensor in self._held]
+
+    def _graphed(self) -> bool:
+        return self.cuda_graphs and self.device.type == "cuda"
 
     def _is_current(self) -> bool:
         """Whether the programs still fit the model, its weights and its policy; forgets those that do not."""
@@ -143,7 +147,7 @@ class ExitRunner:
             if present == 0:
                 break
             rows = row_bucket(present, lane.capacity)
-        outputs.logits, outputs.exit_index = lane.logits[:batch].clone(), lane.exit_index[:batch].clone()
+        outputs.logits, outputs.exit_index = lane.logits[1 : batch + 1].clone(), lane.exit_index[1 : batch + 1].clone()
         return outputs
 
     def _load(self, inputs: dict) -> tuple[Lane, int]:
@@ -194,7 +198,7 @@ class ExitRunner:
                 name: torch.empty((1, *value[0]), dtype=value[1], device="meta") if isinstance(value, tuple) else value
                 for name, value in shapes
             }
-            lane = Lane(self.model, self._decisions, capacity, shown, padded, self._pool, self._stage)
+            lane = Lane(self.model, self._decisions, capacity, shown, padded, self._pool, self._stream, self._stage)
             self._lanes[key] = lane
             if len(self._lanes) > MAX_LANES:
                 self._lanes.popitem(last=False)
@@ -240,12 +244,12 @@ class ExitRunner:
         def run():
             return self.model.run_layer(0, examples.hidden, context)
 
-        if not self.cuda_graphs:
+        if not self._graphed():
             run()
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
-        graph = capture(run, self._pool)
+        graph = capture(run, self._pool, self._stream)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         graph.replay()
         start.record()
