@@ -675,6 +675,8 @@ def test_bad_input_is_named_before_any_work(case, files, minilm_path, tmp_path):
     [
         ("exit_layer: [2]\n", "recipe .*: key 'exit_layer'; did you mean --exit_layers"),
         ("- just a list\n", "must be a mapping"),
+        ("exit_layers: [2, 3", "^error: Recipe .*bad.yaml cannot be read: [^\n]*$"),
+        ("a: \x00", "^error: Recipe .*bad.yaml cannot be read: [^\n]*$"),
         (None, "is not there"),
     ],
 )

@@ -22,7 +22,7 @@ from ..data.labels import REGRESSION, model_label_ids
 from ..data.samples import model_source
 from ..data.streaming import EndlessStream
 from ..data.task import DataError, Modality, TaskData
-from ..errors import one_line_errors, refuse_nan
+from ..errors import in_one_line, one_line_errors, refuse_nan
 from ..evaluation import (
     anytime_table,
     budgeted_curve,
@@ -138,8 +138,11 @@ def _recipe_words(path: str) -> list[str]:
     """A recipe as command-line words."""
     if not os.path.exists(path):
         raise ExitConfigurationError(f"Recipe {path} is not there; recipes of this project are in recipes/.")
-    with open(path) as file:
-        recipe = yaml.safe_load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ExitConfigurationError(f"Recipe {path} cannot be read: {in_one_line(error)}") from error
     if not isinstance(recipe, dict):
         raise ExitConfigurationError(f"Recipe {path} must be a mapping of flags to values.")
     words = []
@@ -216,7 +219,12 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData, trains:
             raise ExitConfigurationError(
                 f"--config_overrides names {unknown[0]!r}, which {config_class.__name__} lacks."
             )
-        overrides = {name: yaml.safe_load(value) for name, value in overrides.items()}
+        try:
+            overrides = {name: yaml.safe_load(value) for name, value in overrides.items()}
+        except yaml.YAMLError as error:
+            raise ExitConfigurationError(
+                f"--config_overrides {args.config_overrides} cannot be read: {in_one_line(error)}"
+            ) from error
         config = config_class(**overrides, **given)
         _set_labels(config, _label_names(data))
         return model_class(config).to(getattr(torch, dtype))
