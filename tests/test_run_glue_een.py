@@ -633,8 +633,8 @@ BAD = {
         [
             "--do_train",
             "--method=l2w",
-            "--activation_checkpointing",
-            '--activation_checkpointing_kwargs={"use_reentrant": true}',
+            "--gradient_checkpointing",
+            '--gradient_checkpointing_kwargs={"use_reentrant": true}',
         ],
         "use_reentrant",
     ),
