@@ -8,6 +8,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_een import EarlyExitViTConfig
 from .exits import ViTExitHead
 from .modeling_een import EarlyExitClassifierOutput, EarlyExitMixin
+from .patches import project_by_product
 from .policies import ExitPolicy
 from .stages import Examples
 
@@ -29,6 +30,7 @@ class EarlyExitViTForImageClassification(EarlyExitMixin, ViTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vit = ViTModel(config, add_pooling_layer=False)
+        project_by_product(self.vit.embeddings)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.exit_heads = self.build_exit_heads()
         self.post_init()
