@@ -4,6 +4,7 @@ import importlib
 
 from . import pipelines  # noqa: F401, registers them
 from .models import (
+    AutoEarlyExitModel,
     EarlyExitBertConfig,
     EarlyExitBertForSequenceClassification,
     EarlyExitClassifierOutput,
@@ -29,6 +30,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AutoEarlyExitModel",
     "BoostedExitTrainer",
     "EarlyExitBertConfig",
     "EarlyExitBertForSequenceClassification",

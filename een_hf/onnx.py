@@ -6,6 +6,7 @@ its rows are sure; one row alone leaves as it does in PyTorch.
 """
 
 import copy
+import inspect
 import json
 import os
 import tempfile
@@ -95,7 +96,7 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
     """Write an early-exit model as one ONNX graph in float32, after checking it against PyTorch.
 
     Inputs, the batch and the length of texts of any size: `input_ids`, `attention_mask` and `token_type_ids` (batch,
-    length), int64, or `pixel_values` (batch, channels, height, width).
+    length), int64, of these what the model takes, or `pixel_values` (batch, channels, height, width).
 
     Dynamic: outputs `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based. The whole batch leaves at
     the first exit at which all of its rows are sure: `exit_index` is the same for all rows and `logits` are all from
@@ -164,7 +165,7 @@ def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONN
     inputs = _random_inputs(model, num_rows=3)
     axes = {0: torch.export.Dim("batch")}
     if "input_ids" in inputs:
-        axes[1] = torch.export.Dim("length", max=model.config.max_position_embeddings)
+        axes[1] = torch.export.Dim("length", max=model.config.max_input_length)
     # One dict and not keywords: releases of torch disagree on what names the shapes of keywords.
     graph, arguments, shapes = _AllExits(model), {"inputs": inputs}, {"inputs": dict.fromkeys(inputs, axes)}
     names = [*inputs]
@@ -213,17 +214,20 @@ def _random_inputs(model: EarlyExitMixin, num_rows: int, seed: int = 0) -> dict[
     """Random pixels, or random tokens whose rows end at different lengths."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
-        height, width = model.vit.embeddings.image_size
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(num_rows, config.num_channels, height, width, generator=generator)}
-    length = min(13 + seed, config.max_position_embeddings)
+    length = min(13 + seed, config.max_input_length or 13 + seed)
     shape = (num_rows, length)
     ends = torch.randint(1, length + 1, (num_rows, 1), generator=generator)
     ends[0] = length
-    return {
+    inputs = {
         "input_ids": torch.randint(config.vocab_size, shape, generator=generator),
         "attention_mask": (torch.arange(length) < ends).long(),
-        "token_type_ids": torch.randint(config.type_vocab_size, shape, generator=generator),
     }
+    if "token_type_ids" in inspect.signature(model.forward).parameters and config.type_vocab_size:
+        inputs["token_type_ids"] = torch.randint(config.type_vocab_size, shape, generator=generator)
+    return inputs
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForTokenClassification,
-    DistilBertConfig,
+    GPT2Config,
 )
 
 from een_hf.commands import main as command_main
@@ -689,9 +689,9 @@ def test_bad_recipes(content, message, tmp_path):
 
 
 def test_an_unsupported_architecture_is_named(files, minilm_path, tmp_path):
-    DistilBertConfig().save_pretrained(tmp_path / "distil")
-    flags = [f"--model_name_or_path={tmp_path / 'distil'}", f"--tokenizer_name={minilm_path}", "--do_train"]
-    with pytest.raises(SystemExit, match="'distilbert'.*bert, vit.*Add an architecture"):
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    flags = [f"--model_name_or_path={tmp_path / 'gpt2'}", f"--tokenizer_name={minilm_path}", "--do_train"]
+    with pytest.raises(SystemExit, match="'gpt2'.*bert, .*mpnet.*Add an architecture"):
         main(TEXT, [*flags, f"--train_file={files['train']}", f"--output_dir={tmp_path / 'out'}"])
 
 

@@ -52,7 +52,8 @@ from ..evaluation.calibration import rows_needed
 from ..evaluation.results import LOGITS_NAME, _replacing
 from ..hub import public_settings
 from ..inference import pad_rows, predict
-from ..models import MODEL_CLASSES, ExitConfigurationError
+from ..models import ExitConfigurationError
+from ..models.auto import model_class_of
 from ..models.configuration_een import is_classifier
 from ..models.exits import POOLINGS
 from ..models.policies import get_criterion
@@ -241,13 +242,7 @@ def load_model(args) -> PreTrainedModel:
         found, _ = PreTrainedConfig.get_config_dict(model_source(args.model))
     except (OSError, ValueError) as error:
         raise ExitConfigurationError(f"MODEL {args.model} cannot be loaded: {error}") from error
-    known = {kind.config_class.model_type: kind for kind in MODEL_CLASSES.values()} | MODEL_CLASSES
-    model_class = known.get(found.get("model_type"))
-    if model_class is None:
-        raise ExitConfigurationError(
-            f"MODEL {args.model} is of type {found.get('model_type')!r}; exits exist for {', '.join(MODEL_CLASSES)}. "
-            "Another architecture is one adapter file: see 'Add an architecture' in README.md."
-        )
+    model_class = model_class_of(found, f"MODEL {args.model}")
     if not is_classifier(found.get("architectures"), model_class.__name__):
         raise ExitConfigurationError(
             f"MODEL {args.model} has no classifier of sequences or images: its `architectures` in config.json are "

@@ -106,8 +106,7 @@ def _dummy_inputs(model: nn.Module, sequence_length, image_size) -> dict[str, to
         return inputs if image_size is None else {**inputs, "interpolate_pos_encoding": True}
     if sequence_length is None:
         raise ValueError("The cost of a text model depends on the length of its input: give sequence_length.")
-    if not 1 <= sequence_length <= config.max_position_embeddings:
-        raise ValueError(
-            f"sequence_length is {sequence_length}; this model takes 1 to {config.max_position_embeddings} tokens."
-        )
+    longest = config.max_input_length
+    if sequence_length < 1 or longest is not None and sequence_length > longest:
+        raise ValueError(f"sequence_length is {sequence_length}; this model takes 1 to {longest or 'any'} tokens.")
     return {"input_ids": torch.empty(1, sequence_length, dtype=torch.int64, device="meta")}

@@ -36,8 +36,9 @@ def stock_model(model, num_layers: int | None = None) -> torch.nn.Module:
         num_layers: cut to this many layers.
     """
     config = model.config
-    settings = config.to_dict() | {"num_hidden_layers": num_layers or config.num_hidden_layers}
+    settings = config.to_dict() if num_layers is None else config.cut_to_layers(config.to_dict(), num_layers)
     settings.pop("model_type")
+    settings["architectures"] = config.stock_architecture and [config.stock_architecture]
     stock_config = AutoConfig.for_model(config.stock_model_type, **settings)
     images = model.main_input_name == "pixel_values"
     auto_class = AutoModelForImageClassification if images else AutoModelForSequenceClassification

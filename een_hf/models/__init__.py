@@ -1,43 +1,100 @@
 """Early-exit models: all that a saved model needs to run."""
 
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
-
-from .configuration_een import EarlyExitBertConfig, EarlyExitViTConfig, ExitConfigurationError
+from .auto import MODEL_CLASSES, AutoEarlyExitModel, register_architecture
+from .configuration_een import (
+    EarlyExitBeitConfig,
+    EarlyExitBertConfig,
+    EarlyExitCamembertConfig,
+    EarlyExitDebertaConfig,
+    EarlyExitDebertaV2Config,
+    EarlyExitDeiTConfig,
+    EarlyExitDinov2Config,
+    EarlyExitDinov2WithRegistersConfig,
+    EarlyExitDistilBertConfig,
+    EarlyExitElectraConfig,
+    EarlyExitModernBertConfig,
+    EarlyExitMPNetConfig,
+    EarlyExitRobertaConfig,
+    EarlyExitViTConfig,
+    EarlyExitXLMRobertaConfig,
+    ExitConfigurationError,
+)
 from .modeling_een import EarlyExitClassifierOutput, EarlyExitMixin
+from .modeling_een_beit import EarlyExitBeitForImageClassification
 from .modeling_een_bert import EarlyExitBertForSequenceClassification
+from .modeling_een_deberta import EarlyExitDebertaForSequenceClassification
+from .modeling_een_deberta_v2 import EarlyExitDebertaV2ForSequenceClassification
+from .modeling_een_deit import EarlyExitDeiTForImageClassification
+from .modeling_een_dinov2 import EarlyExitDinov2ForImageClassification
+from .modeling_een_dinov2_with_registers import EarlyExitDinov2WithRegistersForImageClassification
+from .modeling_een_distilbert import EarlyExitDistilBertForSequenceClassification
+from .modeling_een_electra import EarlyExitElectraForSequenceClassification
+from .modeling_een_modernbert import EarlyExitModernBertForSequenceClassification
+from .modeling_een_mpnet import EarlyExitMPNetForSequenceClassification
+from .modeling_een_roberta import (
+    EarlyExitCamembertForSequenceClassification,
+    EarlyExitRobertaForSequenceClassification,
+    EarlyExitXLMRobertaForSequenceClassification,
+)
 from .modeling_een_vit import EarlyExitViTForImageClassification
 from .policies import ExitPolicy
 
 
-MODEL_CLASSES: dict[str, type[EarlyExitMixin]] = {}  # by the type of the stock model
-
-
-def register_architecture(model_class: type[EarlyExitMixin]) -> type[EarlyExitMixin]:
-    """Class decorator: make an early-exit class known to the scripts, the commands and transformers' Auto classes."""
-    config_class = model_class.config_class
-    images = model_class.main_input_name == "pixel_values"
-    auto_class = AutoModelForImageClassification if images else AutoModelForSequenceClassification
-    MODEL_CLASSES[config_class.stock_model_type] = model_class
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    auto_class.register(config_class, model_class, exist_ok=True)
-    # What is saved takes the files of this folder along, and so runs where een_hf is not installed.
-    config_class.register_for_auto_class()
-    model_class.register_for_auto_class(auto_class)
-    return model_class
-
-
-for _model_class in (EarlyExitBertForSequenceClassification, EarlyExitViTForImageClassification):
+for _model_class in (
+    EarlyExitBertForSequenceClassification,
+    EarlyExitRobertaForSequenceClassification,
+    EarlyExitXLMRobertaForSequenceClassification,
+    EarlyExitCamembertForSequenceClassification,
+    EarlyExitDistilBertForSequenceClassification,
+    EarlyExitElectraForSequenceClassification,
+    EarlyExitMPNetForSequenceClassification,
+    EarlyExitModernBertForSequenceClassification,
+    EarlyExitDebertaForSequenceClassification,
+    EarlyExitDebertaV2ForSequenceClassification,
+    EarlyExitViTForImageClassification,
+    EarlyExitDeiTForImageClassification,
+    EarlyExitDinov2ForImageClassification,
+    EarlyExitDinov2WithRegistersForImageClassification,
+    EarlyExitBeitForImageClassification,
+):
     register_architecture(_model_class)
 
 __all__ = [
-    "MODEL_CLASSES",
+    "EarlyExitBeitConfig",
+    "EarlyExitBeitForImageClassification",
     "EarlyExitBertConfig",
     "EarlyExitBertForSequenceClassification",
+    "EarlyExitCamembertConfig",
+    "EarlyExitCamembertForSequenceClassification",
     "EarlyExitClassifierOutput",
+    "EarlyExitDebertaConfig",
+    "EarlyExitDebertaForSequenceClassification",
+    "EarlyExitDebertaV2Config",
+    "EarlyExitDebertaV2ForSequenceClassification",
+    "EarlyExitDeiTConfig",
+    "EarlyExitDeiTForImageClassification",
+    "EarlyExitDinov2Config",
+    "EarlyExitDinov2ForImageClassification",
+    "EarlyExitDinov2WithRegistersConfig",
+    "EarlyExitDinov2WithRegistersForImageClassification",
+    "EarlyExitDistilBertConfig",
+    "EarlyExitDistilBertForSequenceClassification",
+    "EarlyExitElectraConfig",
+    "EarlyExitElectraForSequenceClassification",
+    "EarlyExitMPNetConfig",
+    "EarlyExitMPNetForSequenceClassification",
     "EarlyExitMixin",
+    "EarlyExitModernBertConfig",
+    "EarlyExitModernBertForSequenceClassification",
+    "EarlyExitRobertaConfig",
+    "EarlyExitRobertaForSequenceClassification",
     "EarlyExitViTConfig",
     "EarlyExitViTForImageClassification",
+    "EarlyExitXLMRobertaConfig",
+    "EarlyExitXLMRobertaForSequenceClassification",
     "ExitConfigurationError",
     "ExitPolicy",
+    "MODEL_CLASSES",
+    "AutoEarlyExitModel",
     "register_architecture",
 ]

@@ -6,7 +6,24 @@ from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import BertConfig, PreTrainedConfig, ViTConfig
+from transformers import (
+    BeitConfig,
+    BertConfig,
+    CamembertConfig,
+    DebertaConfig,
+    DebertaV2Config,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    ViTConfig,
+    XLMRobertaConfig,
+)
 
 from .exits import EXIT_HEADS, POOLINGS
 from .registries import ExitConfigurationError
@@ -80,11 +97,15 @@ class EarlyExitConfigMixin:
     exit_policy: dict | None = None
     training_scheme: str | None = None
 
-    # Of an architecture, not of a model
+    # Of an architecture, not of a model; properties where a field of the stock config decides
     default_exit_pooling = "mean"
     stock_pooling = "cls"  # what the stock head reads
     last_exit_poolings = ("cls", "mean")  # what it could read
     num_prefix_tokens = 0  # tokens before the patches of an image
+    stock_architecture = None  # the stock class, where its `model_type` has several
+
+    # A policy decides at run time which exit answers, so these are no predictions of their own.
+    keys_to_ignore_at_inference = ["exit_logits", "exit_index", "hidden_states", "attentions"]
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -100,6 +121,12 @@ class EarlyExitConfigMixin:
             EXIT_HEADS[self.exit_head]
         _one_of("last_exit_pooling", self.last_exit_pooling, (None, *self.last_exit_poolings))
         _one_of("exit_aggregation", self.exit_aggregation, ("none", "boosted"))
+
+    @property
+    def exit_dropout(self) -> float:
+        """Dropout of the exits' heads: that of the stock head, else of the layers."""
+        names = ("classifier_dropout", "seq_classif_dropout", "cls_dropout", "hidden_dropout_prob")
+        return next((rate for name in names if (rate := getattr(self, name, None)) is not None), 0.0)
 
     @property
     def max_input_length(self) -> int | None:
@@ -135,14 +162,32 @@ class EarlyExitConfigMixin:
                     f"The config names code of the Hub ({name}: {config_dict[name]!r}). Remove that line, and give "
                     "attn_implementation when the model is loaded."
                 )
-        fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+        names = cls.field_names()
+        overrides = {names[name]: kwargs.pop(name) for name in list(kwargs) if name in names}
         if config_dict.get("model_type") == cls.model_type:
             config_dict = {"exit_pooling": "cls", **config_dict}  # the only one there was, before it was always saved
+        num_layers = overrides.pop(names.get("num_hidden_layers"), None)
+        if num_layers is not None:
+            config_dict = cls.cut_to_layers(config_dict, num_layers)
         try:
             return super().from_dict({**config_dict, **overrides}, **kwargs)
         except StrictDataclassError as error:
             raise ExitConfigurationError(f"The config cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+    @classmethod
+    def cut_to_layers(cls, config_dict: dict, num_layers: int) -> dict:
+        """The fields of a config as those of its first layers; what follows from their number is left out."""
+        named_stages = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
+        cut = {name: value for name, value in config_dict.items() if name not in named_stages}
+        if cut.get("layer_types"):
+            cut["layer_types"] = cut["layer_types"][:num_layers]
+        return {**cut, cls.field_names()["num_hidden_layers"]: num_layers}
+
+    @classmethod
+    def field_names(cls) -> dict[str, str]:
+        """What may be given to the construction, and the field that it sets: another where a name stands for it."""
+        fields = {field.name: field.name for field in dataclasses.fields(cls) if field.name != "dtype"}
+        return {**fields, **cls.attribute_map}
 
     def to_diff_dict(self) -> dict:
         """As in `PreTrainedConfig`; the pooling is always written, so that another default changes no saved model."""
@@ -154,33 +199,196 @@ class EarlyExitConfigMixin:
         return self.exit_pooling if readable and not stock_head else self.stock_pooling
 
 
-# A policy decides at run time which exit answers, so these are no predictions of their own.
-_KEYS_TO_IGNORE = ["exit_logits", "exit_index", "hidden_states", "attentions"]
-
-
 @strict
 class EarlyExitBertConfig(EarlyExitConfigMixin, BertConfig):
     """`BertConfig` with the fields of `EarlyExitConfigMixin`."""
 
     model_type = "een_bert"
     stock_model_type = "bert"
-    keys_to_ignore_at_inference = _KEYS_TO_IGNORE
+
+
+class _PositionsAfterPadding:
+    """Positions are counted from the one after the padding token's."""
+
+    @property
+    def max_input_length(self) -> int:
+        return self.max_position_embeddings - self.pad_token_id - 1
 
 
 @strict
-class EarlyExitViTConfig(EarlyExitConfigMixin, ViTConfig):
+class EarlyExitRobertaConfig(_PositionsAfterPadding, EarlyExitConfigMixin, RobertaConfig):
+    """`RobertaConfig` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_roberta"
+    stock_model_type = "roberta"
+
+
+@strict
+class EarlyExitXLMRobertaConfig(_PositionsAfterPadding, EarlyExitConfigMixin, XLMRobertaConfig):
+    """`XLMRobertaConfig` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_xlm-roberta"
+    stock_model_type = "xlm-roberta"
+
+
+@strict
+class EarlyExitCamembertConfig(_PositionsAfterPadding, EarlyExitConfigMixin, CamembertConfig):
+    """`CamembertConfig` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_camembert"
+    stock_model_type = "camembert"
+
+
+@strict
+class EarlyExitDistilBertConfig(EarlyExitConfigMixin, DistilBertConfig):
+    """`DistilBertConfig` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_distilbert"
+    stock_model_type = "distilbert"
+
+
+@strict
+class EarlyExitElectraConfig(EarlyExitConfigMixin, ElectraConfig):
+    """`ElectraConfig` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_electra"
+    stock_model_type = "electra"
+
+
+@strict
+class EarlyExitMPNetConfig(EarlyExitConfigMixin, MPNetConfig):
+    """`MPNetConfig` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_mpnet"
+    stock_model_type = "mpnet"
+
+    @property
+    def max_input_length(self) -> int:
+        return self.max_position_embeddings - 2  # whatever the padding token: counted from 2
+
+
+@strict
+class EarlyExitModernBertConfig(EarlyExitConfigMixin, ModernBertConfig):
+    """`ModernBertConfig` with the fields of `EarlyExitConfigMixin`; the stock head reads `classifier_pooling`."""
+
+    model_type = "een_modernbert"
+    stock_model_type = "modernbert"
+
+    @property
+    def stock_pooling(self) -> str:
+        return self.classifier_pooling
+
+
+class _RelativePositions:
+    @property
+    def max_input_length(self) -> int | None:
+        return self.max_position_embeddings if self.position_biased_input else None
+
+
+@strict
+class EarlyExitDebertaConfig(_RelativePositions, EarlyExitConfigMixin, DebertaConfig):
+    """`DebertaConfig` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_deberta"
+    stock_model_type = "deberta"
+
+
+@strict
+class EarlyExitDebertaV2Config(_RelativePositions, EarlyExitConfigMixin, DebertaV2Config):
+    """`DebertaV2Config` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_deberta-v2"
+    stock_model_type = "deberta-v2"
+
+
+class EarlyExitImageConfigMixin(EarlyExitConfigMixin):
+    """`EarlyExitConfigMixin` for images: one class token stands before the patches."""
+
+    default_exit_pooling = "cls_mean"
+    num_prefix_tokens = 1
+
+
+@strict
+class EarlyExitViTConfig(EarlyExitImageConfigMixin, ViTConfig):
     """`ViTConfig` with the fields of `EarlyExitConfigMixin`."""
 
     model_type = "een_vit"
     stock_model_type = "vit"
-    default_exit_pooling = "cls_mean"
-    num_prefix_tokens = 1
-    keys_to_ignore_at_inference = _KEYS_TO_IGNORE
+
+
+@strict
+class EarlyExitDeiTConfig(EarlyExitImageConfigMixin, DeiTConfig):
+    """`DeiTConfig` with the fields of `EarlyExitConfigMixin`.
+
+    Args:
+        distillation_head: the last exit answers by the mean of two classifiers, one on the class token and one on the
+            distillation token. Default: as the checkpoint does.
+    """
+
+    model_type = "een_deit"
+    stock_model_type = "deit"
+    num_prefix_tokens = 2
+
+    distillation_head: bool = False
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        if "DeiTForImageClassificationWithTeacher" in (config_dict.get("architectures") or []):
+            config_dict = {"distillation_head": True, **config_dict}
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def last_exit_poolings(self) -> tuple[str, ...]:
+        return ("cls",) if self.distillation_head else ("cls", "mean")
+
+    @property
+    def stock_architecture(self) -> str:
+        return f"DeiTForImageClassification{'WithTeacher' * self.distillation_head}"
+
+
+@strict
+class EarlyExitDinov2Config(EarlyExitImageConfigMixin, Dinov2Config):
+    """`Dinov2Config` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_dinov2"
+    stock_model_type = "dinov2"
+    stock_pooling = "cls_mean"
+    last_exit_poolings = ("cls_mean",)
+
+
+@strict
+class EarlyExitDinov2WithRegistersConfig(EarlyExitImageConfigMixin, Dinov2WithRegistersConfig):
+    """`Dinov2WithRegistersConfig` with the fields of `EarlyExitConfigMixin`."""
+
+    model_type = "een_dinov2_with_registers"
+    stock_model_type = "dinov2_with_registers"
+    stock_pooling = "cls_mean"
+    last_exit_poolings = ("cls_mean",)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return 1 + self.num_register_tokens
+
+
+@strict
+class EarlyExitBeitConfig(EarlyExitImageConfigMixin, BeitConfig):
+    """`BeitConfig` with the fields of `EarlyExitConfigMixin`; the stock head reads as `use_mean_pooling` says."""
+
+    model_type = "een_beit"
+    stock_model_type = "beit"
+
+    @property
+    def stock_pooling(self) -> str:
+        return "mean" if self.use_mean_pooling else "cls"
+
+    @property
+    def last_exit_poolings(self) -> tuple[str, ...]:
+        return (self.stock_pooling,)
 
 
 def is_classifier(architectures: list[str] | None, *names: str) -> bool:
     """Whether a checkpoint's `architectures` name a classifier of sequences or images, or one of `names`."""
-    endings = ("ForSequenceClassification", "ForImageClassification")
+    endings = ("ForSequenceClassification", "ForImageClassification", "ForImageClassificationWithTeacher")
     return any(str(name).endswith(endings) or name in names for name in architectures or ())
 
 

@@ -106,9 +106,8 @@ class BertExitHead(ExitHead):
 
     def __init__(self, config):
         super().__init__(config)
-        dropout = getattr(config, "classifier_dropout", None)
         self.dense = nn.Linear(self.width, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        self.dropout = nn.Dropout(config.exit_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -121,11 +120,23 @@ class ViTExitHead(ExitHead):
 
     def __init__(self, config):
         super().__init__(config)
-        self.layernorm = nn.LayerNorm(self.width, eps=config.layer_norm_eps)
+        self.layernorm = nn.LayerNorm(self.width, eps=getattr(config, "layer_norm_eps", 1e-5))
         self.classifier = nn.Linear(self.width, config.num_labels)
 
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.layernorm(pooled))
+
+
+@register_exit_head("norm_pooler")
+class NormedExitHead(BertExitHead):
+    """Layer norm before dense, tanh, dropout and linear: for layers whose hidden states are not normed."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layernorm = nn.LayerNorm(self.width, eps=getattr(config, "layer_norm_eps", 1e-5))
+
+    def classify(self, pooled: torch.Tensor) -> torch.Tensor:
+        return super().classify(self.layernorm(pooled))
 
 
 def add_boosted(logits: torch.Tensor, previous: torch.Tensor | None, temperature: float) -> torch.Tensor:

@@ -8,10 +8,11 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import ModelOutput, logging
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_een import ExitConfigurationError, is_classifier
 from .exit_losses import infer_problem_type, loss_matrix, reduce_losses
-from .exits import EXIT_HEADS, add_boosted, pool_hidden_states, scale_gradient
+from .exits import EXIT_HEADS, BertExitHead, ViTExitHead, add_boosted, pool_hidden_states, scale_gradient
 from .policies import ExitPolicy
 from .stages import Examples, bidirectional_mask
 
@@ -45,10 +46,10 @@ class EarlyExitMixin:
     """Exits for a stock encoder; comes before its `PreTrainedModel` in the bases.
 
     An adapter builds the stock modules under their stock names plus `self.exit_heads` (`build_exit_heads`). It says
-    where the layers are (`backbone_layers`), how inputs become hidden states (`embed`), what the stock head is
-    (`last_head`, `last_head_modules`) and what the heads of the other exits are (`head_class`), and has a `forward`
-    that names its inputs. Where its layers are not called as `layer(hidden, mask)`, it says how: `make_context`,
-    `run_layer`.
+    where the layers are (`backbone_layers`) and what the stock head is (`last_head`, `last_head_modules`).
+    `EarlyExitTextMixin` and `EarlyExitImageMixin` supply the rest, as most encoders have it: how inputs become hidden
+    states (`embed`), what the heads of the other exits are (`head_class`), and a `forward` that names the inputs.
+    Where layers are not called as `layer(hidden, mask)`, the adapter says how: `make_context`, `run_layer`.
     """
 
     # The loss is a mean per batch: the Trainer must divide by the accumulation steps itself.
@@ -165,7 +166,7 @@ class EarlyExitMixin:
         """`config.json` of a folder or a Hub name."""
         hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-        return cls.config_class.get_config_dict(source, **hub_kwargs)[0]
+        return PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0]
 
     @classmethod
     def _exit_config(cls, source, kwargs: dict) -> PreTrainedConfig:
@@ -182,7 +183,7 @@ class EarlyExitMixin:
                 f"{cls.__name__} takes checkpoints of type {cls.config_class.stock_model_type!r} or "
                 f"{cls.config_class.model_type!r}, not {found!r}."
             )
-        names = cls.config_class.__dataclass_fields__.keys() - {"dtype"} | {"num_labels"}
+        names = cls.config_class.field_names().keys() | {"num_labels"}
         return cls.config_class.from_dict(config_dict, **{name: kwargs.pop(name) for name in names & kwargs.keys()})
 
     # Exits and their heads
@@ -461,3 +462,121 @@ class EarlyExitMixin:
         if examples.ids is None:
             exit_index = torch.full(answers.shape[:1], answered_at, dtype=torch.int64, device=answers.device)
         return answers, exit_index
+
+
+class LayerOutput(torch.nn.Module):
+    """What `run_layer` passes its results through where the stock layers do not show them to the recording hooks.
+
+    The adapter says so: `_can_record_outputs = {"hidden_states": LayerOutput, "attentions": LayerOutput}`.
+    """
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor, attention: torch.Tensor | None = None) -> tuple:
+        return after, attention
+
+
+class EarlyExitTextMixin(EarlyExitMixin):
+    """`EarlyExitMixin` for an encoder of text whose `base_model.embeddings` takes what `forward` names."""
+
+    head_class = BertExitHead
+
+    def embed(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None
+    ) -> Examples:
+        self.check_one_input(input_ids, inputs_embeds)
+        hidden = self.base_model.embeddings(
+            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )
+        return Examples(hidden, attention_mask)
+
+    @staticmethod
+    def check_one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+        """Raise ValueError unless there are tokens or their embeddings, and not both."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        early_exit: bool | ExitPolicy | dict = True,
+        **kwargs,
+    ) -> EarlyExitClassifierOutput:
+        """Classify; inputs as in the stock class, `early_exit` as in `EarlyExitMixin.run_exits`."""
+        examples = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self.run_exits(examples, labels, early_exit, **kwargs)
+
+
+class EarlyExitUntypedTextMixin(EarlyExitTextMixin):
+    """`EarlyExitTextMixin` for an encoder without token types."""
+
+    def embed(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> Examples:
+        self.check_one_input(input_ids, inputs_embeds)
+        hidden = self.base_model.embeddings(
+            input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )
+        return Examples(hidden, attention_mask)
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        early_exit: bool | ExitPolicy | dict = True,
+        **kwargs,
+    ) -> EarlyExitClassifierOutput:
+        """Classify; inputs as in the stock class, `early_exit` as in `EarlyExitMixin.run_exits`."""
+        examples = self.embed(input_ids, attention_mask, position_ids, inputs_embeds)
+        return self.run_exits(examples, labels, early_exit, **kwargs)
+
+
+class EarlyExitImageMixin(EarlyExitMixin):
+    """`EarlyExitMixin` for a vision transformer: class token, patches, and learned positions under the stock names."""
+
+    head_class = ViTExitHead
+
+    def embed(self, pixel_values=None, interpolate_pos_encoding=None) -> Examples:
+        return Examples(
+            self.base_model.embeddings(
+                self.check_images(pixel_values), interpolate_pos_encoding=interpolate_pos_encoding
+            )
+        )
+
+    def check_images(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """The images, in the precision of the patches' projection."""
+        if pixel_values is None:
+            raise ValueError("Give pixel_values.")
+        return pixel_values.to(self.base_model.embeddings.patch_embeddings.projection.weight.dtype)
+
+    @torch.no_grad()
+    def set_image_size(self, image_size: int) -> None:
+        """Take images of another height and width, a multiple of the patch size: position embeddings are resized."""
+        embeddings = self.base_model.embeddings
+        patches, table = embeddings.patch_embeddings, embeddings.position_embeddings
+        count = (image_size // patches.patch_size[0]) * (image_size // patches.patch_size[1])
+        if table is not None:
+            shaped = table.new_empty(1, table.shape[1] - patches.num_patches + count, table.shape[2])
+            resized = embeddings.interpolate_pos_encoding(shaped, image_size, image_size)
+            embeddings.position_embeddings = torch.nn.Parameter(resized.clone())
+        embeddings.image_size = patches.image_size = (image_size, image_size)
+        patches.num_patches = count
+        self.config.image_size = image_size
+
+    @capture_outputs
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        early_exit: bool | ExitPolicy | dict = True,
+        **kwargs,
+    ) -> EarlyExitClassifierOutput:
+        """Classify; inputs as in the stock class, `early_exit` as in `EarlyExitMixin.run_exits`."""
+        return self.run_exits(self.embed(pixel_values, interpolate_pos_encoding), labels, early_exit, **kwargs)

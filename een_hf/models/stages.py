@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
 
 @dataclass
@@ -137,14 +137,28 @@ def _map(value, function: Callable[[torch.Tensor], torch.Tensor]):
     return tuple(map(function, value)) if isinstance(value, tuple) else value
 
 
-def bidirectional_mask(config, examples: Examples) -> torch.Tensor | None:
+def bidirectional_mask(config, examples: Examples, window: int | None = None) -> torch.Tensor | None:
     """What layers of the attention implementation in `config` read, made from the mask of the examples.
 
-    Where padding is known to be there, nothing is read from the device.
+    Where the padding is known, nothing is read from the device.
+
+    Args:
+        config: of the model.
+        examples: the examples.
+        window: how many positions a token sees on each side; `None`: all.
     """
-    mask = examples.attention_mask
-    if mask is None:
+    mask, hidden = examples.attention_mask, examples.hidden
+    known = mask is None or examples.padded
+    if known and config._attn_implementation in ("eager", "sdpa"):
+        allowed = None if mask is None else (mask != 0)[:, None, None]
+        if window is not None and hidden.shape[1] > window + 1:
+            positions = torch.arange(hidden.shape[1], device=hidden.device)
+            near = (positions - positions[:, None]).abs() <= window
+            allowed = near[None, None] if allowed is None else allowed & near
+        if allowed is None or config._attn_implementation == "sdpa":
+            return allowed
+        return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+    if mask is None and window is None:
         return None
-    if examples.padded and config._attn_implementation == "sdpa":
-        return (mask != 0)[:, None, None]
-    return create_bidirectional_mask(config=config, inputs_embeds=examples.hidden, attention_mask=mask)
+    create = create_bidirectional_mask if window is None else create_bidirectional_sliding_window_mask
+    return create(config=config, inputs_embeds=hidden, attention_mask=mask)

@@ -64,6 +64,10 @@ class ModelArguments:
             "image's patches, or `cls_mean`, both. Default: `mean` for text, `cls_mean` for images."
         },
     )
+    exit_head: str | None = field(
+        default=None,
+        metadata={"help": "A registered head for the exits before the last. Default: that of the architecture."},
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
     token: str | None = field(default=None, metadata={"help": "Token for private Hub repositories."})

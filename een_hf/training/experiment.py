@@ -45,7 +45,8 @@ from ..evaluation import (
 )
 from ..evaluation.calibration import CalibrationReport, rows_in_words, rows_needed
 from ..hub import choose_examples, hub_name, write_examples, write_model_card
-from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
+from ..models import EarlyExitMixin, ExitConfigurationError
+from ..models.auto import model_class_of
 from ..models.configuration_een import is_classifier
 from ..models.policies import fitting_criteria, get_criterion, resolve_problem_type
 from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
@@ -203,7 +204,11 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData, trains:
             a fine-tuned head with other labels than the data.
     """
     model_classes = modality.model_classes
-    given = {name: getattr(args, name) for name in ("exit_layers", "exit_pooling") if getattr(args, name) is not None}
+    given = {
+        name: getattr(args, name)
+        for name in ("exit_layers", "exit_pooling", "exit_head")
+        if getattr(args, name) is not None
+    }
     given["problem_type"] = data.problem_type
     dtype = args.dtype or ("float32" if trains or args.model_type else "auto")
     if args.model_type is not None:
@@ -214,13 +219,14 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData, trains:
         model_class = model_classes[args.model_type]
         config_class = model_class.config_class
         overrides = dict(pair.split("=") for pair in (args.config_overrides or "").split(",") if pair)
-        unknown = sorted(overrides.keys() - config_class.__dataclass_fields__.keys())
+        unknown = sorted(overrides.keys() - config_class.field_names().keys())
         if unknown:
             raise ExitConfigurationError(
                 f"--config_overrides names {unknown[0]!r}, which {config_class.__name__} lacks."
             )
         try:
-            overrides = {name: yaml.safe_load(value) for name, value in overrides.items()}
+            names = config_class.field_names()
+            overrides = {names[name]: yaml.safe_load(value) for name, value in overrides.items()}
         except yaml.YAMLError as error:
             raise ExitConfigurationError(
                 f"--config_overrides {args.config_overrides} cannot be read: {in_one_line(error)}"
@@ -264,19 +270,12 @@ def labels_of_checkpoint(modality: Modality, args: ModelArguments) -> TaskData |
 
 def _read_config(modality: Modality, args: ModelArguments, **given) -> tuple[type, PreTrainedConfig, bool]:
     """The class for a checkpoint, its config with what is `given`, and whether it is a fine-tuned classifier."""
-    model_classes, name = modality.model_classes, args.model_name_or_path
+    name = args.model_name_or_path
     try:
         found, _ = PreTrainedConfig.get_config_dict(model_source(name), **_hub(args))
     except (OSError, ValueError) as error:
         raise ExitConfigurationError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
-    known = {kind.config_class.model_type: kind for kind in model_classes.values()} | model_classes
-    if found.get("model_type") not in known:
-        raise ExitConfigurationError(
-            f"--model_name_or_path {name} is of type {found.get('model_type')!r}. This script trains "
-            f"{', '.join(model_classes)}; exits exist for {', '.join(MODEL_CLASSES)}. Another architecture is one "
-            "adapter file: see 'Add an architecture' in README.md."
-        )
-    model_class = known[found["model_type"]]
+    model_class = model_class_of(found, f"--model_name_or_path {name}", modality.main_input_name)
     config_class = model_class.config_class
     config = config_class.from_dict({**found, "model_type": config_class.model_type}, **given)
     return model_class, config, is_classifier(found.get("architectures"), model_class.__name__)

@@ -1,27 +1,20 @@
 """Tiny random models of every architecture, made once per session, and a reference that shares no code with een_hf."""
 
 import copy
+import inspect
 from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTModel,
+    DeiTForImageClassificationWithTeacher,
 )
 
-from een_hf.models import (
-    EarlyExitBertConfig,
-    EarlyExitBertForSequenceClassification,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
-)
+from een_hf.models import MODEL_CLASSES
 
 
 NUM_LAYERS, NUM_LABELS, HIDDEN = 4, 3, 32
@@ -44,8 +37,12 @@ class Architecture:
     poolings: tuple[str, ...]
     paddings: tuple[str, ...]
 
+    @property
+    def text(self):
+        return self.model_class.main_input_name == "input_ids"
+
     def backbone(self, model):
-        return getattr(model, self.name)
+        return model.base_model
 
     def layers(self, model):
         return self.backbone(model).encoder.layer if self.name == "bert" else self.backbone(model).layers
@@ -53,14 +50,14 @@ class Architecture:
     def inputs(self, batch_size=6, padding="none", lengths=None, seed=0):
         """Random inputs: text of these `lengths`, padded `right`, `left` or not at all (`none`), or images."""
         generator = torch.Generator().manual_seed(seed)
-        if self.name == "vit":
+        if not self.text:
             return {"pixel_values": torch.randn(batch_size, 3, 16, 16, generator=generator) * 3}
         lengths = lengths or [LENGTHS[row % len(LENGTHS)] for row in range(batch_size)]
         width = max(LENGTHS)
-        inputs = {
-            "input_ids": torch.randint(1, 99, (len(lengths), width), generator=generator),
-            "token_type_ids": torch.randint(0, 2, (len(lengths), width), generator=generator),
-        }
+        inputs = {"input_ids": torch.randint(1, 99, (len(lengths), width), generator=generator)}
+        if "token_type_ids" in inspect.signature(self.stock_class.forward).parameters:
+            types = max(1, self.stock_config.type_vocab_size)
+            inputs["token_type_ids"] = torch.randint(0, types, (len(lengths), width), generator=generator)
         if padding != "none":
             mask = torch.zeros(len(lengths), width, dtype=torch.int64)
             for row, length in enumerate(lengths):
@@ -106,34 +103,69 @@ class Architecture:
         return torch.stack(exits, 1)
 
 
-def _architectures():
-    bert = BertConfig(**SHAPE, vocab_size=99, max_position_embeddings=40, num_labels=NUM_LABELS)
-    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}  # BERT's default, too
-    vit = ViTConfig(**SHAPE, **dropout, image_size=16, patch_size=4, num_labels=NUM_LABELS)
-    return {
-        "bert": Architecture(
-            "bert",
-            bert,
-            BertForSequenceClassification,
-            BertModel,
-            EarlyExitBertConfig,
-            EarlyExitBertForSequenceClassification,
-            AutoModelForSequenceClassification,
-            ("cls", "cls_mean", "mean"),
-            ("right", "left", "none"),
-        ),
-        "vit": Architecture(
-            "vit",
-            vit,
-            ViTForImageClassification,
-            ViTModel,
-            EarlyExitViTConfig,
-            EarlyExitViTForImageClassification,
-            AutoModelForImageClassification,
-            ("cls", "mean", "cls_mean"),
-            ("none",),
-        ),
-    }
+TEXT = {**SHAPE, "vocab_size": 99, "max_position_embeddings": 40}
+# Dropout as BERT has it.
+IMAGE = {**SHAPE, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "image_size": 16, "patch_size": 4}
+RELATIVE = {**TEXT, "relative_attention": True, "pos_att_type": "c2p|p2c", "position_biased_input": False}
+# The stock type of each, and a tiny config; where a type has several forms of layers or heads, each of them.
+STOCK = {
+    "bert": ("bert", TEXT),
+    "vit": ("vit", IMAGE),
+    "roberta": ("roberta", TEXT),
+    "xlm-roberta": ("xlm-roberta", TEXT),
+    "camembert": ("camembert", TEXT),
+    "distilbert": (
+        "distilbert",
+        {"dim": HIDDEN, "n_layers": NUM_LAYERS, "n_heads": 4, "hidden_dim": 48, "vocab_size": 99},
+    ),
+    "electra": ("electra", {**TEXT, "embedding_size": 24}),
+    "mpnet": ("mpnet", TEXT),
+    "modernbert": ("modernbert", {**TEXT, "local_attention": 4, "pad_token_id": 0, "classifier_pooling": "mean"}),
+    "modernbert_cls": ("modernbert", {**TEXT, "local_attention": 4, "pad_token_id": 0}),
+    "deberta": ("deberta", {**RELATIVE, "type_vocab_size": 2}),
+    "deberta-v3": (
+        "deberta-v2",
+        {**RELATIVE, "position_buckets": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+    ),
+    "deberta-v2": ("deberta-v2", {**RELATIVE, "position_buckets": 8, "conv_kernel_size": 3, "type_vocab_size": 2}),
+    "deberta-v2_absolute": ("deberta-v2", TEXT),
+    "deit": ("deit", IMAGE),
+    "deit_teacher": ("deit", IMAGE),
+    "dinov2": ("dinov2", {**IMAGE, "mlp_ratio": 2}),
+    "dinov2_with_registers": ("dinov2_with_registers", {**IMAGE, "mlp_ratio": 2}),
+    "beit": ("beit", {**IMAGE, "use_relative_position_bias": True}),
+    "beit_shared": (
+        "beit",
+        {
+            **IMAGE,
+            "use_shared_relative_position_bias": True,
+            "use_absolute_position_embeddings": True,
+            "use_mean_pooling": False,
+        },
+    ),
+}
+
+
+def _architecture(name):
+    model_type, settings = STOCK[name]
+    config = AutoConfig.for_model(model_type, **settings, num_labels=NUM_LABELS)
+    model_class = MODEL_CLASSES[model_type]
+    text = model_class.main_input_name == "input_ids"
+    auto_class = AutoModelForSequenceClassification if text else AutoModelForImageClassification
+    stock_class = auto_class._model_mapping[type(config)]
+    if isinstance(stock_class, tuple):
+        stock_class = stock_class[0]
+    return Architecture(
+        name,
+        config,
+        DeiTForImageClassificationWithTeacher if name == "deit_teacher" else stock_class,
+        AutoModel._model_mapping[type(config)],
+        model_class.config_class,
+        model_class,
+        auto_class,
+        ("cls", "cls_mean", "mean") if text else ("cls", "mean", "cls_mean"),
+        ("right", "left", "none") if text else ("none",),
+    )
 
 
 def _scramble(model, seed=0, scale=0.15):
@@ -156,31 +188,51 @@ def _center(architecture, model):
 
 @pytest.fixture(scope="session", params=["bert", "vit"])
 def architecture(request) -> Architecture:
-    return _architectures()[request.param]
+    return _architecture(request.param)
+
+
+# Networks that another in the list nearly is.
+TWINS = ("xlm-roberta", "camembert", "modernbert_cls", "deberta-v2_absolute", "dinov2", "beit_shared")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in TWINS else ()) for name in STOCK],
+)
+def any_architecture(request) -> Architecture:
+    return _architecture(request.param)
 
 
 @pytest.fixture(scope="session")
 def bert() -> Architecture:
-    return _architectures()["bert"]
+    return _architecture("bert")
 
 
 @pytest.fixture(scope="session")
 def vit() -> Architecture:
-    return _architectures()["vit"]
+    return _architecture("vit")
+
+
+class _StockFolders(dict):
+    """(architecture name, what) to a folder: `head`, a fine-tuned stock classifier; `backbone`, without a head."""
+
+    def __init__(self, make_folder):
+        super().__init__()
+        self.make_folder = make_folder
+
+    def __missing__(self, key):
+        name, what = key
+        architecture = _architecture(name)
+        torch.manual_seed(0)
+        kind = architecture.stock_class if what == "head" else architecture.backbone_class
+        self[key] = str(self.make_folder(f"stock_{name}_{what}"))
+        _scramble(kind(copy.deepcopy(architecture.stock_config))).save_pretrained(self[key])
+        return self[key]
 
 
 @pytest.fixture(scope="session")
 def stock_folders(tmp_path_factory):
-    """(architecture name, what) to a folder: `head`, a fine-tuned stock classifier; `backbone`, without a head."""
-    folders = {}
-    torch.manual_seed(0)
-    for name, architecture in _architectures().items():
-        classifier = _scramble(architecture.stock_class(copy.deepcopy(architecture.stock_config)))
-        backbone = _scramble(architecture.backbone_class(copy.deepcopy(architecture.stock_config)))
-        for what, model in (("head", classifier), ("backbone", backbone)):
-            folders[name, what] = str(tmp_path_factory.mktemp(f"stock_{name}_{what}"))
-            model.save_pretrained(folders[name, what])
-    return folders
+    return _StockFolders(tmp_path_factory.mktemp)
 
 
 @pytest.fixture

@@ -29,6 +29,10 @@ class SurestExitTrainer(EarlyExitTrainer):
         return confidences.size(1) * confidences / confidences.sum(1, keepdim=True)
 
 
+DROPOUTS = (
+    "hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout embedding_dropout mlp_dropout "
+    "seq_classif_dropout drop_path_rate"
+).split()
 SCHEMES = [*scheme_names(), f"{__name__}:SurestExitTrainer"]
 # With the weight network at rest, micro-batches are weighted as the whole batch is.
 ACCUMULATION_SETTINGS = {"l2w": {"meta_learning_rate": 1e-30}}
@@ -37,7 +41,7 @@ ACCUMULATION_SETTINGS = {"l2w": {"meta_learning_rate": 1e-30}}
 def make_model(model_type, problem_type, dropout=0.1):
     torch.manual_seed(0)
     model_class = MODEL_CLASSES[model_type]
-    shape = {"vocab_size": 60, "max_position_embeddings": 12}
+    shape = {"vocab_size": 60, "max_position_embeddings": 16, "pad_token_id": 0}
     if model_class.main_input_name == "pixel_values":
         shape = {"image_size": 8, "patch_size": 4}
     config = model_class.config_class(
@@ -45,8 +49,7 @@ def make_model(model_type, problem_type, dropout=0.1):
         num_hidden_layers=NUM_LAYERS,
         num_attention_heads=2,
         intermediate_size=32,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
+        **{name: dropout for name in DROPOUTS if hasattr(model_class.config_class, name)},
         num_labels=NUM_LABELS[problem_type],
         problem_type=problem_type,
         **shape,
@@ -109,7 +112,10 @@ class Stop(TrainerCallback):
 
 pytestmark = [
     pytest.mark.parametrize("problem_type", NUM_LABELS),
-    pytest.mark.parametrize("model_type", MODEL_CLASSES),
+    pytest.mark.parametrize(
+        "model_type",
+        [pytest.param(name, marks=() if name in ("bert", "vit") else pytest.mark.slow) for name in MODEL_CLASSES],
+    ),
     pytest.mark.parametrize("scheme", SCHEMES),
 ]
 

@@ -1,0 +1,91 @@
+"""Which class a checkpoint gets: the registry of architectures, and one way in for all of them."""
+
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+
+from .modeling_een import EarlyExitMixin
+from .registries import ExitConfigurationError, Registry
+
+
+# By the type of the stock model, which flags, results and cards go by.
+MODEL_CLASSES: dict[str, type[EarlyExitMixin]] = Registry("model_type (--model_type)")
+
+
+def register_architecture(model_class: type[EarlyExitMixin]) -> type[EarlyExitMixin]:
+    """Class decorator: make an early-exit class known to the scripts, the commands and transformers' Auto classes."""
+    config_class = model_class.config_class
+    images = model_class.main_input_name == "pixel_values"
+    auto_class = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    MODEL_CLASSES[config_class.stock_model_type] = model_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    auto_class.register(config_class, model_class, exist_ok=True)
+    # What is saved takes the files of this folder along, and so runs where een_hf is not installed.
+    config_class.register_for_auto_class()
+    model_class.register_for_auto_class(auto_class)
+    return model_class
+
+
+def model_class_of(config_dict: dict, what: str, main_input_name: str | None = None) -> type[EarlyExitMixin]:
+    """The early-exit class for a stock or early-exit checkpoint.
+
+    Args:
+        config_dict: its `config.json`.
+        what: what to call the checkpoint in messages: `--model_name_or_path my-model`.
+        main_input_name: `input_ids` or `pixel_values`, where only models of text or of images will do.
+
+    Raises:
+        ExitConfigurationError: no class for its type; those that there are, and how to add one.
+    """
+    found = config_dict.get("model_type")
+    known = {kind.config_class.model_type: kind for kind in MODEL_CLASSES.values()} | MODEL_CLASSES
+    fitting = [name for name, kind in MODEL_CLASSES.items() if main_input_name in (None, kind.main_input_name)]
+    if found in known:
+        model_class = known[found]
+        if model_class.config_class.stock_model_type in fitting:
+            return model_class
+        raise ExitConfigurationError(
+            f"{what} is of type {found!r} and reads {model_class.main_input_name}; {main_input_name} are read by: "
+            f"{', '.join(fitting)}."
+        )
+    if any(isinstance(config_dict.get(name), list) for name in ("depths", "hidden_sizes", "embed_dims")):
+        raise ExitConfigurationError(
+            f"{what} is of type {found!r}, whose width changes from one stage of layers to the next: exits need "
+            f"hidden states of one width in all layers. They exist for: {', '.join(fitting)}."
+        )
+    raise ExitConfigurationError(
+        f"{what} is of type {found!r}; exits exist for: {', '.join(fitting)}. Another architecture is one adapter "
+        "file: see 'Add an architecture' in README.md."
+    )
+
+
+class AutoEarlyExitModel:
+    """Picks the early-exit class by the type of a checkpoint, of text or of images."""
+
+    def __init__(self):
+        raise OSError("AutoEarlyExitModel makes models by AutoEarlyExitModel.from_pretrained(name_or_folder).")
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path, **kwargs) -> EarlyExitMixin:
+        """The early-exit model of a stock or early-exit checkpoint, with or without a fine-tuned head.
+
+        Args:
+            pretrained_model_name_or_path: Hub name or folder.
+            **kwargs: as `EarlyExitMixin.from_pretrained` takes them: `exit_layers=[3, 6, 9]` and the like.
+
+        Raises:
+            ExitConfigurationError: an architecture that has no exits, or an exit field that does not fit.
+
+        Example:
+            >>> model = AutoEarlyExitModel.from_pretrained("my-finetuned-model", exit_layers=[3, 6, 9])
+        """
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig):
+            config_dict = config.to_dict()
+        else:
+            config_dict = EarlyExitMixin._checkpoint_config(config or pretrained_model_name_or_path, kwargs)
+        model_class = model_class_of(config_dict, str(pretrained_model_name_or_path))
+        return model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
