@@ -595,6 +595,15 @@ class EarlyExitTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochLengthGroupedSampler(step, lengths, seed)
 
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """As in `Trainer`, but `--dataloader_drop_last` is for training: evaluation reads every row."""
+        wanted = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = wanted and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = wanted
+
     def _get_eval_sampler(self, eval_dataset):
         """Rows in their order: predictions are matched with them by position."""
         ordered = self.args.world_size <= 1 and hasattr(eval_dataset, "__len__")

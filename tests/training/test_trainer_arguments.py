@@ -66,6 +66,7 @@ HONOURED = {
     "neftune_noise_alpha": "test_noise_on_embeddings_reaches_every_exit",
     "resume_from_checkpoint": "test_interruption: test_naming_a_half_written_checkpoint_is_an_error",
     "save_only_model": "test_interruption: test_weights_alone_are_nothing_to_go_on_from",
+    "dataloader_drop_last": "test_evaluation_drops_no_row",
     "bf16": "test_trainer: test_predictions_are_made_in_the_precision_of_the_evaluation",
 }
 # Not concerned: what `Trainer` does alone, before, after or around our code; a value under which training, evaluation
@@ -142,7 +143,6 @@ NOT_CONCERNED = {
     "use_cpu": None,
     "accelerator_config": {"use_seedable_sampler": False},
     "parallelism_config": None,
-    "dataloader_drop_last": True,
     "dataloader_num_workers": None,
     "dataloader_pin_memory": False,
     "dataloader_persistent_workers": None,
@@ -213,17 +213,40 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, name):
         trainer_on(tmp_path, **{name: REFUSED[name]})
 
 
-@pytest.mark.parametrize("name", [name for name, value in NOT_CONCERNED.items() if value is not None])
-def test_the_others_leave_exits_as_they_are(tmp_path, name):
+TRIED = [name for name, value in NOT_CONCERNED.items() if value is not None]
+# What would change what another of them does; the others are tried together.
+ALONE = [
+    "optim",
+    "logging_strategy",
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "save_strategy",
+    "auto_find_batch_size",
+    "debug",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+]
+# What they need beside them.
+BESIDE = {
+    "eval_steps": {"eval_strategy": "steps"},
+    "eval_delay": {"eval_strategy": "epoch"},
+    "save_steps": {"save_strategy": "steps"},
+    "activation_checkpointing_kwargs": {"activation_checkpointing": True},
+    "gradient_checkpointing_kwargs": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("names", [[name] for name in ALONE] + [[name for name in TRIED if name not in ALONE]])
+def test_the_others_leave_exits_as_they_are(tmp_path, names):
     """Training, evaluation and prediction run through, with the metrics of every exit."""
-    if not hasattr(TrainingArguments, name) and name not in TrainingArguments.__dataclass_fields__:
-        pytest.skip("not an argument of this transformers")
-    beside = {"eval_steps": {"eval_strategy": "steps"}, "eval_delay": {"eval_strategy": "epoch"}}.get(name, {})
-    if name.startswith("save"):
-        beside = {"save_strategy": "steps"}
-    if name.endswith("checkpointing_kwargs"):
-        beside = {name.removesuffix("_kwargs"): True}
-    trainer = trainer_on(tmp_path, compute_metrics=ACCURACY, **{**beside, name: NOT_CONCERNED[name]})
+    settings = {}
+    for name in names:
+        if name in TrainingArguments.__dataclass_fields__:
+            settings |= {**BESIDE.get(name, {}), name: NOT_CONCERNED[name]}
+    trainer = trainer_on(tmp_path, compute_metrics=ACCURACY, **settings)
     trainer.train()
     found = trainer.evaluate()
     assert all(f"eval_exit{k}_accuracy" in found for k in (1, 2, 3))
@@ -460,6 +483,18 @@ def test_noise_on_embeddings_reaches_every_exit(tmp_path):
         log = trainer.state.log_history[0]
         losses.append([log[f"exit{k}_loss"] for k in (1, 2, 3)])
     assert all(abs(one - other) > 1e-2 for one, other in zip(*losses, strict=True))
+
+
+def test_evaluation_drops_no_row(tmp_path):
+    """What breaks: the last rows of the evaluation split count in no metric, and predictions lack them."""
+    settings = {"dataloader_drop_last": True, "per_device_eval_batch_size": 5, "per_device_train_batch_size": 5}
+    trainer = trainer_on(tmp_path, compute_metrics=ACCURACY, max_steps=-1, num_train_epochs=1, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 4  # the last 4 of 24 rows make no batch of 5
+    exits = trainer.predict_exits(trainer.eval_dataset)
+    assert exits.label_ids.tolist() == [int(row["labels"]) for row in trainer.eval_dataset]
+    right = (exits.predictions[:, -1].argmax(-1) == exits.label_ids).mean()
+    assert trainer.evaluate()["eval_accuracy"] == exits.metrics["test_accuracy"] == right
 
 
 def test_a_tokenizer_pads_batches_and_is_saved(tmp_path, minilm_path):
