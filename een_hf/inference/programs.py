@@ -163,7 +163,8 @@ class Lane:
         single = self.capacity == 1
         if segment == 0:
             inputs = {n: v[:rows] if isinstance(v, torch.Tensor) else v for n, v in self.inputs.items()}
-            examples = replace(model.embed(**inputs), ids=self.places[1 : rows + 1], padded=self.padded or None)
+            ids = None if single else self.places[1 : rows + 1]
+            examples = replace(model.embed(**inputs), ids=ids, padded=self.padded or None)
             after = -1
         else:
             examples = self.buffers[segment % 2].map(lambda tensor: tensor[1 : rows + 1])

@@ -57,6 +57,11 @@ class ExitRunner:
         self.cuda_graphs = cuda_graphs is not False
         self._lock, self._is_text = threading.Lock(), model.main_input_name == "input_ids"
         self._sizes: dict[int, int] = {}
+        # Of masks on the device: the shapes that have been seen with padding, and the one that is being looked at.
+        self._padded: dict[tuple, bool] = {}
+        self._guessed = None
+        if model.device.type == "cuda":
+            self._unmasked, self._looked = torch.ones((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
         self._stage = torch.compile(model.run_stage, dynamic=True) if compile else model.run_stage
         self._forget()
 
@@ -103,7 +108,6 @@ class ExitRunner:
         self._decisions = self._kinds[kind]
         self._decisions.set(policy)
 
-    @torch.no_grad()
     def __call__(self, **inputs) -> EarlyExitClassifierOutput:
         """Answer one batch.
 
@@ -118,7 +122,8 @@ class ExitRunner:
         """
         if self.model.training:
             raise ValueError("ExitRunner answers in eval mode: call model.eval().")
-        with self._lock, torch.inference_mode(False), self._on_device():
+        # In this order: to leave inference mode is to record gradients again.
+        with self._lock, torch.inference_mode(False), torch.no_grad(), self._on_device():
             return self._run(inputs)
 
     def _on_device(self):
@@ -134,7 +139,7 @@ class ExitRunner:
         for segment in range(last + 1):
             lane.run(segment, rows)
             if segment == 0:  # while the device is busy
-                if not self._is_current():
+                if not (self._is_current() and self._guessed_right()):
                     return self._run(inputs)
                 outputs = EarlyExitClassifierOutput(logits=lane.logits, exit_index=lane.exit_index)
             if segment == last:
@@ -161,8 +166,7 @@ class ExitRunner:
         if text:
             wanted = min(-(-length // LENGTH_STEP) * LENGTH_STEP, max(length, self._longest()))
             mask = inputs.pop("attention_mask", None)
-            # On the device nobody looks: that would wait for it.
-            padded = wanted > length or (mask is not None and (mask.is_cuda or not bool(mask.all())))
+            padded = wanted > length or (mask is not None and self._guess_padded(mask))
             if padded:
                 inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.int64) if mask is None else mask
         shapes = []
@@ -188,6 +192,28 @@ class ExitRunner:
         lane.start(batch)
         return lane, batch
 
+    def _guess_padded(self, mask: torch.Tensor) -> bool:
+        """Whether a mask holds a zero; of a mask on the device, whether the last of this shape did: no wait for it."""
+        if not mask.is_cuda:
+            return not bool(mask.all())
+        guess = self._padded.get(mask.shape, False)
+        if not guess:
+            self._unmasked.copy_((mask != 0).all(), non_blocking=True)
+            self._looked.record()
+            self._guessed = mask.shape
+        return guess
+
+    def _guessed_right(self) -> bool:
+        """Whether the batch that runs without its mask has no padding; if not, batches of its shape keep theirs."""
+        shape, self._guessed = self._guessed, None
+        if shape is None:
+            return True
+        while not self._looked.query():
+            pass
+        if not bool(self._unmasked):
+            self._padded[shape] = True
+        return bool(self._unmasked)
+
     def _lane(self, batch: int, shapes: tuple, padded: bool) -> Lane:
         capacity = 1 << (batch - 1).bit_length()
         autocast = torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type)
@@ -211,7 +237,6 @@ class ExitRunner:
     def _padding(self, name: str) -> int:
         return (getattr(self.model.config, "pad_token_id", 0) or 0) if name == "input_ids" else 0
 
-    @torch.no_grad()
     def fastest_batch_size(self, inputs: dict) -> int:
         """The batch size, a power of two up to `MAX_ROWS`, from which on a layer takes hardly less time per example.
 
@@ -221,7 +246,7 @@ class ExitRunner:
             inputs: model inputs of one example.
         """
         model = self.model
-        with self._lock, torch.inference_mode(False), self._on_device():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), self._on_device():
             inputs = {
                 n: v.to(model.device) if isinstance(v, torch.Tensor) else v
                 for n, v in inputs.items() if n not in ("labels", "attention_mask")

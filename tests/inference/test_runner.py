@@ -262,6 +262,33 @@ def test_token_types_positions_and_embeddings_are_read():
     assert_as_anytime(ExitRunner(model, policy), model, longest, policy)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_is_recorded_for_gradients(device):
+    """Static tensors with a history keep every tensor of every batch: gigabytes after a few."""
+    model = make_model("bert", device)
+    inputs = make_inputs(model, 6)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        runner = ExitRunner(model, midway_policy(model, inputs))
+        with mode():
+            answers = runner(**inputs)
+        (lane,) = runner._lanes.values()
+        held = [answers.logits, lane.logits, *lane.buffers[0].tensors(), *lane.buffers[1].tensors()]
+        assert not any(tensor.requires_grad or tensor.is_inference() for tensor in held)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_masks_on_the_device():
+    """A batch that is taken for unpadded, since the last one was, attends to its padding."""
+    model = make_model("bert", "cuda")
+    policy = midway_policy(model, make_inputs(model, 32))
+    runner = ExitRunner(model, policy)
+    for seed, padded in enumerate((False, True, False, True, True)):
+        inputs = make_inputs(model, 32, 16, seed=seed)
+        if not padded:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        assert_as_anytime(runner, model, on(model, inputs), policy)
+
+
 def test_training_mode_is_refused():
     """Dropout in answers, frozen into a graph."""
     with pytest.raises(ValueError, match="eval"):
