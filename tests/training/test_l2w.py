@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import resource
 from fractions import Fraction
 
 import pytest
@@ -951,3 +952,21 @@ def test_what_cannot_be_trained_is_refused_before_training(tmp_path):
     trainer.train_dataset.columns["labels"] = torch.rand(40, NUM_LABELS)  # inferred as multi-label
     with pytest.raises(ExitConfigurationError, match="--method l2w"):
         trainer.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["directional", "forward"])
+def test_memory_is_flat_over_500_steps(tmp_path, method):
+    """What breaks: a graph, a copy or a log entry is kept at every step.."""
+    peaks = {}
+
+    class Peaks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (100, 600):
+                peaks[state.global_step] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+    settings = {"max_steps": 600, "logging_strategy": "no", "per_device_train_batch_size": 4}
+    trainer = make_trainer(bert(), tmp_path, scheme_args={"meta_gradient": method}, **settings)
+    trainer.add_callback(Peaks())
+    trainer.train()
+    assert peaks[600] - peaks[100] < 5
