@@ -20,9 +20,10 @@ from common import add_results_argument, command_line, machine
 from transformers import AutoModel
 
 from een_hf.data.glue import TEXT
+from een_hf.data.samples import model_source
 from een_hf.evaluation import calibrate, cost_inputs, policy_row, relative_costs
 from een_hf.models import MODEL_CLASSES
-from een_hf.training.experiment import Experiment, _model_source, parse_arguments
+from een_hf.training.experiment import Experiment, parse_arguments
 
 
 METHODS = ["joint", "boosted", "stock", "cut-2", "cut-3", "cut-4", "l2w"]
@@ -46,7 +47,7 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
     given = parse_arguments(modality, words)
     baseline = method == "stock" or method.startswith("cut-")
     if baseline:
-        source = _model_source(given.model)
+        source = model_source(given.model.model_name_or_path)
         stock = AutoModel.from_pretrained(source).config
         num_layers = stock.num_hidden_layers
         if method != "stock":

@@ -10,6 +10,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.text_classification import TextClassificationPipeline
 
+from .inference.runner import runner_of
 from .models import EarlyExitMixin, ExitConfigurationError
 
 
@@ -20,6 +21,7 @@ class _ExitAnswers:
     that was saved: 1 minus the exit's relative cost, at the input's own length. At the last exit it is 0 less the
     cost of the earlier heads. `score` is the probability from the logits divided by the temperature of their exit,
     as `ExitPredictions.confidence`; the stock pipelines, and `function_to_apply="none"`, take the logits as they are.
+    On CUDA batches run by `ExitRunner`, unless the model's attribute `cuda_graphs` is set to `False`.
     """
 
     def check_model_type(self, supported_models) -> None:
@@ -42,7 +44,10 @@ class _ExitAnswers:
     def _forward(self, model_inputs) -> dict[str, Any]:
         if "input_ids" in model_inputs:
             self.model.config.check_input_length(model_inputs["input_ids"].shape[1], "A text, or one beside it,")
-        outputs = super()._forward(model_inputs)
+        if self.model.device.type == "cuda" and self.model.cuda_graphs:
+            outputs = runner_of(self.model)(**model_inputs)
+        else:
+            outputs = super()._forward(model_inputs)
         answers = {"logits": outputs.logits}
         if outputs.exit_index is not None:
             answers["exit_index"] = outputs.exit_index

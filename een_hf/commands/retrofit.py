@@ -101,6 +101,7 @@ def add_arguments(parser) -> None:
     where = parser.add_argument_group("running")
     where.add_argument("--output_dir", required=True, help="folder of the cheaper model")
     where.add_argument("--batch_size", type=int, default=32, help="rows per pass of the model; default: 32")
+    where.add_argument("--no_cuda_graphs", action="store_true", help="on CUDA, time without captured programs")
     where.add_argument("--chunk_size", type=int, default=512, help="rows per file of features; default: 512")
     where.add_argument("--feature_dtype", choices=["float32", "float16"], default="float32", help="on disk")
     where.add_argument("--speed_samples", type=int, default=256, help="rows that are timed, 0 for none; default: 256")
@@ -263,6 +264,7 @@ def load_model(args) -> PreTrainedModel:
         raise ExitConfigurationError(f"MODEL {args.model} cannot be loaded: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+    model.cuda_graphs = not args.no_cuda_graphs
     config = model.config
     if model.is_new_head(model.num_exits - 1):
         raise ExitConfigurationError(

@@ -63,7 +63,8 @@ def predict(
             stream. Images are read by batches.
         progress: show a progress bar. Default: from 1,000 rows on, or for a stream.
         total: number of rows, where `dataset` does not know it.
-        cuda_graphs: run by `ExitRunner` (default: on CUDA; elsewhere its programs run eagerly), else by `ExitEngine`.
+        cuda_graphs: run by `ExitRunner` (default: on CUDA where `model.cuda_graphs` is true; elsewhere its programs
+            run eagerly), else by `ExitEngine`.
 
     Raises:
         ExitConfigurationError: something else than rows of model inputs, or a text longer than the model takes.
@@ -75,7 +76,7 @@ def predict(
     text = model.main_input_name == "input_ids"
     window = (window or (64 * batch_size if total is None else max(total, 1))) if text else batch_size
     progress = (total is None or total >= 1000) if progress is None else progress
-    graphs = model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
+    graphs = model.device.type == "cuda" and model.cuda_graphs if cuda_graphs is None else cuda_graphs
     model = _in_eval_mode(model)
     policy, none = model.get_exit_policy(), torch.empty(0, dtype=torch.int64)
     answers = [(none, torch.empty(0, model.config.num_labels), none)]

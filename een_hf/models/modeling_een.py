@@ -57,6 +57,7 @@ class EarlyExitMixin:
     head_class: type[torch.nn.Module]
 
     backbone_frozen = False
+    cuda_graphs = True  # whether what answers whole data sets and pipelines on CUDA runs captured programs
     _policy: tuple = (None, None)  # what the config said, and the policy made of it
     # Names of the parameters that the loaded checkpoint did not bring, the last head's too where the checkpoint was
     # fine-tuned for something else; None: no checkpoint was loaded.

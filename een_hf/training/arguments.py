@@ -142,6 +142,9 @@ class EarlyExitTrainingArguments(TrainingArguments):
             "of --lr_scheduler_type."
         },
     )
+    no_cuda_graphs: bool = field(
+        default=False, metadata={"help": "On CUDA, predict without captured programs (`ExitRunner`)."}
+    )
     warm_start_epochs: float = field(
         default=0.0,
         metadata={

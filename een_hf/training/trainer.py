@@ -202,6 +202,7 @@ class EarlyExitTrainer(Trainer):
         if compute_loss_func is not None:
             self._check_loss_function(args)
         args.method = self.method
+        model.cuda_graphs = not args.no_cuda_graphs
         args.dataloader_pin_memory &= torch.accelerator.is_available()
         args.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
         self.scheme_args = scheme_args or (self.arguments_class and self.arguments_class())
