@@ -12,6 +12,10 @@ from .models import (
     EarlyExitViTForImageClassification,
     ExitConfigurationError,
     ExitPolicy,
+    register_architecture,
+    register_criterion,
+    register_exit_head,
+    register_pooling,
 )
 
 
@@ -45,6 +49,10 @@ __all__ = [
     "MetaWeightedExitTrainer",
     "calibrate",
     "predict",
+    "register_architecture",
+    "register_criterion",
+    "register_exit_head",
+    "register_pooling",
     "register_scheme",
 ]
 

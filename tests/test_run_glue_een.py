@@ -640,10 +640,10 @@ BAD = {
     ),
     "no evaluation": (["--do_train", "--target_cost=0.5"], "add --do_eval"),
     "criterion": (["--do_eval", "--exit_criterion=sure"], "sure.*confidence"),
-    "scheme": (["--do_train", "--method=best"], "--method 'best' is not one of: base, boosted, joint, l2w"),
+    "scheme": (["--do_train", "--method=best"], "--method is 'best'; it must be one of: base, boosted, joint, l2w"),
     "outside scheme": (
         ["--do_train", "--method=no_package:Trainer"],
-        "--method 'no_package:Trainer' cannot be imported",
+        "--method is 'no_package:Trainer', which cannot be imported",
     ),
     "unknown flag": (["--do_train", "--exit_layer", "2"], "Unknown flag --exit_layer; did you mean --exit_layers"),
     "optimizer": (["--do_train", "--method=l2w", "--optim=adafactor"], "--optim"),

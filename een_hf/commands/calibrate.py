@@ -28,6 +28,7 @@ from ..evaluation import (
 from ..hub import guarantee_in_words, refresh_model_card
 from ..models import ExitConfigurationError
 from ..models.configuration_een import is_early_exit_config
+from ..models.policies import find_criterion
 from ..training.arguments import CalibrationArguments, Risk
 from ..training.experiment import CALIBRATION_PARTS, fitting_criterion
 from ..training.history import read_run
@@ -46,7 +47,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--risk_confidence", type=float, default=0.9, help="of --max_risk; default: 0.9")
     parser.add_argument(
         "--exit_criterion",
-        help="confidence, entropy, margin, patience, vote or, multi-label, label_confidence; default: the run's",
+        help="confidence, entropy, margin, patience, vote, multi-label: label_confidence, or package.module:Class; "
+        "default: the run's",
     )
     parser.add_argument("--seed", type=int, help="parts searching from certifying rows; default: the run's")
     parser.add_argument(
@@ -61,8 +63,9 @@ def run(args) -> None:
     settings = (read_run(folder) or {}).get("settings", {})
     problem_type = config.problem_type or "single_label_classification"
     criterion = settings.get("exit_criterion", CalibrationArguments.exit_criterion)
+    given = args.exit_criterion and find_criterion(args.exit_criterion)
     wanted = CalibrationArguments(
-        exit_criterion=args.exit_criterion or fitting_criterion(criterion, problem_type, required=False) or criterion,
+        exit_criterion=given or fitting_criterion(criterion, problem_type, required=False) or criterion,
         target_cost=args.target_cost,
         max_risk=args.max_risk,
         risk=args.risk,

@@ -55,8 +55,8 @@ from ..inference import pad_rows, predict
 from ..models import ExitConfigurationError
 from ..models.auto import model_class_of
 from ..models.configuration_een import is_classifier
-from ..models.exits import POOLINGS
-from ..models.policies import get_criterion
+from ..models.exits import find_exit_head, find_pooling
+from ..models.policies import find_criterion, get_criterion
 from ..training.arguments import CalibrationArguments
 from ..training.history import RUN_FILE, history_of, only_run_in, trained_on, write_run
 
@@ -83,7 +83,9 @@ def add_arguments(parser) -> None:
     risk.add_argument("--risk", choices=["consistency"], default="consistency", help="the risk that needs no labels")
     risk.add_argument("--risk_confidence", type=float, default=0.9, help="of --max_risk; default: 0.9")
     risk.add_argument(
-        "--exit_criterion", default="confidence", help="confidence (default), entropy, margin, patience or vote"
+        "--exit_criterion",
+        default="confidence",
+        help="confidence (default), entropy, margin, patience, vote or package.module:Class",
     )
     risk.add_argument(
         "--calibration_share",
@@ -93,7 +95,12 @@ def add_arguments(parser) -> None:
     exits = parser.add_argument_group("exits")
     exits.add_argument("--exit_layers", type=int, nargs="+", help="1-based layers with an exit; default: every layer")
     exits.add_argument(
-        "--exit_pooling", choices=sorted(POOLINGS), help="what an exit reads; default: mean (text), cls_mean (images)"
+        "--exit_pooling",
+        help="what an exit reads: cls, mean, cls_mean or package.module:function; default: mean (text), cls_mean "
+        "(images)",
+    )
+    exits.add_argument(
+        "--exit_head", help="pooler, norm, norm_pooler or package.module:Class; default: the architecture's"
     )
     exits.add_argument("--num_train_epochs", type=int, default=20, help="of the exits, which is cheap; default: 20")
     exits.add_argument("--head_learning_rate", type=float, default=1e-3, help="AdamW, to zero; default: 0.001")
@@ -215,7 +222,10 @@ def check_arguments(args) -> None:
     if args.skip_empty and args.train_file is None:
         raise DataError("--skip_empty leaves out texts: it belongs to --train_file.")
     CalibrationArguments(max_risk=args.max_risk, risk_confidence=args.risk_confidence)
+    args.exit_criterion = find_criterion(args.exit_criterion)
     get_criterion(args.exit_criterion).check(SINGLE_LABEL)
+    args.exit_pooling = args.exit_pooling and find_pooling(args.exit_pooling)
+    args.exit_head = args.exit_head and find_exit_head(args.exit_head)
     for name in ("batch_size", "chunk_size", "num_train_epochs", "train_batch_size", "max_train_samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ExitConfigurationError(f"--{name} must be at least 1, not {getattr(args, name)}.")
@@ -258,7 +268,11 @@ def load_model(args) -> PreTrainedModel:
     logging.set_verbosity_error()  # that the exits' heads are missing is as it should be
     try:
         model = model_class.from_pretrained(
-            model_source(args.model), exit_layers=args.exit_layers, exit_pooling=pooling, exit_policy=None
+            model_source(args.model),
+            exit_layers=args.exit_layers,
+            exit_pooling=pooling,
+            exit_head=args.exit_head,
+            exit_policy=None,
         ).eval()
     except OSError as error:
         raise ExitConfigurationError(f"MODEL {args.model} cannot be loaded: {error}") from error

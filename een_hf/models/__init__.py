@@ -19,6 +19,7 @@ from .configuration_een import (
     EarlyExitXLMRobertaConfig,
     ExitConfigurationError,
 )
+from .exits import register_exit_head, register_pooling
 from .modeling_een import EarlyExitClassifierOutput, EarlyExitMixin
 from .modeling_een_beit import EarlyExitBeitForImageClassification
 from .modeling_een_bert import EarlyExitBertForSequenceClassification
@@ -37,7 +38,7 @@ from .modeling_een_roberta import (
     EarlyExitXLMRobertaForSequenceClassification,
 )
 from .modeling_een_vit import EarlyExitViTForImageClassification
-from .policies import ExitPolicy
+from .policies import ExitPolicy, register_criterion
 
 
 for _model_class in (
@@ -97,4 +98,7 @@ __all__ = [
     "MODEL_CLASSES",
     "AutoEarlyExitModel",
     "register_architecture",
+    "register_criterion",
+    "register_exit_head",
+    "register_pooling",
 ]

@@ -17,6 +17,7 @@ MODEL_CLASSES: dict[str, type[EarlyExitMixin]] = Registry("model_type (--model_t
 
 def register_architecture(model_class: type[EarlyExitMixin]) -> type[EarlyExitMixin]:
     """Class decorator: make an early-exit class known to the scripts, the commands and transformers' Auto classes."""
+    MODEL_CLASSES.check_class(model_class, EarlyExitMixin)
     config_class = model_class.config_class
     images = model_class.main_input_name == "pixel_values"
     auto_class = AutoModelForImageClassification if images else AutoModelForSequenceClassification
@@ -27,6 +28,11 @@ def register_architecture(model_class: type[EarlyExitMixin]) -> type[EarlyExitMi
     config_class.register_for_auto_class()
     model_class.register_for_auto_class(auto_class)
     return model_class
+
+
+def find_architecture(name: str) -> str:
+    """The stock type of an architecture, registered or `package.module:Class`, which is imported: for users' flags."""
+    return MODEL_CLASSES.find(name, lambda _: register_architecture)
 
 
 def model_class_of(config_dict: dict, what: str, main_input_name: str | None = None) -> type[EarlyExitMixin]:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .registries import Registry
+from .registries import ExitConfigurationError, Registry
 
 
-POOLINGS = Registry("exit_pooling (--exit_pooling)")  # by name: the function, and its width in hidden_size
-EXIT_HEADS = Registry("exit_head (--exit_head)")  # by name: the class
+POOLINGS: dict[str, Callable] = Registry("exit_pooling (--exit_pooling)")
+EXIT_HEADS: dict[str, type["ExitHead"]] = Registry("exit_head (--exit_head)")
 
 
 def _cls(hidden: torch.Tensor, attention_mask: torch.Tensor | None, num_prefix_tokens: int) -> torch.Tensor:
@@ -35,10 +35,18 @@ def register_pooling(name: str, width: int = 1):
     """
 
     def register(pooling: Callable) -> Callable:
-        POOLINGS[name] = (pooling, width)
+        if not callable(pooling):
+            raise ExitConfigurationError(f"{POOLINGS.setting}: {pooling!r} is no function.")
+        pooling.width = width
+        POOLINGS[name] = pooling
         return pooling
 
     return register
+
+
+def find_pooling(name: str) -> str:
+    """The name of a pooling, registered or `package.module:function`, which is imported: for what users type."""
+    return POOLINGS.find(name, register_pooling)
 
 
 register_pooling("cls")(_cls)
@@ -62,17 +70,23 @@ def pool_hidden_states(
     Returns:
         (batch, hidden_size), for `cls_mean` (batch, 2 * hidden_size).
     """
-    return POOLINGS[pooling][0](hidden, attention_mask, num_prefix_tokens)
+    return POOLINGS[pooling](hidden, attention_mask, num_prefix_tokens)
 
 
 def register_exit_head(name: str):
     """Class decorator: make a head known as config field `exit_head` under `name`."""
 
     def register(head_class: type["ExitHead"]) -> type["ExitHead"]:
+        EXIT_HEADS.check_class(head_class, ExitHead)
         EXIT_HEADS[name] = head_class
         return head_class
 
     return register
+
+
+def find_exit_head(name: str) -> str:
+    """The name of a head, registered or `package.module:Class`, which is imported: for what users type."""
+    return EXIT_HEADS.find(name, register_exit_head)
 
 
 class ExitHead(nn.Module):
@@ -85,7 +99,7 @@ class ExitHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.pooling, self.num_prefix_tokens = config.exit_pooling, config.num_prefix_tokens
-        self.width = POOLINGS[self.pooling][1] * config.hidden_size
+        self.width = POOLINGS[self.pooling].width * config.hidden_size
 
     def pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """What the head reads, (batch, width), of hidden states (batch, length, hidden_size)."""

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from .configuration_een import ExitConfigurationError
+from .registries import ExitConfigurationError, Registry
 
 
 # A threshold that no score reaches, and that JSON can carry.
@@ -22,7 +22,7 @@ NEVER = 1e30
 # Beyond these a float32 softmax is one-hot, NaN or uniform whatever the logits are.
 TEMPERATURE_RANGE = (1e-4, 1e4)
 
-_CRITERIA: dict[str, type["ExitCriterion"]] = {}
+_CRITERIA: dict[str, type["ExitCriterion"]] = Registry("exit criterion (--exit_criterion)")
 
 
 def is_number(value: object) -> bool:
@@ -36,11 +36,17 @@ def register_criterion(name: str):
     """Class decorator: make a criterion known to `--exit_criterion` under `name`."""
 
     def register(criterion: type["ExitCriterion"]) -> type["ExitCriterion"]:
+        _CRITERIA.check_class(criterion, ExitCriterion)
         criterion.name = name
         _CRITERIA[name] = criterion
         return criterion
 
     return register
+
+
+def find_criterion(name: str) -> str:
+    """The name of a criterion, registered or `package.module:Class`, which is imported: for what users type."""
+    return _CRITERIA.find(name, register_criterion)
 
 
 def get_criterion(name: str, params: dict | None = None) -> "ExitCriterion":
@@ -49,8 +55,6 @@ def get_criterion(name: str, params: dict | None = None) -> "ExitCriterion":
     Raises:
         ExitConfigurationError: unknown name or parameter.
     """
-    if not isinstance(name, str) or name not in _CRITERIA:
-        raise ExitConfigurationError(f"--exit_criterion {name!r} is not one of: {', '.join(sorted(_CRITERIA))}.")
     criterion, params = _CRITERIA[name], params or {}
     if not isinstance(params, dict):
         raise ExitConfigurationError(f"Criterion {name!r}: params must be a dict of parameters, not {params!r}.")

@@ -12,6 +12,8 @@ from transformers.utils import ExplicitEnum
 from ..errors import refuse_nan
 from ..hub import public_settings
 from ..models import MODEL_CLASSES, ExitConfigurationError
+from ..models.auto import find_architecture
+from ..models.exits import find_exit_head, find_pooling
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,7 +50,9 @@ class ModelArguments:
     )
     model_type: str | None = field(
         default=None,
-        metadata={"help": f"Start from scratch with this architecture: {', '.join(MODEL_CLASSES)}."},
+        metadata={
+            "help": f"Start from scratch with this architecture: {', '.join(MODEL_CLASSES)}, or package.module:Class."
+        },
     )
     config_overrides: str | None = field(
         default=None,
@@ -61,12 +65,16 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "What the exits before the last read: `cls`, the first token, `mean`, over the tokens or over an "
-            "image's patches, or `cls_mean`, both. Default: `mean` for text, `cls_mean` for images."
+            "image's patches, `cls_mean`, both, or package.module:function. Default: `mean` for text, `cls_mean` for "
+            "images."
         },
     )
     exit_head: str | None = field(
         default=None,
-        metadata={"help": "A registered head for the exits before the last. Default: that of the architecture."},
+        metadata={
+            "help": "The head of the exits before the last: `pooler`, `norm`, `norm_pooler` or package.module:Class. "
+            "Default: that of the architecture."
+        },
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
@@ -92,10 +100,13 @@ class ModelArguments:
             raise ExitConfigurationError(
                 "Give either --model_name_or_path, a checkpoint to start from, or --model_type, to start from scratch."
             )
-        if self.model_type is not None and self.model_type not in MODEL_CLASSES:
-            raise ExitConfigurationError(
-                f"--model_type {self.model_type!r} is not one of: {', '.join(MODEL_CLASSES)}."
-            )
+        for name, find in (
+            ("model_type", find_architecture),
+            ("exit_pooling", find_pooling),
+            ("exit_head", find_exit_head),
+        ):
+            if getattr(self, name) is not None:
+                setattr(self, name, find(getattr(self, name)))
         if self.config_overrides is not None and self.model_type is None:
             raise ExitConfigurationError("--config_overrides needs --model_type: a checkpoint has its own config.")
         if self.config_overrides is not None and not re.fullmatch(r"\w+=[^,=]+(,\w+=[^,=]+)*", self.config_overrides):
@@ -231,7 +242,7 @@ class CalibrationArguments:
         default="confidence",
         metadata={
             "help": "How sure an exit is: `confidence`, `entropy`, `margin`, `patience` or `vote`; multi-label: "
-            "`label_confidence`."
+            "`label_confidence`. package.module:Class takes one from elsewhere."
         },
     )
     target_cost: float | None = field(

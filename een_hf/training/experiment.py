@@ -48,7 +48,7 @@ from ..hub import choose_examples, hub_name, write_examples, write_model_card
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.auto import model_class_of
 from ..models.configuration_een import is_classifier
-from ..models.policies import fitting_criteria, get_criterion, resolve_problem_type
+from ..models.policies import find_criterion, fitting_criteria, get_criterion, resolve_problem_type
 from .arguments import CalibrationArguments, CostUnit, EarlyExitTrainingArguments, ModelArguments
 from .history import RUN_FILE, history_of, only_run_in, read_run, rows_chose, write_run
 from .trainer import EarlyExitTrainer, get_scheme, last_whole_checkpoint, scheme_arguments
@@ -131,6 +131,7 @@ def parse_arguments(modality: Modality, argv: list[str]) -> RunArguments:
         raise ExitConfigurationError(str(error)) from error
     for part in parsed:
         refuse_nan(vars(part))
+    parsed[3].exit_criterion = find_criterion(parsed[3].exit_criterion)
     own = [part for kind, part in zip(schemes, parsed[4:], strict=True) if kind is get_scheme(method).arguments_class]
     return RunArguments(*parsed[:4], scheme=own[0] if own else None)
 

@@ -1,6 +1,5 @@
 """What all schemes share: the registry, the loss over exits, metrics of every exit, the heads' learning rate."""
 
-import importlib
 import json
 import logging
 import math
@@ -30,6 +29,7 @@ from ..hub import CARD_NAME, is_run_card
 from ..inference import ExitPredictions, predict
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
+from ..models.registries import Registry
 from .arguments import EarlyExitTrainingArguments, publishing
 from .checkpoints import (
     PublicTrainerState,
@@ -46,13 +46,14 @@ logger = logging.getLogger(__name__)
 
 
 SCHEME_FILE = "scheme.json"
-_SCHEMES: dict[str, type["EarlyExitTrainer"]] = {}
+_SCHEMES: dict[str, type["EarlyExitTrainer"]] = Registry("--method")
 
 
 def register_scheme(*names: str):
     """Class decorator: make a trainer known to `--method` under `names`; the first is its proper name."""
 
     def register(trainer_class: type["EarlyExitTrainer"]) -> type["EarlyExitTrainer"]:
+        _SCHEMES.check_class(trainer_class, EarlyExitTrainer)
         trainer_class.method = names[0]
         _SCHEMES.update(dict.fromkeys(names, trainer_class))
         return trainer_class
@@ -76,23 +77,7 @@ def get_scheme(name: str) -> type["EarlyExitTrainer"]:
     Raises:
         ExitConfigurationError: an unknown name, a module or class that is not there, or no `EarlyExitTrainer`.
     """
-    if name in _SCHEMES:
-        return _SCHEMES[name]
-    if ":" not in name:
-        raise ExitConfigurationError(
-            f"--method {name!r} is not one of: {', '.join(sorted(_SCHEMES))}; a scheme from elsewhere is given as "
-            "package.module:Class."
-        )
-    module_name, class_name = name.split(":", 1)
-    try:
-        trainer_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ExitConfigurationError(f"--method {name!r} cannot be imported: {error}.") from error
-    if not (isinstance(trainer_class, type) and issubclass(trainer_class, EarlyExitTrainer)):
-        raise ExitConfigurationError(f"--method {name!r} is not a subclass of EarlyExitTrainer.")
-    if trainer_class not in _SCHEMES.values():
-        register_scheme(name)(trainer_class)
-    return trainer_class
+    return _SCHEMES[_SCHEMES.find(name, register_scheme)]
 
 
 def scheme_arguments() -> list[type]:

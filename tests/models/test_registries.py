@@ -1,0 +1,106 @@
+"""Poolings, heads, criteria and architectures: known by name, taken from elsewhere, never imported by a file."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from een_hf import AutoEarlyExitModel
+from een_hf.data.glue import TEXT
+from een_hf.models import ExitConfigurationError, policies
+from een_hf.models.exits import EXIT_HEADS, POOLINGS, find_exit_head, find_pooling
+from een_hf.models.policies import ExitPolicy, find_criterion, get_criterion
+from een_hf.training.experiment import main
+
+
+REGISTRIES = (POOLINGS, EXIT_HEADS, policies._CRITERIA)
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    """Name of a module of parts that can be imported; the registries are afterwards as they were."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    before = [dict(registry) for registry in REGISTRIES]
+    yield "outside_parts"
+    for registry, content in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(content)
+    sys.modules.pop("outside_parts", None)
+
+
+@pytest.mark.parametrize("find", [find_pooling, find_exit_head, find_criterion])
+def test_unknown_names_are_answered_with_the_known(find, outside):
+    for name, words in (("meen", "must be one of: "), ("outside_parts:Nothing", "cannot be imported")):
+        with pytest.raises(ExitConfigurationError, match=words) as raised:
+            find(name)
+        assert "--exit_" in str(raised.value) and name in str(raised.value)
+
+
+def test_a_part_of_another_kind_is_refused(outside):
+    for find in (find_exit_head, find_criterion):
+        with pytest.raises(ExitConfigurationError, match="is not a subclass of Exit"):
+            find(f"{outside}:max_cls")
+
+
+def test_the_names_that_parts_give_themselves(outside):
+    """A file that names `module:Class` of a part with a name of its own could not be read where it is registered."""
+    assert find_criterion(f"{outside}:SquaredConfidence") == "squared"
+    assert find_pooling(f"{outside}:max_cls") == find_pooling("max_cls") == "max_cls"
+    assert find_exit_head(f"{outside}:PlainHead") == f"{outside}:PlainHead"
+    scores = get_criterion("squared").step(torch.tensor([[0.0, 0.0], [50.0, 0.0]]), ())[0]
+    assert scores.tolist() == pytest.approx([0.5, 1.0])
+
+
+def test_a_file_imports_nothing(bert, outside):
+    """A config or a policy that comes with a model would run its author's code."""
+    for field in ("exit_pooling", "exit_head"):
+        with pytest.raises(ExitConfigurationError, match="must be one of"):
+            bert.config_class(**{field: f"{outside}:PlainHead"})
+    with pytest.raises(ExitConfigurationError, match="must be one of"):
+        ExitPolicy.from_dict({"criterion": f"{outside}:SquaredConfidence", "thresholds": [0.5]}).scorer  # noqa: B018
+    assert outside not in sys.modules
+
+
+def test_a_run_with_outside_parts(outside, stock_folders, minilm_path, tmp_path):
+    """The whole way: flags, training, calibration, files, and the folder again."""
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["text", "label"], *([f"the film is {word}", word] for word in ["good", "bad"] * 16)]
+        )
+    shape = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32,vocab_size=30522"
+    flags = ["--model_type=bert", f"--config_overrides={shape}", f"--tokenizer_name={minilm_path}"]
+    flags += [f"--{split}_file={tmp_path / 'rows.csv'}" for split in ("train", "validation")]
+    flags += ["--do_train", "--do_eval", "--max_steps=2", "--target_cost=0.9", "--use_cpu", "--max_seq_length=16"]
+    flags += [f"--exit_head={outside}:PlainHead", f"--exit_pooling={outside}:max_cls"]
+    main(TEXT, [*flags, f"--exit_criterion={outside}:SquaredConfidence", f"--output_dir={tmp_path / 'run'}"])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["exit_head"], config["exit_pooling"]) == (f"{outside}:PlainHead", "max_cls")
+    assert config["exit_policy"]["criterion"] == "squared"
+    model = AutoEarlyExitModel.from_pretrained(tmp_path / "run")
+    assert model.exit_heads["1"].classifier.weight.shape == (2, 32)
+    assert model.get_exit_policy().criterion == "squared"
+
+
+def test_auto_model(any_architecture, stock_folders):
+    """One way in for all: by the type of the checkpoint."""
+    model = AutoEarlyExitModel.from_pretrained(stock_folders[any_architecture.name, "head"], exit_layers=[2])
+    assert type(model) is any_architecture.model_class and model.config.exit_layers == [2, 4]
+    with pytest.raises(OSError, match="from_pretrained"):
+        AutoEarlyExitModel()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2'; exits exist for: bert, .*vit.*'Add an architecture' in README"),
+        ({"model_type": "swin", "depths": [2, 2], "embed_dim": 96}, "'swin', whose width changes"),
+        ({}, "of type None"),
+    ],
+)
+def test_architectures_without_exits(config, words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExitConfigurationError, match=words):
+        AutoEarlyExitModel.from_pretrained(tmp_path)
