@@ -360,7 +360,33 @@ def generic(data: dict, name: str, plots: Path | None) -> str:
     return "\n".join([f"## {name.replace('_', ' ').capitalize()}\n", source(data), plain_table(data["rows"])])
 
 
+def gpu(data: dict, name: str, plots: Path | None) -> str:
+    from gpu import figures
+
+    part = name.removeprefix("gpu_")
+    lines = figures(part, data["rows"], judged=True)
+    return "\n".join(
+        [f"## On a GPU: {part}\n", source(data), GPU_TEXTS[part], table(["where", "what", "value", "target"], lines)]
+    )
+
+
+GPU_TEXTS = {
+    "correctness": "The runner's answers against the anytime logits at the exit that each example takes.\n",
+    "single": (
+        "One example that exits at exit k, the only exit that the policy uses, against the stock model cut to that "
+        "many layers, eager and as one CUDA graph without a mask. `each exit`: with a decision, and a wait for it, at "
+        "every exit before; `dynamic`: the model's own forward, without graphs.\n"
+    ),
+    "batches": (
+        "Half of the layers on average: the runner against the whole stock model, eager and as one CUDA graph without "
+        "a mask; `ideal`: the graph's time if layers cost in proportion to the examples that are left.\n"
+    ),
+    "texts": "A data set of texts of many lengths, tokenizing included: times as fast as the stock pipeline.\n",
+    "training": "A step of each scheme, bf16 autocast, an exit after every layer.\n",
+}
+
 SECTIONS = {
+    "gpu_": gpu,
     "quality_": quality,
     "planted_": planted,
     "inference_": inference,
