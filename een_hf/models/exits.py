@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .registries import ExitConfigurationError, Registry
@@ -27,17 +28,23 @@ def _cls_mean(hidden: torch.Tensor, attention_mask: torch.Tensor | None, num_pre
     return torch.cat([_cls(hidden, None, 0), _mean(hidden, attention_mask, num_prefix_tokens)], -1)
 
 
-def register_pooling(name: str, width: int = 1):
+def register_pooling(name: str, width: int = 1, linear: bool = False):
     """Function decorator: make a pooling known as `exit_pooling` under `name`.
 
     The function takes hidden states (batch, length, hidden_size), the mask (batch, length) or `None`, and the number
     of tokens that stand before the patches of an image (0 for text), and returns (batch, width * hidden_size).
+
+    Args:
+        name: for `exit_pooling`.
+        width: of what the function returns, in hidden_size.
+        linear: whether that is `width` sums of the hidden states, one after the other, each with weights that depend
+            on the tokens' places and the mask alone. Training on an accelerator then takes one product per exit.
     """
 
     def register(pooling: Callable) -> Callable:
         if not callable(pooling):
             raise ExitConfigurationError(f"{POOLINGS.setting}: {pooling!r} is no function.")
-        pooling.width = width
+        pooling.width, pooling.linear = width, linear
         POOLINGS[name] = pooling
         return pooling
 
@@ -49,9 +56,9 @@ def find_pooling(name: str) -> str:
     return POOLINGS.find(name, register_pooling)
 
 
-register_pooling("cls")(_cls)
-register_pooling("mean")(_mean)
-register_pooling("cls_mean", width=2)(_cls_mean)
+register_pooling("cls", linear=True)(_cls)
+register_pooling("mean", linear=True)(_mean)
+register_pooling("cls_mean", width=2, linear=True)(_cls_mean)
 
 
 def pool_hidden_states(
@@ -92,9 +99,16 @@ def find_exit_head(name: str) -> str:
 class ExitHead(nn.Module):
     """Hidden states to logits; a subclass builds its modules on `self.width` numbers and supplies `classify`.
 
+    With a static method `classify_stacked(heads, pooled)` beside `classify` the heads of several exits are trained
+    together on accelerators: it takes heads that differ in their parameters' values only and what they read, (heads,
+    batch, width), and returns (heads, batch, num_labels). Heads with hooks, or with modules from outside torch, are
+    evaluated one by one all the same.
+
     Args:
         config: of the early-exit model; the head reads what `exit_pooling` says.
     """
+
+    classify_stacked: Callable | None = None
 
     def __init__(self, config):
         super().__init__()
@@ -127,6 +141,11 @@ class BertExitHead(ExitHead):
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.dropout(torch.tanh(self.dense(pooled))))
 
+    @staticmethod
+    def classify_stacked(heads: list["BertExitHead"], pooled: torch.Tensor) -> torch.Tensor:
+        features = torch.tanh(stacked_linear([head.dense for head in heads], pooled))
+        return stacked_linear([head.classifier for head in heads], heads[0].dropout(features))
+
 
 @register_exit_head("norm")
 class ViTExitHead(ExitHead):
@@ -140,6 +159,11 @@ class ViTExitHead(ExitHead):
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.layernorm(pooled))
 
+    @staticmethod
+    def classify_stacked(heads: list["ViTExitHead"], pooled: torch.Tensor) -> torch.Tensor:
+        normed = stacked_layer_norm([head.layernorm for head in heads], pooled)
+        return stacked_linear([head.classifier for head in heads], normed)
+
 
 @register_exit_head("norm_pooler")
 class NormedExitHead(BertExitHead):
@@ -152,10 +176,124 @@ class NormedExitHead(BertExitHead):
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
         return super().classify(self.layernorm(pooled))
 
+    @staticmethod
+    def classify_stacked(heads: list["NormedExitHead"], pooled: torch.Tensor) -> torch.Tensor:
+        return BertExitHead.classify_stacked(heads, stacked_layer_norm([head.layernorm for head in heads], pooled))
+
+
+def stacked_linear(modules: list[nn.Linear], inputs: torch.Tensor) -> torch.Tensor:
+    """Each module on its own slice of the inputs: (modules, batch, in) to (modules, batch, out)."""
+    weights = torch.stack([module.weight for module in modules])
+    biases = torch.stack([module.bias for module in modules]).unsqueeze(1)
+    if weights.requires_grad:
+        # Its gradient comes transposed: one copy here, or one for every module.
+        weights.register_hook(torch.Tensor.contiguous)
+    return torch.baddbmm(biases, inputs, weights.mT)
+
+
+def stacked_layer_norm(modules: list[nn.LayerNorm], inputs: torch.Tensor) -> torch.Tensor:
+    """Each module on its own slice of the inputs: (modules, batch, width) to the same shape."""
+    weights = torch.stack([module.weight for module in modules]).unsqueeze(1)
+    biases = torch.stack([module.bias for module in modules]).unsqueeze(1)
+    return torch.addcmul(biases, F.layer_norm(inputs, modules[0].normalized_shape, eps=modules[0].eps), weights)
+
+
+def can_stack(heads: list[nn.Module]) -> bool:
+    """Whether `classify_stacked` does what these heads do one by one."""
+    head_class = type(heads[0]) if heads else None
+    if len(heads) < 2 or getattr(head_class, "forward", None) is not ExitHead.forward:
+        return False
+    # A subclass with another `classify` does not inherit what the older one says of stacks.
+    stacked, single = (
+        next(base for base in head_class.__mro__ if name in vars(base)) for name in ("classify_stacked", "classify")
+    )
+    first = _plain_parts(heads[0])
+    return (
+        stacked is single
+        and head_class.classify_stacked is not None
+        and all(_plain_parts(head) == first for head in heads[1:])
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _plain_parts(head: nn.Module) -> list | object:
+    """What its modules are; where one may do more than torch's own does, something that equals nothing else."""
+    parts = []
+    for module in head.modules():
+        own = module is head or type(module).__module__.startswith("torch.nn.modules.")
+        if not own or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS):
+            return object()
+        parts.append((type(module), module.training, module.extra_repr()))
+    return parts
+
+
+class StackedHeads:
+    """The heads of several exits, evaluated together: few operations, however many exits there are.
+
+    Args:
+        heads: of the exits, in order, for which `can_stack` holds.
+    """
+
+    def __init__(self, heads: list[ExitHead]):
+        self.heads, self.pooled = heads, []
+        self._weights: torch.Tensor | None = None
+
+    def read(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Take what the next head reads of hidden states (batch, length, hidden_size)."""
+        head = self.heads[len(self.pooled)]
+        # In half precision the weights themselves, such as 1 / length, would be rounded.
+        half = hidden.dtype in (torch.float16, torch.bfloat16)
+        if half or type(head).pool is not ExitHead.pool or not POOLINGS[head.pooling].linear:
+            self.pooled.append(head.pool(hidden, attention_mask))
+            return
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self._weights is None:
+                self._weights = _pooling_weights(head, hidden, attention_mask)
+            self.pooled.append(torch.bmm(self._weights, hidden).flatten(1))
+
+    def classify(self, gradient_scales: torch.Tensor | None = None) -> torch.Tensor:
+        """The logits (heads, batch, num_labels).
+
+        Args:
+            gradient_scales: (heads,), factors of the gradients of what each head reads.
+        """
+        pooled = torch.stack(self.pooled)
+        if gradient_scales is not None:
+            pooled = scale_gradient(pooled, gradient_scales.to(pooled.dtype)[:, None, None])
+        return type(self.heads[0]).classify_stacked(self.heads, pooled)
+
+
+def _pooling_weights(head: ExitHead, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The matrix of a linear pooling, (batch, width, length): its result where token n is the unit vector n."""
+    batch, length = hidden.shape[:2]
+    tokens = torch.eye(length, dtype=hidden.dtype, device=hidden.device).unsqueeze(0)
+    if attention_mask is not None:
+        tokens = tokens.expand(batch, -1, -1)
+    return head.pool(tokens, attention_mask).unflatten(1, (-1, length)).expand(batch, -1, -1)
+
 
 def add_boosted(logits: torch.Tensor, previous: torch.Tensor | None, temperature: float) -> torch.Tensor:
     """F_k = f_k + t * stop_gradient(F_{k-1}), F_0 = 0 (Boosted Dynamic Neural Networks, AAAI 2023)."""
     return logits if previous is None else logits + temperature * previous.detach()
+
+
+def add_boosted_stack(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`add_boosted` from exit to exit, at once: F_k = f_k + sum over j < k of t^(k-j) * stop_gradient(f_j).
+
+    Args:
+        logits: f, (num_exits, batch, num_labels).
+        temperature: t.
+
+    Returns:
+        F, of the same shape, in float32 or better.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    exits = torch.arange(len(logits), dtype=dtype, device=logits.device)
+    powers = (temperature ** (exits[:, None] - exits)).tril(-1)
+    with torch.autocast(logits.device.type, enabled=False):
+        return logits + (powers @ logits.detach().to(dtype).flatten(1)).view_as(logits)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -169,6 +307,6 @@ class _ScaleGradient(torch.autograd.Function):
         return gradient * ctx.scale, None
 
 
-def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+def scale_gradient(tensor: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """`tensor` itself in the forward pass; its gradient times `scale` in the backward pass."""
     return _ScaleGradient.apply(tensor, scale)

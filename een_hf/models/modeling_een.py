@@ -12,7 +12,17 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_een import ExitConfigurationError, is_classifier
 from .exit_losses import infer_problem_type, loss_matrix, reduce_losses
-from .exits import EXIT_HEADS, BertExitHead, ViTExitHead, add_boosted, pool_hidden_states, scale_gradient
+from .exits import (
+    EXIT_HEADS,
+    BertExitHead,
+    StackedHeads,
+    ViTExitHead,
+    add_boosted,
+    add_boosted_stack,
+    can_stack,
+    pool_hidden_states,
+    scale_gradient,
+)
 from .policies import ExitPolicy
 from .stages import Examples, bidirectional_mask
 
@@ -58,6 +68,9 @@ class EarlyExitMixin:
 
     backbone_frozen = False
     cuda_graphs = True  # whether what answers whole data sets and pipelines on CUDA runs captured programs
+    # Whether heads of one class and shape are evaluated together where all exits are; None: in training, on
+    # accelerators.
+    stack_heads: bool | None = None
     _policy: tuple = (None, None)  # what the config said, and the policy made of it
     # Names of the parameters that the loaded checkpoint did not bring, the last head's too where the checkpoint was
     # fine-tuned for something else; None: no checkpoint was loaded.
@@ -323,10 +336,9 @@ class EarlyExitMixin:
         Returns:
             the hidden states for the next stage (batch, length, hidden_size), and logits (batch, num_labels).
         """
-        config, hidden = self.config, examples.hidden
+        config = self.config
         after = exit_index - 1 if after is None else after
-        for depth in range(config.exit_layers[after] if after >= 0 else 0, config.exit_layers[exit_index]):
-            hidden = self.run_layer(depth, hidden, context, **kwargs)
+        hidden = self._run_layers(after, exit_index, examples.hidden, context, **kwargs)
         behind = self.num_exits - exit_index - 1
         rescale = self.training and config.gradient_rescale
         if rescale:
@@ -337,6 +349,13 @@ class EarlyExitMixin:
         if rescale and behind:
             hidden = scale_gradient(hidden, behind)
         return hidden, logits
+
+    def _run_layers(self, after: int, exit_index: int, hidden: torch.Tensor, context: Any, **kwargs) -> torch.Tensor:
+        """The layers after one exit, up to another (0-based; -1 is before the first layer)."""
+        layers = self.config.exit_layers
+        for depth in range(layers[after] if after >= 0 else 0, layers[exit_index]):
+            hidden = self.run_layer(depth, hidden, context, **kwargs)
+        return hidden
 
     def run_exits(
         self,
@@ -419,12 +438,40 @@ class EarlyExitMixin:
 
     def run_all(self, examples: Examples, **kwargs) -> list[torch.Tensor]:
         """The logits (batch, num_labels) of every exit."""
+        stack = self.stack_heads
+        if stack is None:
+            stack = self.training and examples.hidden.device.type not in ("cpu", "meta")
+        if stack:
+            heads = [self.exit_head_modules(index)[0] for index in range(self.num_exits - 1)]
+            if can_stack(heads):
+                return self._run_all_stacked(heads, examples, **kwargs)
         context, logits, collected = self.make_context(examples), None, []
         for index in range(self.num_exits):
             hidden, logits = self.run_stage(index, examples, context, logits, **kwargs)
             examples = replace(examples, hidden=hidden)
             collected.append(logits)
         return collected
+
+    def _run_all_stacked(self, heads: list[torch.nn.Module], examples: Examples, **kwargs) -> list[torch.Tensor]:
+        """As `run_all`, by the same formulas; heads, sums and gradient scales of all exits are a few operations."""
+        config, context, last = self.config, self.make_context(examples), self.num_exits - 1
+        hidden, mask, stack, scales = examples.hidden, examples.attention_mask, StackedHeads(heads), None
+        rescale = self.training and config.gradient_rescale
+        for index in range(last):
+            hidden = self._run_layers(index - 1, index, hidden, context, **kwargs)
+            stack.read(hidden, mask)
+            if rescale:
+                # `run_stage` multiplies by (behind) and by 1 / (behind + 1).
+                hidden = scale_gradient(hidden, (last - index) / (last - index + 1))
+        hidden = self._run_layers(last - 1, last, hidden, context, **kwargs)
+        if rescale:
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            scales = 1 / torch.arange(last + 1, 1, -1, dtype=dtype, device=hidden.device)
+        early, logits = stack.classify(scales), self.last_head(hidden, mask)
+        if config.exit_aggregation == "boosted":
+            early = add_boosted_stack(early, config.boost_temperature)
+            logits = add_boosted(logits, early[-1], config.boost_temperature)
+        return [*early, logits]
 
     def run_dynamic(self, examples: Examples, policy: ExitPolicy, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Each example's logits at its own exit (batch, num_labels), and that exit (batch,).
