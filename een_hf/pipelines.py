@@ -2,7 +2,7 @@
 
 import os
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
@@ -14,13 +14,18 @@ from .inference.runner import runner_of
 from .models import EarlyExitMixin, ExitConfigurationError
 
 
+if TYPE_CHECKING:
+    from .evaluation import ExitCosts
+
+
 class _ExitAnswers:
     """Adds to each answer where it left; comes before a stock pipeline in the bases.
 
     The keys are `exit_layer`, the 1-based layer of the exit, and `cost_saved`, the share of the plain model's cost
-    that was saved: 1 minus the exit's relative cost, at the input's own length. At the last exit it is 0 less the
-    cost of the earlier heads. `score` is the probability from the logits divided by the temperature of their exit,
-    as `ExitPredictions.confidence`; the stock pipelines, and `function_to_apply="none"`, take the logits as they are.
+    that was saved: 1 minus the exit's relative cost under the policy, at the input's own length. At the last exit it
+    is 0 less the cost of the earlier heads that were evaluated. `score` is the probability from the logits divided by
+    the temperature of their exit, as `ExitPredictions.confidence`; the stock pipelines, and
+    `function_to_apply="none"`, take the logits as they are.
     On CUDA batches run by `ExitRunner`, unless the model's attribute `cuda_graphs` is set to `False`.
     """
 
@@ -36,7 +41,7 @@ class _ExitAnswers:
             )
         self._costs_at = cache(self._costs_at)
 
-    def _costs_at(self, length: int | None) -> list[float]:
+    def _costs_at(self, length: int | None) -> "ExitCosts":
         from .evaluation import relative_costs  # brings scikit-learn and matplotlib
 
         return relative_costs(self.model, sequence_length=length)
@@ -65,9 +70,12 @@ class _ExitAnswers:
         answer = super().postprocess(model_outputs, function_to_apply=function_to_apply, **kwargs)
         exit_index = int(model_outputs["exit_index"]) if "exit_index" in model_outputs else self.model.num_exits - 1
         length = int(model_outputs["num_tokens"]) if "num_tokens" in model_outputs else None
+        costs = self._costs_at(length)
+        if "exit_index" in model_outputs:  # else every exit was evaluated
+            costs = costs.of_policy(self.model.get_exit_policy())
         left = {
             "exit_layer": self.model.config.exit_layers[exit_index],
-            "cost_saved": 1 - self._costs_at(length)[exit_index],
+            "cost_saved": 1 - float(costs[exit_index]),
         }
         return [{**one, **left} for one in answer] if isinstance(answer, list) else {**answer, **left}
 

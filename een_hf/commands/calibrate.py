@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from ..errors import in_one_line
 from ..evaluation import (
     METRICS,
+    ExitCosts,
     calibrate,
     format_exit_table,
     load_exit_logits,
@@ -71,7 +72,8 @@ def run(args) -> None:
         risk=args.risk,
         risk_confidence=args.risk_confidence,
     )
-    costs = [entry["relative_cost"] for entry in results["anytime"]]
+    parts = results.get("exit_costs")
+    costs = ExitCosts(**parts) if parts else [entry["relative_cost"] for entry in results["anytime"]]
     calibration, reported = _load_rows(folder, len(costs))
     report = calibrate(
         *calibration,

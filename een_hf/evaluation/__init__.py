@@ -15,7 +15,7 @@ _NAMES = {
         "check_target_cost",
         "policy_row",
     ),
-    "cost": ("cost_inputs", "count_operations", "mean_length", "relative_costs"),
+    "cost": ("ExitCosts", "cost_inputs", "count_operations", "mean_length", "relative_costs"),
     "metrics": (
         "Accuracy",
         "F1",

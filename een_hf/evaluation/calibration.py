@@ -14,6 +14,7 @@ from transformers import EvalPrediction
 
 from ..models.configuration_een import ExitConfigurationError
 from ..models.policies import NEVER, ExitPolicy, get_criterion, resolve_problem_type
+from .cost import ExitCosts
 from .metrics import check_labels, predict_labels
 
 
@@ -66,7 +67,8 @@ def calibrate(
         exit_logits: (num_rows, num_exits, num_labels), raw.
         labels: class indices or numbers, (num_rows,), soft labels or, multi-label, 0/1, (num_rows, num_labels);
             `None`: the last exit's own predictions.
-        costs: relative cost of leaving at each exit.
+        costs: relative cost of exiting at each exit, with its parts where exits that a policy never uses are not
+            evaluated (`relative_costs`, `relative_latencies`); plain numbers hold whatever the policy.
         criterion: a registered exit criterion.
         params: its parameters; those left open may be chosen too (the tolerance of `patience` in regression).
         target_cost: set the best policy whose average cost is at most this.
@@ -153,11 +155,18 @@ class _Scored:
         leaves[:, -1] = True
         return leaves
 
+    def costs_under(self, thresholds: np.ndarray) -> np.ndarray:
+        """What exiting at each exit costs, (num_exits,), where only the exits that rows can reach are evaluated."""
+        return self.costs.of_policy(ExitPolicy(self.criterion, thresholds, params=self.params))
+
     def cost_and_gain(self, thresholds: np.ndarray) -> tuple[float, float]:
         exits = self.exits(thresholds)
-        # Summed by exit, so that nobody leaving costs exactly what the last exit does.
-        shares = np.bincount(exits, minlength=self.num_exits) / self.num_rows
-        return float(shares @ self.costs), float(self.gains[np.arange(self.num_rows), exits].mean())
+        cost = self.shares(exits) @ self.costs_under(thresholds)
+        return float(cost), float(self.gains[np.arange(self.num_rows), exits].mean())
+
+    def shares(self, exits: np.ndarray) -> np.ndarray:
+        """The share of rows at each exit: by these, nobody exiting early costs exactly what the last exit does."""
+        return np.bincount(exits, minlength=self.num_exits) / self.num_rows
 
     def policy(self, thresholds: np.ndarray, **about) -> ExitPolicy:
         name = "temperatures" if self.tempered else "confidence_temperatures"
@@ -166,8 +175,8 @@ class _Scored:
         return ExitPolicy.from_dict(policy.to_dict())
 
     def report(self, policy: ExitPolicy | None, thresholds: np.ndarray, message: str) -> CalibrationReport:
-        cost, _ = self.cost_and_gain(thresholds)
-        fractions = np.bincount(self.exits(thresholds), minlength=self.num_exits) / self.num_rows
+        fractions = self.shares(self.exits(thresholds))
+        cost = float(fractions @ self.costs.of_policy(policy))
         return CalibrationReport(policy, cost, self.score(thresholds), fractions.tolist(), message)
 
     def score(self, thresholds: np.ndarray) -> float:
@@ -207,7 +216,7 @@ def _scored(exit_logits, labels, costs, criterion, params, problem_type) -> _Sco
     ExitPolicy(criterion, [NEVER] * num_exits, params=params).validate(num_exits, problem_type, num_labels)
     if labels is not None:
         labels = check_labels(labels, num_rows, num_labels, problem_type)
-    return _Scored(logits, labels, np.asarray(costs, dtype=np.float64), criterion, params, problem_type)
+    return _Scored(logits, labels, ExitCosts.of(costs), criterion, params, problem_type)
 
 
 def fit_temperatures(
@@ -335,20 +344,20 @@ def _geometric_start(scored: _Scored, target_cost: float) -> np.ndarray:
 
 def check_target_cost(target_cost: float, costs: Sequence[float]) -> None:
     """Raise ExitConfigurationError for a budget that not even the first exit keeps."""
-    if not target_cost >= costs[0]:
+    first = ExitCosts.of(costs).alone[0]
+    if not target_cost >= first:
         raise ExitConfigurationError(
-            f"--target_cost {target_cost:g} is below the cost of the first exit, {costs[0]:.4g}: no policy is so "
-            f"cheap. Give at least {math.ceil(costs[0] * 1000) / 1000:g}, or an earlier first exit (--exit_layers)."
+            f"--target_cost {target_cost:g} is below the cost of the first exit, {first:.4g}: no policy is so "
+            f"cheap. Give at least {math.ceil(first * 1000) / 1000:g}, or an earlier first exit (--exit_layers)."
         )
 
 
 def _calibrate_cost(choices: list[_Scored], target_cost: float) -> CalibrationReport:
     scored = choices[0]
-    costs = scored.costs
-    check_target_cost(target_cost, costs)
+    check_target_cost(target_cost, scored.costs)
     about = {"calibrated_for": {"target_cost": float(target_cost)}}
     thresholds = np.full(scored.num_exits, NEVER)
-    if target_cost >= costs[-1]:
+    if target_cost >= scored.cost_and_gain(thresholds)[0]:
         message = f"A cost of {target_cost:g} pays for every layer: no row needs to leave early."
         return scored.report(scored.policy(thresholds, **about), thresholds, message)
 
@@ -410,7 +419,22 @@ def _improve(scored: _Scored, start: np.ndarray, target_cost: float) -> np.ndarr
         for origin in (best, start)
         for limit in (target_cost + 1e-12, target_cost - 1e-12)
     ]
-    return max(best, *spent, key=lambda candidate: _rank(scored, candidate, target_cost))
+    best = max(best, *spent, key=lambda candidate: _rank(scored, candidate, target_cost))
+    return without_idle_exits(best, lambda candidate: _rank(scored, candidate, target_cost))
+
+
+def without_idle_exits(thresholds: np.ndarray, rank: Callable) -> np.ndarray:
+    """`thresholds` less the exits that do not pay.
+
+    As long as `rank` rises, the exit without which it is highest gets a threshold that nobody reaches.
+    """
+    while True:
+        used = np.flatnonzero(thresholds[:-1] < NEVER)
+        without = [np.where(np.arange(len(thresholds)) == index, NEVER, thresholds) for index in used]
+        best = max([thresholds, *without], key=rank)
+        if best is thresholds:
+            return thresholds
+        thresholds = best
 
 
 class _LineSearch:
@@ -442,15 +466,15 @@ class _LineSearch:
         for _ in range(max_sweeps):
             before = thresholds.copy()
             for index, (_, _, candidates) in enumerate(self.columns):
-                thresholds[index] = candidates[choose(*self._along(leaves, index))]
+                thresholds[index] = candidates[choose(*self._along(thresholds, leaves, index))]
                 leaves[:, index] = scored.scores[:, index] >= thresholds[index]
             if (thresholds == before).all():
                 break
         return thresholds
 
-    def _along(self, leaves: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _along(self, thresholds: np.ndarray, leaves: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Average cost and gain, (num_candidates,), along the candidates of an exit."""
-        scored, (order, counts, _) = self.scored, self.columns[index]
+        scored, (order, counts, candidates) = self.scored, self.columns[index]
         rows = np.arange(scored.num_rows)
         here = ~leaves[:, :index].any(1)
         others = leaves.copy()
@@ -463,7 +487,12 @@ class _LineSearch:
             change = np.where(here, values[rows, index] - stay, 0.0)[order]
             return (stay.sum() + np.concatenate([[0.0], change.cumsum()])[counts]) / scored.num_rows
 
-        return along(np.broadcast_to(scored.costs, scored.gains.shape)), along(scored.gains)
+        def costs_with(candidate: float) -> np.ndarray:
+            return scored.costs_under(np.where(np.arange(scored.num_exits) == index, candidate, thresholds))
+
+        cost = along(np.broadcast_to(costs_with(-NEVER), scored.gains.shape))
+        # Where nobody exits the exit is not evaluated at all.
+        return np.where(candidates < NEVER, cost, costs_with(NEVER)[otherwise].mean()), along(scored.gains)
 
 
 # Certified risk
@@ -517,6 +546,8 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
     for level in range(1, _PATH_LEVELS + 1):
         leaving = round(level * num_search / _PATH_LEVELS)
         thresholds = np.array([_threshold_between(search.scores[:, k], leaving) for k in range(scored.num_exits)])
+        # Before the rows that certify are seen.
+        thresholds = without_idle_exits(thresholds, lambda candidate: -search.cost_and_gain(candidate)[0])
         losses = _risk_losses(risk, certify, certify.exits(thresholds))
         p_value = risk_p_value(losses, max_risk, binary=risk in _BINARY_RISKS)
         if p_value > 1 - confidence:
@@ -628,7 +659,7 @@ def policy_row(
     answers = logits.numpy()[np.arange(len(exits)), exits]
     fractions = np.bincount(exits, minlength=len(costs)) / len(exits)
     return {
-        "relative_cost": float(fractions @ np.asarray(costs)),
+        "relative_cost": float(fractions @ ExitCosts.of(costs).of_policy(policy)),
         "metrics": compute_metrics(EvalPrediction(predictions=answers, label_ids=labels)),
         "exit_fractions": fractions.tolist(),
         **policy.to_dict(),
@@ -648,24 +679,26 @@ def budgeted_curve(
 ) -> list[dict]:
     """The best policy at each of a sweep of budgets: chosen on `calibration`, measured on `report`.
 
-    What each exit costs is a budget, and so are 25, 50 and 75 %: models of fewer layers are compared at equal cost.
+    What each exit alone costs is a budget, and so are 25, 50 and 75 %: models of fewer layers are compared at equal
+    cost.
 
     Args:
         calibration: logits (num_rows, num_exits, num_labels) and labels (num_rows,).
         report: the same of other rows.
-        costs: relative cost of leaving at each exit.
+        costs: as in `calibrate`.
         compute_metrics: called with the logits (num_rows, num_labels) that the policy answers with.
         criterion: a registered exit criterion, with its `params`.
         problem_type: as in transformers.
         num_budgets: further budgets, evenly from the cheapest possible (the first exit's cost, unless NaN scores
-            keep rows from leaving) to the last exit's cost.
+            keep rows from leaving) to the cost of no early exit.
     """
     scored = _scored(*calibration, costs, criterion, params, problem_type)
     choices = scored.choices()
     cheapest, _ = scored.cost_and_gain(np.full(scored.num_exits, -NEVER))
-    named = [cost for cost in (0.25, 0.5, 0.75, *costs) if cheapest <= cost <= costs[-1]]
+    full, _ = scored.cost_and_gain(np.full(scored.num_exits, NEVER))
+    named = [cost for cost in (0.25, 0.5, 0.75, *scored.costs.alone) if cheapest <= cost <= full]
     rows = []
-    for target in np.unique([*named, *np.linspace(cheapest, costs[-1], num_budgets)]).tolist():
+    for target in np.unique([*named, *np.linspace(cheapest, full, num_budgets)]).tolist():
         policy = _calibrate_cost(choices, target).policy
         rows.append({"target_cost": target, **policy_row(policy, *report, costs, compute_metrics)})
     return rows

@@ -60,6 +60,20 @@ def _is_guarantee(value) -> bool:
     )
 
 
+def _are_exit_costs(value) -> bool:
+    names = ("alone", "heads", "shared")
+    return value is None or isinstance(value, dict) and {*value} == {*names} and all(map(_are_numbers, value.values()))
+
+
+def _is_latency(value) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and _is_text(value.get("device"))
+        and _is_count(value.get("batch_size"))
+        and is_number(value.get("milliseconds"))
+    )
+
+
 # What each part of the file must have, and how a value of its kind is known.
 _ANYTIME = {
     "exit": _is_count,
@@ -102,6 +116,8 @@ _OPTIONAL = {
     "calibration_rows_chose": lambda value: value is None or _is_text(value),
     "cost_unit": lambda value: value is None or _is_text(value),
     "plain_operations": _is_score,
+    "exit_costs": _are_exit_costs,
+    "latency": _is_latency,
 }
 
 
@@ -381,7 +397,11 @@ def _check_types(results: dict[str, Any]) -> None:
                 raise TypeError(f"{place}: {key} is {reprlib.repr(mapping[key])}.")
     num_exits = len(results["exit_layers"])
     rows = [*results["budgeted"], *([results["policy"]] if results["policy"] else [])]
-    lengths = {len(results["anytime"]), *(len(row[name]) for row in rows for name in ("thresholds", "exit_fractions"))}
+    lengths = {
+        len(results["anytime"]),
+        *map(len, (results.get("exit_costs") or {}).values()),
+        *(len(row[name]) for row in rows for name in ("thresholds", "exit_fractions")),
+    }
     if len(results["anytime_report"]) not in (0, num_exits) or lengths != {num_exits}:
         raise TypeError(f"its tables are not all of {num_exits} exits.")
     for name in ("anytime", "anytime_report", "budgeted"):

@@ -24,6 +24,7 @@ from ..data.streaming import EndlessStream
 from ..data.task import DataError, Modality, TaskData
 from ..errors import in_one_line, one_line_errors, refuse_nan
 from ..evaluation import (
+    ExitCosts,
     anytime_table,
     budgeted_curve,
     calibrate,
@@ -651,6 +652,7 @@ class Experiment:
             "num_report_samples": len(reported[1]),  # of the evaluation rows, those that calibrated nothing
             "calibration_rows_chose": chosen_by,
             "cost_unit": wanted.cost.value,
+            "exit_costs": costs.to_dict(),
             "plain_operations": count_operations(self.model, **cost_inputs(self.splits["validation"]))[1],
             "anytime": anytime_table(logits, labels, **table),
             "anytime_report": anytime_table(*reported, **table),
@@ -659,7 +661,7 @@ class Experiment:
         }
         return results, report
 
-    def _costs(self, rows) -> list[float]:
+    def _costs(self, rows) -> ExitCosts:
         """Relative cost of every exit: operations, or time on this machine (`--cost latency`)."""
         inputs = cost_inputs(rows)
         if self.args.calibration.cost == CostUnit.OPERATIONS:
@@ -719,7 +721,7 @@ class Experiment:
             logits, exits = self.trainer.predict_exits(rows).predictions, taken.exit_index.numpy()
             # Batches of other rows round differently: what an exit answered is what a row left with.
             logits[np.arange(len(logits)), exits] = taken.logits.numpy()
-            costs = self._costs(rows)
+            costs = self._costs(rows).of_policy(self.model.get_exit_policy()).tolist()
             predictions = predict_labels(logits, data.problem_type)
             confidences = [None] * len(rows) if taken.confidence is None else taken.confidence.tolist()
             if not self.training.should_save:

@@ -10,14 +10,16 @@ import scipy.special
 import scipy.stats
 import torch
 
-from een_hf.evaluation import budgeted_curve, calibrate, policy_row
+from een_hf.evaluation import ExitCosts, budgeted_curve, calibrate, policy_row
 from een_hf.evaluation.calibration import (
     fit_temperatures,
     geometric_policy,
     geometric_thresholds,
     risk_p_value,
+    without_idle_exits,
 )
 from een_hf.models import ExitConfigurationError, ExitPolicy
+from een_hf.models.policies import NEVER
 
 
 def _rows(num_rows, num_exits=4, num_labels=3, seed=0):
@@ -778,3 +780,84 @@ def test_policy_row_of_unseen_rows():
     cost, accuracy = _outcome(policy, rounded, other[1], _costs(4))
     assert (row["relative_cost"], row["metrics"]["accuracy"]) == (pytest.approx(cost), pytest.approx(accuracy))
     assert ExitPolicy.from_dict({key: row[key] for key in policy.to_dict()}) == policy
+
+
+# Exits that are not evaluated
+
+
+LAYERS, HEADS = (0.25, 0.5, 0.75, 1.0), (0.05, 0.08, 0.02)
+PARTS = ExitCosts(LAYERS, [*HEADS, 0.0])
+
+
+def _cost_by_enumeration(thresholds, scores, heads=HEADS):
+    """Average cost, a row and an exit at a time: layers, and the heads that somebody may exit at."""
+    spent = 0.0
+    for row in scores:
+        for index, layers in enumerate(LAYERS):
+            if index == 3 or row[index] >= thresholds[index]:
+                spent += layers
+                break
+            if thresholds[index] < NEVER:
+                spent += heads[index]
+    return spent / len(scores)
+
+
+@pytest.mark.parametrize("target_cost", [0.25, 0.3, 0.45, 0.6, 0.8, 0.99])
+def test_a_budget_is_met_by_the_cost_as_counted(target_cost):
+    """Fails if the search and the report count the heads of exits that the policy does not evaluate."""
+    logits, labels = _rows(300)
+    report = calibrate(logits, labels, PARTS, target_cost=target_cost)
+    policy = report.policy
+    counted = _cost_by_enumeration(policy.thresholds, policy.scores(torch.tensor(logits)).numpy())
+    assert report.relative_cost == pytest.approx(counted, abs=1e-12) and counted <= target_cost
+    row = policy_row(policy, logits, labels, PARTS, lambda prediction: {})
+    assert row["relative_cost"] == pytest.approx(counted, abs=1e-12)
+    # All heads counted, the same budget buys no more.
+    assert report.score >= calibrate(logits, labels, [*PARTS], target_cost=max(target_cost, PARTS[0])).score - 0.01
+
+
+def test_budgets_at_the_ends_count_the_evaluated_heads():
+    """Fails if no early exit costs more than the plain model, or the first exit other than itself."""
+    logits, labels = _rows(300)
+    report = calibrate(logits, labels, PARTS, target_cost=1.0)
+    assert report.relative_cost == 1.0 and min(report.policy.thresholds) == NEVER
+    with pytest.raises(ExitConfigurationError, match="below the cost of the first exit, 0.25"):
+        calibrate(logits, labels, PARTS, target_cost=0.249)
+    rows = budgeted_curve((logits, labels), (logits, labels), PARTS, lambda prediction: {})
+    targets = [row["target_cost"] for row in rows]
+    assert {*LAYERS} <= {*targets} and (targets[0], targets[-1]) == (0.25, 1.0)
+    assert all(row["relative_cost"] <= row["target_cost"] + 1e-12 for row in rows)
+    assert rows[-1]["relative_cost"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "heads", [(0.05, 0.08, 0.02), (0.2, 0.001, 0.001), (0.001, 0.3, 0.001), (0.001, 0.3, 0.3), (0.3, 0.3, 0.3)]
+)
+def test_exits_that_do_not_pay_are_left_out(heads):
+    """Fails if an exit stays that costs more than it saves: every choice of exits is tried, none may be cheaper."""
+    logits, _ = _rows(500)
+    scores = ExitPolicy("confidence", [NEVER] * 4).scores(torch.tensor(logits)).numpy()
+    everywhere = [*np.quantile(scores, 0.85, 0)[:3].tolist(), NEVER]
+
+    def cost(thresholds):
+        return _cost_by_enumeration(thresholds, scores, heads)
+
+    choices = itertools.product((True, False), repeat=3)
+    tried = {used: cost(np.where([*used, True], everywhere, NEVER)) for used in choices}
+    kept = without_idle_exits(np.array(everywhere), lambda thresholds: -cost(thresholds))
+    assert tuple(kept[:3] < NEVER) == min(tried, key=tried.get)
+
+
+def test_a_certified_policy_leaves_out_exits_that_do_not_pay():
+    """Fails if a certified policy decides where that costs more than it saves, or is changed after certifying."""
+    logits, labels = _rows(2000)
+    settings = {"max_risk": 0.1, "risk_confidence": 0.9}
+    report = calibrate(logits, labels, ExitCosts(LAYERS, [0.001, 0.3, 0.001, 0]), **settings)
+    thresholds = report.policy.thresholds
+    assert thresholds[0] < NEVER and thresholds[1] == NEVER and thresholds[2] < NEVER
+    assert max(calibrate(logits, labels, LAYERS, **settings).policy.thresholds[:3]) < NEVER
+    certifying = np.random.default_rng(0).permutation(2000)[400:]
+    answers, last = logits[certifying].argmax(-1), logits[certifying, -1].argmax(-1)
+    exits = report.policy.exits_of(torch.tensor(logits[certifying])).numpy()
+    wrong = (last == labels[certifying]) & (answers[np.arange(1600), exits] != labels[certifying])
+    assert report.policy.guarantee["errors"] == wrong.sum()

@@ -1,17 +1,21 @@
 """Relative costs against closed forms."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from een_hf.evaluation import count_operations, mean_length, relative_costs
+from een_hf.evaluation import ExitCosts, count_operations, mean_length, relative_costs
 from een_hf.models import (
     EarlyExitBertConfig,
     EarlyExitBertForSequenceClassification,
     EarlyExitViTConfig,
     EarlyExitViTForImageClassification,
+    ExitPolicy,
 )
+from een_hf.models.policies import NEVER
 
 
 WIDTH, INNER, LABELS = 16, 40, 3
@@ -124,3 +128,49 @@ def test_mean_length_counts_unmasked_tokens():
     """Fails if padding counts."""
     assert mean_length([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]) == round((3 + 1 + 4) / 3)
     assert mean_length([[0, 0]]) == 1
+
+
+HEAD = WIDTH * WIDTH + WIDTH * LABELS
+LAYER = 4 * 20 * WIDTH * WIDTH + 2 * 20 * 20 * WIDTH + 2 * 20 * WIDTH * INNER
+
+
+@pytest.mark.parametrize("used", [(), (0,), (1,), (0, 2), (0, 1, 2)])
+def test_a_policy_costs_the_heads_that_it_evaluates(used):
+    """Fails if heads of exits that nobody can take are counted, or heads before the exit taken are not."""
+    policy = ExitPolicy("confidence", [0.5 if index in used else NEVER for index in range(4)])
+    expected = [
+        (depth * LAYER + (1 + sum(other < depth - 1 for other in used)) * HEAD) / (4 * LAYER + HEAD)
+        for depth in (1, 2, 3, 4)
+    ]
+    costs = relative_costs(make_bert(), sequence_length=20)
+    assert costs.of_policy(policy).tolist() == pytest.approx(expected, rel=1e-12)
+    assert costs.of_policy(None)[-1] == 1.0
+
+
+@pytest.mark.parametrize("fields", [{}, {"exit_aggregation": "boosted"}])
+@pytest.mark.parametrize("criterion", ["confidence", "patience"])
+def test_a_policy_costs_what_the_dynamic_forward_computes(criterion, fields):
+    """Fails if the cost of an exit is not what torch counts in a dynamic pass of the model itself."""
+    torch.manual_seed(0)
+    model = make_bert(attn_implementation="eager", **fields).eval()
+    size = {"sequence_length": 20}
+    costs, (_, plain) = relative_costs(model, **size), count_operations(model, **size)
+    for taken in range(4):
+        # Exit 2 is evaluated only if examples are to exit there.
+        thresholds = [NEVER if index == 1 else 2.0 if criterion == "patience" else 1.0 for index in range(4)]
+        thresholds[taken] = -NEVER
+        policy = ExitPolicy(criterion, thresholds)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            found = model(input_ids=torch.randint(1, 50, (1, 20)), early_exit=policy).exit_index.item()
+        assert costs.of_policy(policy)[found] == pytest.approx(counter.get_total_flops() / plain, rel=1e-12)
+        assert criterion == "patience" or found == taken
+
+
+def test_costs_survive_a_file_and_another_process():
+    """Fails if a saved run counts otherwise than the run itself, or processes disagree."""
+    costs = ExitCosts([0.25, 0.5, 1.0], [0.1, 0.2, 0.3], [0.05, 0.0, 0.0])
+    policy = ExitPolicy("confidence", [0.5, NEVER, NEVER])
+    for copied in (ExitCosts(**costs.to_dict()), pickle.loads(pickle.dumps(costs))):
+        assert list(copied) == list(costs) == pytest.approx([0.25, 0.6, 1.3])
+        assert copied.of_policy(policy).tolist() == costs.of_policy(policy).tolist() == [0.25, 0.6, 1.1]
+    assert ExitCosts([0.3, 0.8, 1.2]).of_policy(policy).tolist() == [0.3, 0.8, 1.2]
