@@ -57,7 +57,8 @@ class _ExitAnswers:
         if outputs.exit_index is not None:
             answers["exit_index"] = outputs.exit_index
             policy = self.model.get_exit_policy()
-            answers["tempered_logits"] = policy.temper(outputs.logits.float(), outputs.exit_index)
+            if policy is not None:  # `ExitRunner` names the exit without one, too
+                answers["tempered_logits"] = policy.temper(outputs.logits.float(), outputs.exit_index)
         if "input_ids" in model_inputs:
             mask = model_inputs.get("attention_mask")
             ids = model_inputs["input_ids"]
