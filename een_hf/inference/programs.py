@@ -11,6 +11,7 @@ Elsewhere than on CUDA a program is the same function, run eagerly on the same t
 
 import gc
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -129,10 +130,8 @@ class Lane:
 
     def count_after(self, segment: int) -> int:
         """How many examples continue after a segment; waits for it."""
-        event = self.events[segment]
-        # Not `synchronize`: being woken takes longer than most segments.
-        while event is not None and not event.query():
-            pass
+        if self.events[segment] is not None:
+            wait_for(self.events[segment])
         return int(self.host_counts[segment + 1])
 
     def may_shrink(self, segment: int, rows: int, present: float) -> bool:
@@ -217,6 +216,20 @@ class Lane:
         tensors += [tensor for examples in self.buffers if examples is not None for tensor in examples.tensors()]
         tensors += [tensor for tensor in (self.logits, self.exit_index) if tensor is not None]
         return sum(tensor.nbytes for tensor in tensors)
+
+
+# Seconds of asking whether a device has got so far, before sleeping: to be woken takes longer than most segments, and
+# asking keeps other threads from running.
+_PATIENCE = 3e-4
+
+
+def wait_for(event: "torch.cuda.Event") -> None:
+    """Wait until the device has reached `event`."""
+    start = time.perf_counter()
+    while not event.query():
+        if time.perf_counter() - start > _PATIENCE:
+            event.synchronize()
+            return
 
 
 class _Program:

@@ -9,7 +9,7 @@ import torch
 
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitPolicy
 from ..models.stages import Examples
-from .programs import Decisions, Lane, capture, row_bucket
+from .programs import Decisions, Lane, capture, row_bucket, wait_for
 
 
 # Texts are padded to a multiple of this many tokens: one set of programs each.
@@ -61,7 +61,9 @@ class ExitRunner:
         self._padded: dict[tuple, bool] = {}
         self._guessed = None
         if model.device.type == "cuda":
-            self._unmasked, self._looked = torch.ones((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+            with torch.inference_mode(False):
+                self._unmasked = torch.ones((), dtype=torch.bool, pin_memory=True)
+            self._looked = torch.cuda.Event()
         self._stage = torch.compile(model.run_stage, dynamic=True) if compile else model.run_stage
         self._forget()
 
@@ -208,8 +210,7 @@ class ExitRunner:
         shape, self._guessed = self._guessed, None
         if shape is None:
             return True
-        while not self._looked.query():
-            pass
+        wait_for(self._looked)
         if not bool(self._unmasked):
             self._padded[shape] = True
         return bool(self._unmasked)
