@@ -20,7 +20,7 @@ from .configuration_een import (
     ExitConfigurationError,
 )
 from .exits import register_exit_head, register_pooling
-from .modeling_een import EarlyExitClassifierOutput, EarlyExitMixin
+from .modeling_een import EarlyExitClassifierOutput, EarlyExitImageMixin, EarlyExitMixin, EarlyExitTextMixin
 from .modeling_een_beit import EarlyExitBeitForImageClassification
 from .modeling_een_bert import EarlyExitBertForSequenceClassification
 from .modeling_een_deberta import EarlyExitDebertaForSequenceClassification
@@ -84,7 +84,9 @@ __all__ = [
     "EarlyExitElectraForSequenceClassification",
     "EarlyExitMPNetConfig",
     "EarlyExitMPNetForSequenceClassification",
+    "EarlyExitImageMixin",
     "EarlyExitMixin",
+    "EarlyExitTextMixin",
     "EarlyExitModernBertConfig",
     "EarlyExitModernBertForSequenceClassification",
     "EarlyExitRobertaConfig",

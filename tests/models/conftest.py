@@ -1,6 +1,7 @@
 """Tiny random models of every architecture, made once per session, and a reference that shares no code with een_hf."""
 
 import copy
+import importlib
 import inspect
 from dataclasses import dataclass
 
@@ -120,6 +121,17 @@ STOCK = {
     ),
     "electra": ("electra", {**TEXT, "embedding_size": 24}),
     "mpnet": ("mpnet", TEXT),
+    # From outside the package; with trigrams a token reads its neighbour, be it padding.
+    "mobilebert": (
+        "mobilebert",
+        {
+            **TEXT,
+            "embedding_size": 16,
+            "intra_bottleneck_size": 16,
+            "num_feedforward_networks": 2,
+            "trigram_input": False,
+        },
+    ),
     "modernbert": ("modernbert", {**TEXT, "local_attention": 4, "pad_token_id": 0, "classifier_pooling": "mean"}),
     "modernbert_cls": ("modernbert", {**TEXT, "local_attention": 4, "pad_token_id": 0}),
     "deberta": ("deberta", {**RELATIVE, "type_vocab_size": 2}),
@@ -148,6 +160,8 @@ STOCK = {
 
 def _architecture(name):
     model_type, settings = STOCK[name]
+    if model_type == "mobilebert":
+        importlib.import_module("mobilebert_adapter")
     config = AutoConfig.for_model(model_type, **settings, num_labels=NUM_LABELS)
     model_class = MODEL_CLASSES[model_type]
     text = model_class.main_input_name == "input_ids"
