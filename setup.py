@@ -18,7 +18,7 @@ README = Path(__file__).with_name("README.md")
 setup(
     name="een_hf",
     version="0.1.0",
-    description="Early exits for Hugging Face encoders: train, calibrate and serve BERT and ViT that stop when sure.",
+    description="Early exits for Hugging Face encoders: train, calibrate and serve classifiers of text and images.",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,4 +1,4 @@
-"""Make a fine-tuned BERT or ViT classifier cheaper, without labels.
+"""Make a fine-tuned classifier of text or images cheaper, without labels.
 
 een-hf retrofit my-finetuned-bert --train_file texts.csv --max_risk 0.02 --output_dir cheaper
 een-hf retrofit my-finetuned-vit --train_dir images/ --max_risk 0.02 --output_dir cheaper

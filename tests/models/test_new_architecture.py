@@ -5,6 +5,7 @@ That the mixin does the rest is in `test_architectures.py`, whose list it is on.
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, MobileBertConfig, MobileBertForSequenceClassification
 
 from een_hf.data.glue import TEXT
+from een_hf.training import ModelArguments
 from een_hf.training.experiment import main
 
 
@@ -52,9 +54,15 @@ def test_the_scripts_train_it(stock, minilm_path, tmp_path, method):
     assert type(model) is EarlyExitMobileBertForSequenceClassification and model.config.exit_policy is not None
 
 
-def test_a_class_is_named_on_the_command_line(minilm_path, tmp_path):
+def test_a_class_is_named_on_the_command_line():
     """From scratch, `--model_type module:Class` imports the adapter; a run would else need code of its own."""
-    from een_hf.models.auto import find_architecture
-
     name = "mobilebert_adapter:EarlyExitMobileBertForSequenceClassification"
-    assert find_architecture(name) == "mobilebert"
+    assert ModelArguments(model_type=name).model_type == "mobilebert"
+
+
+def test_readme_shows_the_adapter():
+    """A reader would copy what no test runs."""
+    root = Path(__file__).parents[2]
+    code = (root / "tests" / "mobilebert_adapter.py").read_text().split('"""', 2)[2].strip()
+    assert code in (root / "README.md").read_text()
+    assert len(code.splitlines()) < 60
