@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 
@@ -131,6 +132,21 @@ def _pad(values: list) -> np.ndarray:
     return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(value) for value in values], True, -100).numpy()
 
 
+def _read_later(flag: torch.Tensor) -> Callable[[], bool]:
+    """Start to copy a flag to the host; what is returned waits for it, but not for work that came after."""
+    on_host = flag.to("cpu", non_blocking=True)
+    if flag.device.type == "cpu":
+        return on_host.item
+    copied = torch.Event(flag.device)
+    copied.record()
+
+    def read() -> bool:
+        copied.synchronize()
+        return on_host.item()
+
+    return read
+
+
 class EarlyExitTrainer(Trainer):
     """A `Trainer` for early-exit models; a scheme subclasses it under `@register_scheme("name")`.
 
@@ -242,6 +258,7 @@ class EarlyExitTrainer(Trainer):
         self._new_heads: list[int] | None = None
         self._summed_losses, self._num_summed = 0.0, 0  # of each exit, since the last log
         self._place = (0, -1)  # global step, and micro-batch within it
+        self._unchecked = None, lambda: True  # losses of the present micro-batch, and whether theirs is finite
 
     def _hp_search_setup(self, trial):
         super()._hp_search_setup(trial)
@@ -353,7 +370,7 @@ class EarlyExitTrainer(Trainer):
         like `Trainer`'s it divides by `num_items_in_batch` itself.
 
         Raises:
-            ExitConfigurationError: a batch without labels, or in training a loss that is not finite.
+            ExitConfigurationError: a batch without labels.
         """
         if inputs.get("labels") is None:
             raise ExitConfigurationError(f"A training batch needs `labels`; this one has: {', '.join(inputs)}.")
@@ -377,9 +394,20 @@ class EarlyExitTrainer(Trainer):
         if model.training:
             step, number = self._place
             self._place = self.state.global_step, number + 1 if step == self.state.global_step else 0
-            if not loss.isfinite():
-                self._stop_at(losses)
+            self._unchecked = losses.detach(), _read_later(loss.isfinite())
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in `Trainer`; the loss is looked at when the backward pass is under way, so that no device waits for it.
+
+        Raises:
+            ExitConfigurationError: it is not finite.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        (losses, is_finite), self._unchecked = self._unchecked, (None, lambda: True)
+        if not is_finite():
+            self._stop_at(losses)
+        return loss
 
     def _stop_at(self, losses: torch.Tensor) -> None:
         """Stop the run before a loss that is not finite spoils the weights; name the examples that it comes from."""
