@@ -258,6 +258,7 @@ class EarlyExitTrainer(Trainer):
         self._new_heads: list[int] | None = None
         self._summed_losses, self._num_summed = 0.0, 0  # of each exit, since the last log
         self._place = (0, -1)  # global step, and micro-batch within it
+        self._operations_of_a_number: int | None = None  # that the model takes in, forward and backward
         self._unchecked = None, lambda: True  # losses of the present micro-batch, and whether theirs is finite
 
     def _hp_search_setup(self, trial):
@@ -339,7 +340,9 @@ class EarlyExitTrainer(Trainer):
         Raises:
             ExitConfigurationError: label smoothing or class weights where there are no classes.
         """
-        model, args = self.accelerator.unwrap_model(self.model), self.args
+        # To unwrap a model that is not wrapped looks through all of its modules.
+        model = self.model if isinstance(self.model, EarlyExitMixin) else self.accelerator.unwrap_model(self.model)
+        args = self.args
         config, weights = model.config, self.class_weights if model.training else None
         config.problem_type = infer_problem_type(config.problem_type, config.num_labels, labels)
         if config.problem_type != "single_label_classification":
@@ -408,6 +411,15 @@ class EarlyExitTrainer(Trainer):
         if not is_finite():
             self._stop_at(losses)
         return loss
+
+    def floating_point_ops(self, inputs):
+        """As in `Trainer`, which counts the parameters at every step."""
+        main_input = inputs.get(getattr(self.model, "main_input_name", None))
+        if main_input is None or not main_input.numel():
+            return super().floating_point_ops(inputs)
+        if self._operations_of_a_number is None:
+            self._operations_of_a_number = super().floating_point_ops(inputs) // main_input.numel()
+        return self._operations_of_a_number * main_input.numel()
 
     def _stop_at(self, losses: torch.Tensor) -> None:
         """Stop the run before a loss that is not finite spoils the weights; name the examples that it comes from."""

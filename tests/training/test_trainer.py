@@ -89,6 +89,28 @@ def test_weights_that_make_no_sense(tmp_path, weights):
         trainer_on(scratch(), tmp_path, exit_loss_weights=weights)
 
 
+def test_the_loss_is_looked_at_after_the_backward_pass(tmp_path):
+    """Before it, the device would wait for the host and the host for the device at every step."""
+    rows = make_rows("vit")
+    rows[0]["pixel_values"][:] = torch.nan
+    trainer = trainer_on(scratch("vit"), tmp_path)
+    trainer.train_dataset = rows
+    with pytest.raises(ExitConfigurationError, match="not finite"):
+        trainer.train()
+    assert trainer.model.classifier.weight.grad is not None
+
+
+def test_parameters_are_counted_once(tmp_path, monkeypatch):
+    """At every step that takes milliseconds; what the run reports in the end is `Trainer`'s number."""
+    trainer, calls = trainer_on(scratch(), tmp_path, num_train_epochs=1), []
+    count = trainer.model.num_parameters
+    monkeypatch.setattr(trainer.model, "num_parameters", lambda **kwargs: calls.append(1) or count(**kwargs))
+    batch = trainer.data_collator(make_rows())
+    found = [trainer.floating_point_ops({"input_ids": batch["input_ids"][:, :length]}) for length in (8, 3)]
+    assert len(calls) == 1
+    assert found == [6 * 24 * length * count(exclude_embeddings=True) for length in (8, 3)]
+
+
 # Learning rates
 
 
