@@ -364,10 +364,9 @@ def gpu(data: dict, name: str, plots: Path | None) -> str:
     from gpu import figures
 
     part = name.removeprefix("gpu_")
-    lines = figures(part, data["rows"], judged=True)
-    return "\n".join(
-        [f"## On a GPU: {part}\n", source(data), GPU_TEXTS[part], table(["where", "what", "value", "target"], lines)]
-    )
+    notes = [data["note"] + "\n"] if "note" in data else []
+    lines = table(["where", "what", "value", "target"], figures(part, data["rows"], judged=True))
+    return "\n".join([f"## On a GPU: {part}\n", source(data), GPU_TEXTS[part], *notes, lines])
 
 
 GPU_TEXTS = {
