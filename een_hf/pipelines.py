@@ -10,7 +10,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.text_classification import TextClassificationPipeline
 
-from .inference.runner import runner_of
+from .inference.runner import runner_of, runs_graphs
 from .models import EarlyExitMixin, ExitConfigurationError
 
 
@@ -26,8 +26,11 @@ class _ExitAnswers:
     is 0 less the cost of the earlier heads that were evaluated. `score` is the probability from the logits divided by
     the temperature of their exit, as `ExitPredictions.confidence`; the stock pipelines, and
     `function_to_apply="none"`, take the logits as they are.
-    On CUDA batches run by `ExitRunner`, unless the model's attribute `cuda_graphs` is set to `False`.
+    Batches run by `ExitRunner` where the attribute `cuda_graphs` says so; `None`, the default: on CUDA, unless the
+    model's own attribute `cuda_graphs` is set to `False`.
     """
+
+    cuda_graphs: bool | None = None
 
     def check_model_type(self, supported_models) -> None:
         """
@@ -49,16 +52,14 @@ class _ExitAnswers:
     def _forward(self, model_inputs) -> dict[str, Any]:
         if "input_ids" in model_inputs:
             self.model.config.check_input_length(model_inputs["input_ids"].shape[1], "A text, or one beside it,")
-        if self.model.device.type == "cuda" and self.model.cuda_graphs:
+        if runs_graphs(self.model, self.cuda_graphs):
             outputs = runner_of(self.model)(**model_inputs)
         else:
             outputs = super()._forward(model_inputs)
-        answers = {"logits": outputs.logits}
-        if outputs.exit_index is not None:
+        answers, policy = {"logits": outputs.logits}, self.model.get_exit_policy()
+        if policy is not None:
             answers["exit_index"] = outputs.exit_index
-            policy = self.model.get_exit_policy()
-            if policy is not None:  # `ExitRunner` names the exit without one, too
-                answers["tempered_logits"] = policy.temper(outputs.logits.float(), outputs.exit_index)
+            answers["tempered_logits"] = policy.temper(outputs.logits.float(), outputs.exit_index)
         if "input_ids" in model_inputs:
             mask = model_inputs.get("attention_mask")
             ids = model_inputs["input_ids"]

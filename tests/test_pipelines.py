@@ -89,15 +89,16 @@ def test_stock_pipelines_run_the_models(kind, name, inputs, batch_size, request)
         assert (answer["label"], answer["score"]) == (label, pytest.approx(score, abs=1e-5))
 
 
+@pytest.mark.parametrize("cuda_graphs", [None, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("kind, name, inputs", CASES)
-def test_early_exit_pipelines_say_where_each_input_left(kind, name, inputs, batch_size, request):
+def test_early_exit_pipelines_say_where_each_input_left(kind, name, inputs, batch_size, cuda_graphs, request):
     folder, model, batches = request.getfixturevalue(name)
     expected = answers_of(model, batches)
     assert len({exit_index for *_, exit_index in expected}) == 3
-    found = pipeline(f"early-exit-{kind}-classification", model=str(folder), device="cpu")(
-        inputs, batch_size=batch_size, top_k=1
-    )
+    own = pipeline(f"early-exit-{kind}-classification", model=str(folder), device="cpu")
+    own.cuda_graphs = cuda_graphs  # by the runner's programs, as on CUDA
+    found = own(inputs, batch_size=batch_size, top_k=1)
     for (answer,), (label, score, exit_index), batch in zip(found, expected, batches, strict=True):
         length = batch["input_ids"].shape[1] if kind == "text" else None
         saved = 1 - relative_costs(model, sequence_length=length)[exit_index]
@@ -182,10 +183,12 @@ def test_answers_have_the_shape_of_the_stock_pipelines(bert):
         assert {name: flat[0][name] for name in flat[1]} == flat[1]
 
 
-def test_without_a_policy_every_input_pays_for_all(bert):
+@pytest.mark.parametrize("cuda_graphs", [None, True])
+def test_without_a_policy_every_input_pays_for_all(bert, cuda_graphs):
     """Exits that are off save nothing, and the earlier heads cost a little."""
     folder, model, batches = bert
     own = pipeline("early-exit-text-classification", model=str(folder), device="cpu")
+    own.cuda_graphs = cuda_graphs
     own.model.set_exit_policy(None)
     (answer,) = own(["a b c"])
     assert answer["exit_layer"] == 4

@@ -1,11 +1,10 @@
 """Prediction of whole data sets and streams, by the model's policy."""
 
 import copy
-import inspect
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.policies import answer_confidence
 from .engine import ExitEngine
-from .runner import MAX_ROWS, runner_of
+from .runner import MAX_ROWS, ExitRunner, input_names, runner_of, runs_graphs
 
 
 @dataclass
@@ -76,12 +75,12 @@ def predict(
     text = model.main_input_name == "input_ids"
     window = (window or (64 * batch_size if total is None else max(total, 1))) if text else batch_size
     progress = (total is None or total >= 1000) if progress is None else progress
-    graphs = model.device.type == "cuda" and model.cuda_graphs if cuda_graphs is None else cuda_graphs
-    model = _in_eval_mode(model)
+    graphs, given, model = runs_graphs(model, cuda_graphs), model, _in_eval_mode(model)
     policy, none = model.get_exit_policy(), torch.empty(0, dtype=torch.int64)
     answers = [(none, torch.empty(0, model.config.num_labels), none)]
     if graphs:
-        found = _run_by_graphs(model, rows, batch_size, window, collator)
+        runner = runner_of(model) if model is given else ExitRunner(model)
+        found = _run_by_graphs(runner, rows, batch_size, window if text else None, collator)
     else:
         found = ExitEngine(model, batch_size).run(_batches(rows, batch_size, window, collator, model))
     with tqdm(total=total, unit="row", disable=not progress) as bar:
@@ -91,57 +90,59 @@ def predict(
             answers.append((ids, logits, exit_index))
             bar.update(len(ids))
     # Answers stay on the device until they are fetched here, all at once.
-    (ids, logits, exit_index), device = zip(*answers[1:] or answers, strict=True), model.device
-    ids, exit_index = torch.cat([t.to(device) for t in ids]).cpu(), torch.cat(exit_index).cpu()
-    logits = torch.cat(logits).float().cpu()
+    ids, logits, exit_index = (torch.cat(parts).cpu() for parts in zip(*answers[1:] or answers, strict=True))
+    logits = logits.float()
     order = ids.argsort()
     logits, exit_index = logits[order], exit_index[order]
     tempered = logits if policy is None else policy.temper(logits, exit_index)
     return ExitPredictions(logits, exit_index, answer_confidence(tempered, model.config.problem_type))
 
 
-def _run_by_graphs(model, rows, batch_size, window, collator) -> Iterator[tuple[torch.Tensor, ...]]:
+def _run_by_graphs(runner, rows, batch_size, window, collator) -> Iterator[tuple[torch.Tensor, ...]]:
     """(ids, logits, exit index) by batches of a size that the device likes, collated and sent while it works."""
-    runner, rows = runner_of(model), iter(rows)
+    model, rows = runner.model, iter(rows)
     if (first := next(rows, None)) is None:
         return
-    rows = chain([first], rows)
+    _, example = next(_batches([first], 1, 1, collator, model))
     limit = MAX_ROWS if window is None else max(window, batch_size)
-    size = min(limit, max(batch_size, runner.fastest_batch_size(collator([first]))))
-    text = model.main_input_name == "input_ids"
-    for ids, inputs in _ahead(_batches(rows, size, window if text else size, collator, model, send=False), model):
+    size = min(limit, max(batch_size, runner.fastest_batch_size(example)))
+    batches = _batches(chain([first], rows), size, window or size, collator, model, send=False)
+    for ids, inputs in _ahead(batches, model.device):
         outputs = runner(**inputs)
         yield ids, outputs.logits, outputs.exit_index
 
 
-def _ahead(batches: Iterator[tuple], model, depth: int = 2) -> Iterator[tuple]:
-    """The same batches on the model's device, made and sent by another thread, up to `depth` of them ahead."""
-    if model.device.type != "cuda":
-        yield from batches
-        return
-    ready, stop = queue.Queue(depth), threading.Event()
-    stream = torch.cuda.Stream(model.device)
+def _ahead(batches: Iterator[tuple], device: torch.device, depth: int = 2) -> Iterator[tuple]:
+    """The same batches on the device, made and sent by another thread, up to `depth` of them ahead.
 
-    def put(item) -> None:
+    Masks stay in the host's memory: the runner looks whether they hold a zero, which there needs no wait.
+    """
+    ready, stop, cuda = queue.Queue(depth), threading.Event(), device.type == "cuda"
+    stream = torch.cuda.Stream(device) if cuda else None
+    if cuda:
+        stream.wait_stream(torch.cuda.current_stream(device))  # rows may come from there
+
+    def put(item) -> bool:
         while not stop.is_set():
             with suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def send(name, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if cuda and value.device.type == "cpu":
+            value = value.pin_memory()
+        return value if name == "attention_mask" else value.to(device, non_blocking=True)
 
     def work() -> None:
         try:
-            with torch.no_grad(), torch.cuda.stream(stream):
+            with torch.no_grad(), torch.cuda.stream(stream) if cuda else nullcontext():
                 for ids, inputs in batches:
-                    if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
-                        del inputs["attention_mask"]  # the runner would have to wait for the device to know
-                    sent = {
-                        name: value.pin_memory().to(model.device, non_blocking=True)
-                        if isinstance(value, torch.Tensor)
-                        else value
-                        for name, value in inputs.items()
-                    }
-                    event = torch.cuda.Event()
-                    event.record(stream)
-                    put((ids, sent, event))
+                    sent = {name: send(name, value) for name, value in inputs.items()}
+                    if not put((ids, sent, stream.record_event() if cuda else None)):
+                        return
             put(None)
         except BaseException as error:  # raised again where the batches are used
             put(error)
@@ -152,12 +153,13 @@ def _ahead(batches: Iterator[tuple], model, depth: int = 2) -> Iterator[tuple]:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            ids, inputs, event = item
-            here = torch.cuda.current_stream(model.device)
-            here.wait_event(event)
-            for value in inputs.values():
-                if isinstance(value, torch.Tensor):
-                    value.record_stream(here)
+            ids, inputs, sent = item
+            if cuda:
+                here = torch.cuda.current_stream(device)
+                here.wait_event(sent)
+                for value in inputs.values():
+                    if isinstance(value, torch.Tensor) and value.is_cuda:
+                        value.record_stream(here)
             yield ids, inputs
     finally:
         stop.set()
@@ -212,23 +214,13 @@ def _rows_of(dataset) -> Iterable:
 _HOW_TO_TOKENIZE = "tokenize first, rows = [tokenizer(text, truncation=True) for text in texts]."
 
 
-def _input_names(model: EarlyExitMixin) -> list[str]:
-    """What the model takes of a row, its main input first."""
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in _NO_INPUTS]
-    return sorted(names, key=lambda name: name != model.main_input_name)
-
-
-_NO_INPUTS = ("self", "labels", "early_exit")
-
-
 def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, torch.Tensor]]:
     """Each row's model inputs; other columns are left out.
 
     Raises:
         ExitConfigurationError: a row without the model's input, or with a batch dimension.
     """
-    names, main = _input_names(model), model.main_input_name
+    names, main = input_names(model), model.main_input_name
     dimensions = 3 if main == "pixel_values" else 1
     for number, row in enumerate(rows):
         where = f"Row {number} (counted from 0)"
@@ -250,7 +242,7 @@ def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, torc
 
 def _batches(rows, batch_size, window, collator, model, send=True) -> Iterator[tuple[torch.Tensor, dict]]:
     """(ids, inputs) by batches, each window of texts from long to short; sent to the model's device, or not yet."""
-    names, start, rows = _input_names(model), 0, iter(rows)
+    names, start, rows = input_names(model), 0, iter(rows)
     while chunk := list(islice(rows, window)):
         lengths = [len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0 for row in chunk]
         order = sorted(range(len(chunk)), key=lambda i: -lengths[i])

@@ -1,5 +1,6 @@
 """`ExitRunner`: one batch at a time, by captured programs."""
 
+import inspect
 import threading
 import time
 from collections import OrderedDict
@@ -306,3 +307,18 @@ def runner_of(model: EarlyExitMixin) -> ExitRunner:
     if runner is None or runner.model is not model or runner.device != model.device:
         runner = vars(model)["_exit_runner"] = ExitRunner(model)
     return runner
+
+
+def runs_graphs(model: EarlyExitMixin, cuda_graphs: bool | None = None) -> bool:
+    """Whether a runner answers for a model: as said, or, by default, on CUDA where `model.cuda_graphs` is true."""
+    return model.device.type == "cuda" and model.cuda_graphs if cuda_graphs is None else cuda_graphs
+
+
+def input_names(model: EarlyExitMixin) -> list[str]:
+    """What the model takes of an example, its main input first."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in _NO_INPUTS]
+    return sorted(names, key=lambda name: name != model.main_input_name)
+
+
+_NO_INPUTS = ("self", "labels", "early_exit")

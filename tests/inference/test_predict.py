@@ -1,7 +1,9 @@
 """The engine answers as the model does row by row, in input order, with full batches and few rows waiting."""
 
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, count, islice, repeat
 
 import datasets
 import pytest
@@ -10,6 +12,7 @@ from transformers import BatchEncoding
 
 from een_hf import ExitConfigurationError, ExitPolicy, predict
 from een_hf.inference import ExitEngine, pad_rows
+from een_hf.inference.predict import _ahead
 from een_hf.models import (
     EarlyExitBertConfig,
     EarlyExitBertForSequenceClassification,
@@ -383,12 +386,14 @@ def test_a_data_set_without_index_errors_ends():
         (datasets.DatasetDict(test=datasets.Dataset.from_dict({"input_ids": [[1]]})), ["its splits (test)"]),
         ([{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], ["Row 0", "(1, 4)", "1 dimension"]),
         ([{"input_ids": [1]}, {"input_ids": [1] * 21}], ["row 1", "21 tokens", "at most 20", "max_length=20"]),
+        ([{"input_ids": [1] * 21}, {"input_ids": [1]}], ["row 0", "21 tokens", "at most 20", "max_length=20"]),
         (7, ["iterable of rows", "int"]),
     ],
 )
-def test_what_are_no_rows_gets_a_sentence(given, words):
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_what_are_no_rows_gets_a_sentence(given, words, cuda_graphs):
     with pytest.raises(ExitConfigurationError) as error:
-        predict(make_model("bert"), given, 1)
+        predict(make_model("bert"), given, 1, cuda_graphs=cuda_graphs)
     for word in words:
         assert word in str(error.value)
 
@@ -401,9 +406,60 @@ def test_a_collator_reads_whatever_rows_it_likes():
     def collate(batch):
         return {**pad_rows([{"input_ids": [*map(int, text.split())]} for text in batch], model.config), "texts": batch}
 
-    torch.testing.assert_close(predict(model, texts, 2, collator=collate).logits, predict(model, rows, 2).logits)
+    wanted = predict(model, rows, 2).logits
+    for cuda_graphs in (False, True):
+        found = predict(model, texts, 2, collator=collate, cuda_graphs=cuda_graphs)
+        torch.testing.assert_close(found.logits, wanted, rtol=0, atol=1e-5)
 
 
 def test_a_batch_size_of_nothing():
     with pytest.raises(ValueError, match="batch_size"):
         predict(make_model("bert"), make_rows("bert", 3), 0)
+
+
+def test_batches_are_made_ahead_and_no_further_than_wanted():
+    """A prediction that is stopped would read the rest of its stream first: an endless one for ever."""
+    drawn, running = [], threading.active_count()
+
+    def stream():
+        for number in count():
+            drawn.append(number)
+            yield torch.tensor([number]), {"input_ids": torch.full((1, 2), number), "constant": True}
+
+    batches = _ahead(stream(), torch.device("cpu"))
+    for number, (ids, inputs) in enumerate(islice(batches, 5)):
+        assert (ids.tolist(), inputs["input_ids"].tolist(), inputs["constant"]) == ([number], [[number] * 2], True)
+    batches.close()
+    assert threading.active_count() == running and len(drawn) <= 9
+
+
+def test_errors_of_a_stream_and_of_the_model_end_a_prediction():
+    """An error in the thread that makes batches would leave the other waiting, or the other way round."""
+    model, row = make_model("bert"), {"input_ids": [1, 2]}
+
+    def broken():
+        yield from repeat(row, 7)
+        raise OSError("the line is dead")
+
+    for data, kind in ((broken(), OSError), (chain([row] * 9, repeat({"input_ids": [500]})), IndexError)):
+        with pytest.raises(kind):
+            predict(model, data, 2, window=2, cuda_graphs=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_runner_stays_with_the_model_that_it_belongs_to(training):
+    """One that is kept with the copies that predict while a model trains would keep graphs that nobody uses again."""
+    model, rows = make_model("bert").train(training), make_rows("bert", 5)
+    predict(model, rows, 2, cuda_graphs=True)
+    runner = vars(model).get("_exit_runner")
+    assert runner is None if training else runner.model is model
+    predict(model, rows, 2, cuda_graphs=True)
+    assert vars(model).get("_exit_runner") is runner
+
+
+def test_images_too_run_by_as_many_as_the_device_likes():
+    """Small batches leave most of a device idle."""
+    model, sizes = make_model("vit"), []
+    model.vit.embeddings.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    predict(model, make_rows("vit", 40), 4, cuda_graphs=True)
+    assert max(sizes) >= 32
