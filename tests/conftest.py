@@ -1,5 +1,6 @@
 """What all tests share. Nothing is downloaded: the Hub is switched off before any library reads the setting."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def pytest_collection_finish():
+    """`Trainer.train` collects garbage; what the imports made, by far the most objects, need not be visited."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
