@@ -1,6 +1,7 @@
 """Every registered scheme, on every architecture and problem, keeps what a user of `Trainer` counts on."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -110,14 +111,17 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-pytestmark = [
-    pytest.mark.parametrize("problem_type", NUM_LABELS),
-    pytest.mark.parametrize(
-        "model_type",
-        [pytest.param(name, marks=() if name in ("bert", "vit") else pytest.mark.slow) for name in MODEL_CLASSES],
-    ),
-    pytest.mark.parametrize("scheme", SCHEMES),
-]
+def _matrix():
+    """All combinations; by default those that show each pair of scheme, problem, and text or images."""
+    for place, scheme in enumerate(SCHEMES):
+        text_and_images = ["bert", "vit"] if place % 2 else ["vit", "bert"]
+        by_default = list(zip(text_and_images * 2, NUM_LABELS, strict=False))
+        for model_type, problem_type in itertools.product(MODEL_CLASSES, NUM_LABELS):
+            marks = () if (model_type, problem_type) in by_default else pytest.mark.slow
+            yield pytest.param(scheme, model_type, problem_type, marks=marks)
+
+
+pytestmark = pytest.mark.parametrize(("scheme", "model_type", "problem_type"), list(_matrix()))
 
 
 def test_resumed_is_uninterrupted(scheme, model_type, problem_type, tmp_path):
