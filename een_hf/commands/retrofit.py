@@ -44,6 +44,7 @@ from ..evaluation import (
     cost_inputs,
     measure_seconds,
     relative_costs,
+    relative_latencies,
     save_exit_logits,
     stock_model,
     text_functions,
@@ -57,7 +58,7 @@ from ..models.auto import model_class_of
 from ..models.configuration_een import is_classifier
 from ..models.exits import find_exit_head, find_pooling
 from ..models.policies import find_criterion, get_criterion
-from ..training.arguments import CalibrationArguments
+from ..training.arguments import CalibrationArguments, CostUnit
 from ..training.history import RUN_FILE, history_of, only_run_in, trained_on, write_run
 
 
@@ -91,6 +92,15 @@ def add_arguments(parser) -> None:
         "--calibration_share",
         type=float,
         help="share of the rows that certify instead of training exits; default: a third, or what the risk needs",
+    )
+    risk.add_argument(
+        "--cost",
+        choices=[unit.value for unit in CostUnit],
+        default=CostUnit.OPERATIONS.value,
+        help="of an exit: operations (default) or latency, measured here",
+    )
+    risk.add_argument(
+        "--latency_batch_size", type=int, default=1, help="rows that run together where --cost latency measures"
     )
     exits = parser.add_argument_group("exits")
     exits.add_argument("--exit_layers", type=int, nargs="+", help="1-based layers with an exit; default: every layer")
@@ -137,7 +147,10 @@ def _run(args) -> None:
     training_rows = np.setdiff1d(np.arange(len(rows)), calibration_rows)
     train_heads(model, features[training_rows], teacher_logits[training_rows], args)
     exit_logits = logits_of_features(model, features[calibration_rows], teacher_logits[calibration_rows])
-    costs = relative_costs(model, **rows.cost_inputs(calibration_rows))
+    costs, latency = relative_costs(model, **rows.cost_inputs(calibration_rows)), None
+    if args.cost == CostUnit.LATENCY.value:
+        settings = {"batch_size": args.latency_batch_size, "criterion": args.exit_criterion}
+        costs, latency = relative_latencies(model, **settings, **rows.cost_inputs(calibration_rows))
     report = calibrate(
         exit_logits,
         None,
@@ -164,6 +177,9 @@ def _run(args) -> None:
         "num_calibration_rows": len(calibration_rows),
         "exit_layers": model.config.exit_layers,
         "relative_costs": costs,
+        "exit_costs": costs.to_dict(),
+        "cost_unit": args.cost,
+        "latency": latency,
         "relative_cost": report.relative_cost,
         "exit_fractions": report.exit_fractions,
         "policy": report.policy and report.policy.to_dict(),
@@ -189,7 +205,8 @@ def summary(record: dict) -> str:
         return f"Not cheaper, answers as your model: {record['message']}"
     guarantee = record["policy"]["guarantee"]
     line = f"Agrees with your model on at least {100 * (1 - guarantee['limit']):.4g} % "
-    line += f"({100 * guarantee['confidence']:.4g} % sure); {1 / record['relative_cost']:.2f} x less compute"
+    line += f"({100 * guarantee['confidence']:.4g} % sure); {1 / record['relative_cost']:.2f} x less "
+    line += "time, measured" if record.get("latency") else "compute"
     seconds = record["seconds"]
     if seconds:
         line += f", {next(iter(seconds.values())) / seconds['exits on']:.2f} x less time here"
@@ -221,7 +238,9 @@ def check_arguments(args) -> None:
         raise DataError("--skip_corrupt leaves out images: it belongs to --train_dir.")
     if args.skip_empty and args.train_file is None:
         raise DataError("--skip_empty leaves out texts: it belongs to --train_file.")
-    CalibrationArguments(max_risk=args.max_risk, risk_confidence=args.risk_confidence)
+    CalibrationArguments(
+        max_risk=args.max_risk, risk_confidence=args.risk_confidence, latency_batch_size=args.latency_batch_size
+    )
     args.exit_criterion = find_criterion(args.exit_criterion)
     get_criterion(args.exit_criterion).check(SINGLE_LABEL)
     args.exit_pooling = args.exit_pooling and find_pooling(args.exit_pooling)

@@ -40,7 +40,14 @@ _NAMES = {
         "save_exit_logits",
         "write_exit_results",
     ),
-    "speed": ("measure_seconds", "relative_latencies", "stock_model", "text_functions"),
+    "speed": (
+        "BatchSeconds",
+        "latency_costs",
+        "measure_seconds",
+        "relative_latencies",
+        "stock_model",
+        "text_functions",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

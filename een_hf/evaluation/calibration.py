@@ -343,12 +343,14 @@ def _geometric_start(scored: _Scored, target_cost: float) -> np.ndarray:
 
 
 def check_target_cost(target_cost: float, costs: Sequence[float]) -> None:
-    """Raise ExitConfigurationError for a budget that not even the first exit keeps."""
-    first = ExitCosts.of(costs).alone[0]
-    if not target_cost >= first:
+    """Raise ExitConfigurationError for a budget that not even the cheapest exit keeps, usually the first."""
+    alone = ExitCosts.of(costs).alone
+    cheapest = min(alone)  # by time, a decision may take more than it saves
+    if not target_cost >= cheapest:
+        which = "first" if cheapest == alone[0] else "cheapest"
         raise ExitConfigurationError(
-            f"--target_cost {target_cost:g} is below the cost of the first exit, {first:.4g}: no policy is so "
-            f"cheap. Give at least {math.ceil(first * 1000) / 1000:g}, or an earlier first exit (--exit_layers)."
+            f"--target_cost {target_cost:g} is below the cost of the {which} exit, {cheapest:.4g}: no policy is so "
+            f"cheap. Give at least {math.ceil(cheapest * 1000) / 1000:g}, or an earlier first exit (--exit_layers)."
         )
 
 
@@ -542,7 +544,7 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
         choices = search.choices()
         search = choices[len(choices) // 2]
     certify = scored.select(order[num_search:], search.temperatures, search.params)
-    certified = None
+    certified, cheapest = None, math.inf
     for level in range(1, _PATH_LEVELS + 1):
         leaving = round(level * num_search / _PATH_LEVELS)
         thresholds = np.array([_threshold_between(search.scores[:, k], leaving) for k in range(scored.num_exits)])
@@ -552,7 +554,9 @@ def _calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> Cali
         p_value = risk_p_value(losses, max_risk, binary=risk in _BINARY_RISKS)
         if p_value > 1 - confidence:
             break
-        certified = (thresholds, float(losses.sum()), p_value)
+        cost, _ = search.cost_and_gain(thresholds)
+        if cost <= cheapest:  # with exits left out, a later policy may be the dearer one
+            certified, cheapest = (thresholds, float(losses.sum()), p_value), cost
     if certified is None:
         message = (
             f"No early exit: the least eager policy already shows {float(losses.sum()):g} errors in {num_certify} "

@@ -1,14 +1,18 @@
 """Seconds on the machine at hand, as medians of interleaved repeats."""
 
+import platform
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification, pipeline
 
-from ..inference import predict
+from ..inference import ExitRunner, predict
+from ..models.policies import NEVER, ExitPolicy
+from .cost import ExitCosts, dummy_inputs
 
 
 def measure_seconds(
@@ -88,26 +92,138 @@ def text_functions(
     }
 
 
-@torch.inference_mode()
-def relative_latencies(model, inputs: dict[str, torch.Tensor], repeats: int = 15) -> list[float]:
-    """Time up to and with each exit over that of the plain model, measured on `inputs` (usually batch 1).
+def relative_latencies(
+    model,
+    *,
+    batch_size: int = 1,
+    criterion: str = "confidence",
+    params: dict | None = None,
+    sequence_length: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    repeats: int = 9,
+) -> tuple[ExitCosts, dict]:
+    """Time up to and with each exit over that of the same model without early exits, measured on its device.
 
-    The same quantity as `relative_costs`, in seconds instead of operations: medians of interleaved repeats of every
-    stage and every head.
+    The same quantity as `relative_costs`, in seconds instead of operations, of what answers there: captured programs
+    on CUDA (`ExitRunner`), else the model's dynamic forward. An exit's head counts with its decision and with the
+    compaction that follows. Medians of interleaved passes of one batch.
+
+    Args:
+        model: an early-exit model; it is put in eval mode.
+        batch_size: examples that run together.
+        criterion: that decides, with its `params`.
+        sequence_length: as in `relative_costs`, like `image_size`.
+        image_size: as in `relative_costs`.
+        repeats: passes of each kind.
+
+    Returns:
+        the costs, and `{"device": , "batch_size": , "milliseconds": }`, the last of a batch without early exits.
     """
     model.eval()
-    examples = model.embed(**inputs)
-    functions = {"embed": lambda: model.embed(**inputs)}
-    context, previous = model.make_context(examples), None
-    for index in range(model.num_exits):
-        stage = (index, examples, context, previous)
-        functions[f"stage{index}"] = lambda stage=stage: model.run_stage(*stage)
-        hidden, previous = model.run_stage(*stage)
-        examples = replace(examples, hidden=hidden)
-        exit_inputs = (index, hidden, examples.attention_mask)
-        functions[f"head{index}"] = lambda exit_inputs=exit_inputs: model.compute_exit(*exit_inputs)
-    medians = {name: float(np.median(values)) for name, values in measure_seconds(functions, repeats).items()}
-    stages = np.array([medians[f"stage{index}"] for index in range(model.num_exits)])
-    earlier_heads = sum(medians[f"head{index}"] for index in range(model.num_exits - 1))
-    up_to = medians["embed"] + np.cumsum(stages)
-    return (up_to / (up_to[-1] - earlier_heads)).tolist()
+    size = {"sequence_length": sequence_length, "image_size": image_size}
+    batches = {rows: dummy_inputs(model, rows, **size) for rows in {batch_size, max(1, batch_size // 2)}}
+    functions = {}
+    for rows, inputs in batches.items():
+        for exit_index in range(model.num_exits):
+            thresholds = [NEVER] * model.num_exits
+            if exit_index < model.num_exits - 1:
+                thresholds[exit_index] = -NEVER
+            policy = ExitPolicy(criterion, thresholds, params=params or {})
+            functions[rows, exit_index] = _answering(model, policy, inputs)
+        functions[rows, "through"] = _answering(
+            model, _NobodyExits(criterion, [NEVER] * model.num_exits, params=params or {}), inputs
+        )
+        functions[rows, "compaction"] = _compacting(model, inputs)
+    medians = {name: float(np.median(values)) for name, values in measure_seconds(functions, repeats, 2).items()}
+
+    def timed(rows: int) -> BatchSeconds:
+        alone = [medians[rows, exit_index] for exit_index in range(model.num_exits)]
+        return BatchSeconds(rows, alone, medians[rows, "through"], medians[rows, "compaction"])
+
+    whole = timed(batch_size)
+    costs = latency_costs(whole, timed(batch_size // 2) if batch_size > 1 else None)
+    cuda = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if cuda else platform.processor() or platform.machine()
+    return costs, {"device": device, "batch_size": batch_size, "milliseconds": 1000 * whole.alone[-1]}
+
+
+@dataclass
+class BatchSeconds:
+    """Seconds of a batch.
+
+    Args:
+        size: examples of the batch.
+        alone: (num_exits,), of a batch that exits as a whole at an exit, no other exit being evaluated.
+        through: of a batch that every exit decides on and that nobody leaves before the last exit.
+        compaction: of closing up the examples that continue after a decision, where `through` has none.
+    """
+
+    size: int
+    alone: Sequence[float]
+    through: float
+    compaction: float = 0.0
+
+    def parts(self) -> tuple[np.ndarray, float]:
+        """Seconds of the layers from each exit to the next, (num_exits,), and of an exit's head and decision."""
+        *early, plain = self.alone
+        decision = max(0.0, self.through - plain) / max(1, len(early))
+        # What is measured rises only on the average.
+        reached = np.clip(np.maximum.accumulate([0.0, *(seconds - decision for seconds in early)]), 0, plain)
+        return np.diff([*reached, plain]), decision + self.compaction
+
+
+def latency_costs(batch: BatchSeconds, half: BatchSeconds | None = None) -> ExitCosts:
+    """Costs per example, relative to those without early exits, from the times of a batch.
+
+    An example that exits early saves what the layers behind take less for one example less, if others of its batch
+    continue: the time of a part is linear in the number of examples, through its times at two sizes.
+
+    Args:
+        batch: at the batch size.
+        half: at a smaller one; `None` at batch 1, where an example that exits saves all that follows.
+    """
+    plain = batch.alone[-1]
+    (layers, decision), waits, shared = batch.parts(), np.zeros(len(batch.alone)), 0.0
+    if half is not None:
+        half_layers, half_decision = half.parts()
+        ratio = batch.size / (batch.size - half.size)
+        # What a part would take for no example at all.
+        waits = np.clip(layers - ratio * (layers - half_layers), 0, layers)
+        shared = float(np.clip(decision - ratio * (decision - half_decision), 0, decision))
+    decisions = np.full(len(layers), decision)
+    decisions[-1] = 0
+    # The layers up to an exit, its decision, and what the batch behind it takes anyway.
+    alone = layers.cumsum() + decisions + waits.sum() - waits.cumsum()
+    alone[-1] = plain  # and not rounded otherwise
+    others = np.full(len(layers), shared)
+    others[-1] = 0
+    return ExitCosts(alone.tolist(), decisions.tolist(), others.tolist()).over(plain)
+
+
+class _NobodyExits(ExitPolicy):
+    """Every exit decides, and no example exits."""
+
+    def lets_exit(self, exit_index: int) -> bool:
+        return True
+
+
+def _answering(model, policy: ExitPolicy, inputs: dict) -> Callable[[], object]:
+    """One pass of a batch under a policy, by whatever answers on the model's device."""
+    if model.device.type == "cuda" and model.cuda_graphs:
+        return partial(ExitRunner(model, policy), **inputs)
+    return torch.inference_mode()(partial(model, **inputs, early_exit=policy))
+
+
+def _compacting(model, inputs: dict) -> Callable[[], object]:
+    """What the dynamic forward does where half of a batch exits; programs always do it, and one example never."""
+    with torch.inference_mode():
+        examples = model.embed(**inputs)
+    exits = torch.arange(len(examples), device=model.device) % 2 == 0
+
+    @torch.inference_mode()
+    def compact() -> None:
+        if len(examples) > 1 and not (model.device.type == "cuda" and model.cuda_graphs):
+            order = torch.argsort(exits, stable=True)[: len(examples) // 2]
+            model.make_context(examples.trim(*examples.measure(exits)[1:]).select(order))
+
+    return compact

@@ -273,6 +273,9 @@ class CalibrationArguments:
         default=CostUnit.OPERATIONS,
         metadata={"help": "Cost of an exit: `operations` (multiply-accumulates) or `latency`, measured here."},
     )
+    latency_batch_size: int = field(
+        default=1, metadata={"help": "Examples that run together where --cost latency measures."}
+    )
 
     measure_speed: bool = field(
         default=False,
@@ -283,6 +286,8 @@ class CalibrationArguments:
         refuse_nan(vars(self))
         self.cost = CostUnit(self.cost)
         self.risk = None if self.risk is None else Risk(self.risk)
+        if self.latency_batch_size < 1:
+            raise ExitConfigurationError(f"--latency_batch_size must be at least 1, not {self.latency_batch_size}.")
         if self.target_cost is not None and self.max_risk is not None:
             raise ExitConfigurationError("--target_cost and --max_risk both choose the policy: give one of them.")
         if self.target_cost is not None and self.target_cost <= 0:

@@ -329,7 +329,7 @@ class Experiment:
         self.modality, self.args = modality, args
         self.training = args.training
         self.folder = Path(args.training.output_dir)
-        self._latencies: list[float] | None = None
+        self._latencies: tuple[ExitCosts, dict] | None = None
 
     def run(self) -> dict:
         """Train, evaluate, calibrate and predict as the flags say; return the metrics."""
@@ -653,6 +653,7 @@ class Experiment:
             "calibration_rows_chose": chosen_by,
             "cost_unit": wanted.cost.value,
             "exit_costs": costs.to_dict(),
+            "latency": self._latencies and self._latencies[1],
             "plain_operations": count_operations(self.model, **cost_inputs(self.splits["validation"]))[1],
             "anytime": anytime_table(logits, labels, **table),
             "anytime_report": anytime_table(*reported, **table),
@@ -663,19 +664,16 @@ class Experiment:
 
     def _costs(self, rows) -> ExitCosts:
         """Relative cost of every exit: operations, or time on this machine (`--cost latency`)."""
-        inputs = cost_inputs(rows)
-        if self.args.calibration.cost == CostUnit.OPERATIONS:
+        wanted, inputs = self.args.calibration, cost_inputs(rows)
+        if wanted.cost == CostUnit.OPERATIONS:
             return relative_costs(self.model, **inputs)
-        batch = self.trainer.data_collator([rows[0]])
-        if "sequence_length" in inputs:
-            shape = (1, inputs["sequence_length"])
-            batch = {"input_ids": torch.zeros(shape, dtype=torch.int64), "attention_mask": torch.ones(shape)}
-        batch = {name: value.to(self.model.device) for name, value in batch.items() if name != "labels"}
         if self._latencies is None:
+            criterion = fitting_criterion(wanted.exit_criterion, self.data.problem_type, required=False)
+            settings = {"batch_size": wanted.latency_batch_size, **({"criterion": criterion} if criterion else {})}
             with self.trainer.accelerator.autocast():
-                measured = [relative_latencies(self.model, batch)]
+                measured = [relative_latencies(self.model, **settings, **inputs)]
             self._latencies = broadcast_object_list(measured)[0]  # all processes set the first one's policy
-        return self._latencies
+        return self._latencies[0]
 
     def _calibration_rows_chose(self) -> str | None:
         """What the calibration rows chose already, here or in the run that made the checkpoint: no guarantee then."""

@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch import nn
@@ -31,7 +31,7 @@ from ..inference import ExitPredictions, predict
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from ..models.registries import Registry
-from .arguments import EarlyExitTrainingArguments, publishing
+from .arguments import CostUnit, EarlyExitTrainingArguments, publishing
 from .checkpoints import (
     PublicTrainerState,
     checkpoint_fault,
@@ -549,23 +549,32 @@ class EarlyExitTrainer(Trainer):
         answers = (None if parts[0] is None else torch.cat(parts)[order] for parts in answers)
         return ExitPredictions(*answers), [kept[place][1] for place in order.tolist()]
 
-    def calibrate(self, calibration_data, **settings):
+    def calibrate(self, calibration_data, cost: str = "operations", latency_batch_size: int = 1, **settings):
         """Choose an exit policy on rows that nothing else has chosen; it is returned, not set.
 
         Args:
             calibration_data: rows as `evaluate` takes them.
+            cost: `operations`, or `latency`, measured on the model's device.
+            latency_batch_size: examples that run together where latency is measured.
             **settings: of `een_hf.evaluation.calibrate`, for example `target_cost=0.5`, or `max_risk=0.02,
                 risk="consistency"`.
 
         Returns:
             a `CalibrationReport`; set its policy with `model.set_exit_policy(report.policy)`.
         """
-        from ..evaluation import calibrate, cost_inputs, relative_costs
+        from ..evaluation import calibrate, cost_inputs, relative_costs, relative_latencies
 
+        unit, size = CostUnit(cost), cost_inputs(calibration_data)
         prediction = self.predict_exits(calibration_data, "calibration")
         network = self.accelerator.unwrap_model(self.model)
         settings.setdefault("problem_type", network.config.problem_type or "single_label_classification")
-        costs = relative_costs(network, **cost_inputs(calibration_data))
+        if unit == CostUnit.OPERATIONS:
+            costs = relative_costs(network, **size)
+        else:
+            decides = {name: settings[name] for name in ("criterion", "params") if name in settings}
+            with self.accelerator.autocast():
+                measured = [relative_latencies(network, batch_size=latency_batch_size, **decides, **size)]
+            costs, _ = broadcast_object_list(measured)[0]  # all processes choose the same policy
         return calibrate(prediction.predictions, prediction.label_ids, costs, **settings)
 
     def _metrics_of_exits(self, prediction: EvalPrediction) -> dict[str, float]:

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from een_hf.commands import main, retrofit
-from een_hf.evaluation import calibrate, load_exit_logits
+from een_hf.evaluation import ExitCosts, calibrate, load_exit_logits
 from een_hf.inference import predict
 from een_hf.models import EarlyExitBertForSequenceClassification, EarlyExitViTForImageClassification
 
@@ -218,7 +218,7 @@ def test_the_certificate_is_that_of_the_saved_model(finished):
     report = calibrate(
         torch.cat(logits),
         None,
-        record["relative_costs"],
+        ExitCosts(**record["exit_costs"]),
         max_risk=0.3,
         risk="consistency",
         risk_confidence=0.9,
@@ -229,6 +229,23 @@ def test_the_certificate_is_that_of_the_saved_model(finished):
     np.testing.assert_allclose(report.policy.thresholds, model.config.exit_policy["thresholds"], rtol=1e-4)
     assert len(rows) == record["num_calibration_rows"] == round(NUM_ROWS / 3)
     assert record["num_training_rows"] == NUM_ROWS - len(rows)
+
+
+def test_time_may_be_what_a_policy_saves(sources, tmp_path, capsys):
+    """Fails if `--cost latency` certifies by other costs than it writes, or does not say what it measured."""
+    main(words_of(sources["bert"], tmp_path / "out", cost="latency", latency_batch_size="2", max_risk="0.3"))
+    record = json.loads((tmp_path / "out" / "retrofit.json").read_text())
+    assert record["cost_unit"] == "latency" and record["latency"]["batch_size"] == 2
+    assert record["latency"]["device"] and record["latency"]["milliseconds"] > 0
+    costs, logits = ExitCosts(**record["exit_costs"]), load_exit_logits(tmp_path / "out")["logits"]
+    assert [*costs] == record["relative_costs"] and costs.alone[-1] == 1.0
+    report = calibrate(logits, None, costs, max_risk=0.3, seed=42)
+    if record["policy"] is None:  # exits of so small a model may take more time than they save
+        assert report.relative_cost >= 1
+    else:
+        assert record["relative_cost"] == pytest.approx(report.relative_cost) < 1
+        assert record["policy"]["thresholds"] == pytest.approx(report.policy.thresholds)
+        assert "less time, measured" in capsys.readouterr().out
 
 
 def test_certified_rows_agree_as_often_as_said(finished):

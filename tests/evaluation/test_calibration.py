@@ -861,3 +861,15 @@ def test_a_certified_policy_leaves_out_exits_that_do_not_pay():
     exits = report.policy.exits_of(torch.tensor(logits[certifying])).numpy()
     wrong = (last == labels[certifying]) & (answers[np.arange(1600), exits] != labels[certifying])
     assert report.policy.guarantee["errors"] == wrong.sum()
+
+
+def test_an_exit_that_costs_more_than_it_saves_is_not_forced_on_a_budget():
+    """Fails if a budget that no early exit keeps is refused because the first exit, by time, is above it."""
+    logits, labels = _rows(300)
+    costs = ExitCosts([1.13, 0.8, 0.9, 1.0], [0.9, 0.2, 0.2, 0.0])
+    report = calibrate(logits, labels, costs, target_cost=1.0)
+    assert report.relative_cost == 1.0 and min(report.policy.thresholds) == NEVER
+    report = calibrate(logits, labels, costs, target_cost=0.95)
+    assert report.relative_cost <= 0.95 and report.policy.thresholds[0] == NEVER
+    with pytest.raises(ExitConfigurationError, match="cost of the cheapest exit, 0.8"):
+        calibrate(logits, labels, costs, target_cost=0.79)

@@ -351,6 +351,8 @@ def test_metrics_get_what_they_ask_for(tmp_path, policy):
     assert answers.metrics["test_share"] == (chosen.argmax(-1) == labels).double().mean()
     report = trainer.calibrate(rows, target_cost=0.8)
     assert report.policy is not None  # calibrated on logits, not on what metrics are given
+    timed = trainer.calibrate(rows, cost="latency", latency_batch_size=2, target_cost=100.0)
+    assert timed.relative_cost == 1.0 and len(timed.policy.thresholds) == 3
 
 
 @pytest.mark.parametrize("scheme", ["joint", "l2w"])
