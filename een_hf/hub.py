@@ -244,6 +244,11 @@ def _exit_table(results: dict) -> str:
         f"{unit} up to and with the exit, divided by those of the plain model without exits, are its relative cost. "
         f"The metrics are each exit's on all {results['num_eval_samples']} rows of the evaluation split."
     )
+    if latency := results.get("latency"):
+        text += (
+            f" Time was measured on {_text(latency['device'])} at batch size {latency['batch_size']}, where the model "
+            f"without early exits takes {latency['milliseconds']:.3g} ms."
+        )
     if policy:
         text += " The share leaving is the policy's, on the rows that calibrated nothing."
     return f"{text}\n\n{_table(header, rows)}"

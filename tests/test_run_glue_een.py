@@ -391,7 +391,8 @@ def test_a_budget_may_be_time_on_this_machine(finished, files, tmp_path):
     assert results["policy"]["relative_cost"] == pytest.approx(results["policy"]["exit_fractions"] @ under_policy)
     lines = [json.loads(line) for line in (tmp_path / "predict_exits_dev.jsonl").read_text().splitlines()]
     assert all(line["relative_cost"] == under_policy[line["exit"] - 1] for line in lines)
-    assert "Time up to and with the exit" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "Time up to and with the exit" in card and "at batch size 2, where the model" in card
 
 
 # Mixed precision

@@ -156,6 +156,9 @@ def test_a_missing_key_is_named_and_nothing_is_written(results, tmp_path, drop, 
         (lambda results: results["budgeted"].append("x"), r"budgeted'\]\[2\] is 'x'"),
         (lambda results: results.update(baselines=3), "baselines is 3"),
         (lambda results: results.update(calibration_rows_chose=3), "calibration_rows_chose"),
+        (lambda results: results.update(exit_costs={"alone": [0.5, 0.7, 1.0]}), "exit_costs is"),
+        (lambda results: results.update(exit_costs=dict.fromkeys(("alone", "heads", "shared"), [1.0])), "of 3 exits"),
+        (lambda results: results.update(latency={"device": "cpu", "batch_size": 1}), "latency is"),
     ],
 )
 def test_a_value_of_another_kind_is_named(results, tmp_path, change, named):
