@@ -52,10 +52,13 @@ class ExitEngine:
         return next((stage for stage in stages if self.num_waiting(stage) >= self.batch_size), None)
 
     def _take(self, stage: int) -> Examples:
-        """Up to `batch_size` of those that wait before a stage, in the order they came: longest texts first."""
+        """Up to `batch_size` of those that wait before a stage, in the order they came: longest texts first.
+
+        Images of another size go by themselves: nothing masks what would have to be filled up.
+        """
         parts, room = [], self.batch_size
-        queue = self.waiting[stage]
-        while queue and room:
+        queue, text = self.waiting[stage], self.model.main_input_name == "input_ids"
+        while queue and room and (text or not parts or _shapes(queue[0]) == _shapes(parts[0])):
             part = queue.pop(0)
             if len(part) > room:
                 queue.insert(0, part.map(operator.itemgetter(slice(room, None))))
@@ -82,3 +85,7 @@ class ExitEngine:
         if len(gone) < len(examples):
             left = (~exits).nonzero().squeeze(1)
             self.waiting[stage + 1].append(examples.select(left) if len(gone) else examples)
+
+
+def _shapes(examples: Examples) -> list[torch.Size]:
+    return [tensor.shape[1:] for tensor in examples.tensors()]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 
 import torch
 from tqdm.auto import tqdm
@@ -244,10 +244,7 @@ def _batches(rows, batch_size, window, collator, model, send=True) -> Iterator[t
     """(ids, inputs) by batches, each window of texts from long to short; sent to the model's device, or not yet."""
     names, start, rows = input_names(model), 0, iter(rows)
     while chunk := list(islice(rows, window)):
-        lengths = [len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0 for row in chunk]
-        order = sorted(range(len(chunk)), key=lambda i: -lengths[i])
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
+        for chosen in _cut(chunk, batch_size):
             inputs = {name: value for name, value in collator([chunk[i] for i in chosen]).items() if name in names}
             if "input_ids" in inputs:
                 where = f"The batch of row {start + chosen[0]} (counted from 0)"
@@ -258,6 +255,17 @@ def _batches(rows, batch_size, window, collator, model, send=True) -> Iterator[t
                 }
             yield torch.tensor(chosen) + start, inputs
         start += len(chunk)
+
+
+def _cut(rows: list, batch_size: int) -> Iterator[list[int]]:
+    """The places of rows by batches: texts from long to short, images of one size."""
+    columns = [row if isinstance(row, Mapping) else {} for row in rows]
+    lengths = [len(row["input_ids"]) if "input_ids" in row else 0 for row in columns]
+    sizes = [tuple(getattr(row.get("pixel_values"), "shape", ())) for row in columns]
+    order = sorted(range(len(rows)), key=lambda i: (lengths[i], sizes[i]), reverse=True)
+    for _, group in groupby(order, key=sizes.__getitem__):
+        while chosen := list(islice(group, batch_size)):
+            yield chosen
 
 
 # What stands for a column that a row lacks, in each of its tokens.

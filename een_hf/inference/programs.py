@@ -116,6 +116,11 @@ class Lane:
         self.logits = self.exit_index = None
         self.programs: dict[tuple[int, int], _Program] = {}
 
+    def replays(self, segment: int, rows: int) -> bool:
+        """Whether a graph runs this segment on so many rows."""
+        program = self.programs.get((segment, rows))
+        return program is not None and program.graph is not None
+
     def run(self, segment: int, rows: int) -> None:
         """Run a segment on the first `rows` examples."""
         key = (segment, rows)
@@ -123,10 +128,10 @@ class Lane:
             self.programs[key] = _Program(self, segment, rows)
         self.programs[key]()
         if segment + 1 < len(self.decisions.segments):
-            source, target = self.read[segment]
-            target.copy_(source, non_blocking=True)
-            if self.events[segment] is not None:
-                self.events[segment].record()
+            (source, target), event = self.read[segment], self.events[segment]
+            target.copy_(source, non_blocking=event is not None)
+            if event is not None:
+                event.record()
 
     def count_after(self, segment: int) -> int:
         """How many examples continue after a segment; waits for it."""

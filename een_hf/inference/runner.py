@@ -5,6 +5,7 @@ import threading
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
+from itertools import chain
 
 import torch
 
@@ -26,8 +27,9 @@ class ExitRunner:
 
     Programs are captured on first use, for powers of two of the batch size and multiples of 16 tokens, the least
     recently used of more than `MAX_LANES` shapes being dropped; each runs on fewer rows as examples exit. Weights that
-    are trained in place are followed, tensors that are replaced (`load_state_dict(assign=True)`, `.to()`) are noticed
-    and captured again. Threads that share a runner take turns.
+    are trained in place are followed, tensors and modules that are replaced (`load_state_dict(assign=True)`, `.to()`,
+    adapters that are added) are noticed and captured again; other attributes of modules are read at capture only.
+    Threads and streams that share a runner take turns.
 
     Args:
         model: an early-exit model.
@@ -57,31 +59,40 @@ class ExitRunner:
             self.policy.validate(model.num_exits, model.config.problem_type, model.config.num_labels)
         self.cuda_graphs = cuda_graphs is not False
         self._lock, self._is_text = threading.Lock(), model.main_input_name == "input_ids"
+        self._names = frozenset(input_names(model))
         self._sizes: dict[int, int] = {}
         # Of masks on the device: the shapes that have been seen with padding, and the one that is being looked at.
         self._padded: dict[tuple, bool] = {}
         self._guessed = None
-        if model.device.type == "cuda":
-            with torch.inference_mode(False):
-                self._unmasked = torch.ones((), dtype=torch.bool, pin_memory=True)
-            self._looked = torch.cuda.Event()
         self._stage = torch.compile(model.run_stage, dynamic=True) if compile else model.run_stage
         self._forget()
 
     def _forget(self) -> None:
-        self.device = self.model.device
+        self.device, self._parameter = self.model.device, next(self.model.parameters())
         self._pool = torch.cuda.graph_pool_handle() if self._graphed() else None
         self._stream = torch.cuda.Stream(self.device) if self._graphed() else None
+        self._ran_on: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            with torch.inference_mode(False):
+                self._unmasked = torch.ones((), dtype=torch.bool, pin_memory=True)
+            self._looked = torch.cuda.Event()
         self._kinds: dict[tuple, Decisions] = {}
         self._decisions: Decisions | None = None
         self._attention = self.model.config._attn_implementation
         self._lanes: OrderedDict[tuple, Lane] = OrderedDict()
-        # Where the parameters are, and the tensors themselves, so that no graph reads memory that was given back.
+        # What the modules consist of, where the tensors are, and those themselves under another name, so that no graph
+        # reads memory that was given back.
         modules = list(self.model.modules())
-        parts = [part for module in modules for part in (module._parameters, module._buffers)]
-        self._holders = [(part, name) for part in parts for name, tensor in part.items() if tensor is not None]
-        self._held = [part[name] for part, name in self._holders]
-        self._pointers = [tensor.data_ptr() for tensor in self._held]
+        self._parts = [part for m in modules for part in (m._parameters, m._buffers, m._modules) if part]
+        contents = self._contents()
+        self._ids = list(map(id, contents))
+        self._tensors = [part for part in contents if isinstance(part, torch.Tensor)]
+        self._held = [contents, [tensor.detach() for tensor in self._tensors]]
+        self._pointers = list(map(torch.Tensor.data_ptr, self._tensors))
+
+    def _contents(self) -> list:
+        """Parameters, buffers and children of all modules."""
+        return list(chain.from_iterable(map(dict.values, self._parts)))
 
     def _graphed(self) -> bool:
         return self.cuda_graphs and self.device.type == "cuda"
@@ -92,10 +103,8 @@ class ExitRunner:
         if policy is not self._decisions.policy:
             self._decide_by(policy)
             return False
-        try:
-            same = self._pointers == [part[name].data_ptr() for part, name in self._holders]
-        except (KeyError, AttributeError):
-            same = False
+        same = self._ids == list(map(id, self._contents()))
+        same = same and self._pointers == list(map(torch.Tensor.data_ptr, self._tensors))
         if not same or self._attention != self.model.config._attn_implementation:
             self._forget()
             return False
@@ -115,13 +124,15 @@ class ExitRunner:
         """Answer one batch.
 
         Args:
-            **inputs: as `model(...)` takes them, on any device; labels are left out.
+            **inputs: as `model(...)` takes them, on any device; labels, and what is no input of the network, are left
+                out.
 
         Returns:
             `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based; without a policy the last exit's.
 
         Raises:
             ValueError: the model is in training mode.
+            ExitConfigurationError: a text longer than the model takes, or a mask that is not 2-D.
         """
         if self.model.training:
             raise ValueError("ExitRunner answers in eval mode: call model.eval().")
@@ -130,7 +141,15 @@ class ExitRunner:
             return self._run(inputs)
 
     def _on_device(self):
-        other = self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
+        """The context of the model's device, where it may have moved to since; streams go on one after the other."""
+        if self._parameter.device != self.device:
+            self._forget()
+        if self.device.type != "cuda":
+            return nullcontext()
+        before, self._ran_on = self._ran_on, torch.cuda.current_stream(self.device)
+        if before is not None and before.cuda_stream != self._ran_on.cuda_stream:
+            self._ran_on.wait_stream(before)
+        other = self.device.index not in (None, torch.cuda.current_device())
         return torch.cuda.device(self.device) if other else nullcontext()
 
     def _run(self, inputs: dict) -> EarlyExitClassifierOutput:
@@ -139,10 +158,15 @@ class ExitRunner:
         lane, batch = self._load(inputs)
         last = len(lane.decisions.segments) - 1
         rows, present = row_bucket(batch, lane.capacity), batch
+        # A graph reads the tensors that it was made with, so that it may run before it is known whether they are the
+        # model's still; anything else reads the model's own.
+        replays = lane.replays(0, rows)
+        if not (replays or self._is_current()):
+            return self._run(inputs)
         for segment in range(last + 1):
             lane.run(segment, rows)
             if segment == 0:  # while the device is busy
-                if not (self._is_current() and self._guessed_right()):
+                if not ((not replays or self._is_current()) and self._guessed_right()):
                     return self._run(inputs)
                 outputs = EarlyExitClassifierOutput(logits=lane.logits, exit_index=lane.exit_index)
             if segment == last:
@@ -160,15 +184,20 @@ class ExitRunner:
 
     def _load(self, inputs: dict) -> tuple[Lane, int]:
         """The lane for these inputs, which it now holds, and the size of the batch."""
-        inputs = {n: v for n, v in inputs.items() if v is not None and n not in ("labels", "early_exit")}
+        inputs = {n: v for n, v in inputs.items() if v is not None and n in self._names}
         text, padded = self._is_text, False
         main = inputs.get(self.model.main_input_name)
         main = inputs["inputs_embeds"] if main is None else main
         batch, length = main.shape[:2]
         wanted = length
         if text:
-            wanted = min(-(-length // LENGTH_STEP) * LENGTH_STEP, max(length, self._longest()))
+            wanted, longest = -(-length // LENGTH_STEP) * LENGTH_STEP, self.model.config.max_input_length
+            if longest is not None and wanted > longest:
+                self.model.config.check_input_length(length, "A text, or one beside it,")
+                wanted = longest
             mask = inputs.pop("attention_mask", None)
+            if mask is not None and mask.dim() != 2:
+                self.model.check_mask(mask, dynamic=True)
             padded = wanted > length or (mask is not None and self._guess_padded(mask))
             if padded:
                 inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.int64) if mask is None else mask
@@ -197,7 +226,7 @@ class ExitRunner:
 
     def _guess_padded(self, mask: torch.Tensor) -> bool:
         """Whether a mask holds a zero; of a mask on the device, whether the last of this shape did: no wait for it."""
-        if not mask.is_cuda:
+        if not mask.is_cuda or self.device.type != "cuda":
             return not bool(mask.all())
         guess = self._padded.get(mask.shape, False)
         if not guess:
@@ -226,15 +255,14 @@ class ExitRunner:
                 name: torch.empty((1, *value[0]), dtype=value[1], device="meta") if isinstance(value, tuple) else value
                 for name, value in shapes
             }
-            lane = Lane(self.model, self._decisions, capacity, shown, padded, self._pool, self._stream, self._stage)
+            # Other kinds of attention look for the padding in the mask, which no graph can hold.
+            pool = self._pool if not padded or self._attention in ("eager", "sdpa") else None
+            lane = Lane(self.model, self._decisions, capacity, shown, padded, pool, self._stream, self._stage)
             self._lanes[key] = lane
             if len(self._lanes) > MAX_LANES:
                 self._lanes.popitem(last=False)
         self._lanes.move_to_end(key)
         return lane
-
-    def _longest(self) -> int:
-        return getattr(self.model.config, "max_input_length", None) or self.model.config.max_position_embeddings
 
     def _padding(self, name: str) -> int:
         return (getattr(self.model.config, "pad_token_id", 0) or 0) if name == "input_ids" else 0

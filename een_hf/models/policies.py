@@ -251,7 +251,8 @@ class Vote(ExitCriterion):
 
     def step(self, logits, state):
         broken = logits.isnan().any(-1)
-        vote = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        vote = (logits.argmax(-1, keepdim=True) == classes).to(logits.dtype)  # `one_hot` would look at its numbers
         vote = vote.masked_fill(broken.unsqueeze(-1), 0.0)
         votes = vote + state[0] if state else vote
         return votes.amax(-1).masked_fill(broken, float("nan")), (votes,)

@@ -16,6 +16,8 @@ from een_hf.inference.predict import _ahead
 from een_hf.models import (
     EarlyExitBertConfig,
     EarlyExitBertForSequenceClassification,
+    EarlyExitDinov2Config,
+    EarlyExitDinov2ForImageClassification,
     EarlyExitViTConfig,
     EarlyExitViTForImageClassification,
 )
@@ -463,3 +465,28 @@ def test_images_too_run_by_as_many_as_the_device_likes():
     model.vit.embeddings.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     predict(model, make_rows("vit", 40), 4, cuda_graphs=True)
     assert max(sizes) >= 32
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("order", ["by size", "mixed"])
+def test_images_of_several_sizes_do_not_mix(order, cuda_graphs):
+    """Filled up to the size of others, an image attends to nothing, and its mean counts it."""
+    torch.manual_seed(0)
+    shape = {name: SHAPE[name] for name in SHAPE if name != "intermediate_size"}
+    config = EarlyExitDinov2Config(**shape, mlp_ratio=2, image_size=16, patch_size=4, num_labels=3)
+    model = EarlyExitDinov2ForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    sizes = [(16, 16)] * 6 + [(16, 24)] * 6 + [(24, 16)] * 6 + [(8, 8)] * 6
+    sizes = sizes if order == "by size" else sizes[::2] + sizes[1::2]
+    rows = [{"pixel_values": 3 * torch.randn(3, *size)} for size in sizes]
+    logits = all_exits(model, rows)
+    model.set_exit_policy(
+        {"criterion": "confidence", "thresholds": logits.softmax(-1).amax(-1).quantile(0.6, 0).tolist()}
+    )
+    found = predict(model, rows, 4, cuda_graphs=cuda_graphs)
+    assert len(found.exit_index.unique()) >= 3
+    assert found.exit_index.tolist() == [int(output.exit_index) for output in one_by_one(model, rows)]
+    wanted = logits[torch.arange(len(rows)), found.exit_index]
+    torch.testing.assert_close(found.logits, wanted, rtol=0, atol=1e-5)

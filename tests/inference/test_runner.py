@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from een_hf import ExitPolicy
+from een_hf import ExitConfigurationError, ExitPolicy
 from een_hf.inference import ExitRunner, predict
 from een_hf.inference.programs import row_bucket, segments_of
 from een_hf.models import (
@@ -35,6 +35,17 @@ def make_model(kind, device="cpu", **settings):
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
     return model.eval().to(device)
+
+
+class Twice(torch.nn.Module):
+    """Takes the place of a module, as adapters do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return 2 * self.module(*args)
 
 
 def make_inputs(model, batch, length=13, seed=0, padding="right"):
@@ -193,6 +204,8 @@ def test_another_policy_and_other_weights_between_calls(device):
         "assigned": lambda: model.load_state_dict({n: t.clone() * 1.1 for n, t in state.items()}, assign=True),
         "data": lambda: setattr(model.classifier.weight, "data", model.classifier.weight.data * -2),
         "moved": lambda: model.double().float(),
+        "in another precision": model.double,
+        "with another module": lambda: setattr(model.vit.layers[1], "mlp", Twice(model.vit.layers[1].mlp)),
     }
     for name, change in changes.items():
         before = runner(**inputs).logits
@@ -200,7 +213,7 @@ def test_another_policy_and_other_weights_between_calls(device):
         policy = midway_policy(model, inputs)
         model.set_exit_policy(policy)
         assert_as_anytime(runner, model, inputs, policy)
-        if name != "moved":
+        if name not in ("moved", "in another precision"):
             assert not torch.equal(before, runner(**inputs).logits)
 
 
@@ -337,3 +350,34 @@ def test_predict_by_programs_equals_the_engine(kind):
             assert (found.confidence - wanted.confidence).abs().max() <= 1e-5
     assert copy.deepcopy(model)(**sample, early_exit=False).exit_logits.shape == (40, 4, 3)
     assert predict(model, [], cuda_graphs=True).logits.shape == (0, 3)
+
+
+def test_what_graphs_read_is_watched_and_kept():
+    """A graph of replaced weights or modules answers for another network; one of freed memory ends the process."""
+    model = make_model("bert")
+    runner, inputs, weight = ExitRunner(model), make_inputs(model, 3), model.classifier.weight
+    layer = model.bert.encoder.layer[0].output
+    changes = (
+        lambda: setattr(weight, "data", weight.data.clone()),
+        lambda: setattr(model.classifier, "weight", torch.nn.Parameter(weight.data.clone())),
+        lambda: setattr(layer, "dense", Twice(layer.dense)),
+        lambda: model.register_module("another", torch.nn.Linear(1, 1)),
+    )
+    for change in changes:
+        runner(**inputs)
+        assert runner._is_current()
+        read = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        change()
+        assert read <= {tensor.data_ptr() for tensor in runner._held[1]}
+        assert not runner._is_current()
+
+
+def test_what_the_network_cannot_take_is_refused_before_it_runs():
+    """On a device it would end in an assertion that no later call survives."""
+    model = make_model("bert", exit_pooling="cls")
+    runner = ExitRunner(model)
+    with pytest.raises(ExitConfigurationError, match="41 tokens, the model takes at most 40"):
+        runner(**make_inputs(model, 2, 41))
+    with pytest.raises(ExitConfigurationError, match="4-D"):
+        runner(input_ids=torch.ones(2, 5, dtype=torch.int64), attention_mask=torch.ones(2, 1, 5, 5))
+    assert not runner._lanes
