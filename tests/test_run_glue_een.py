@@ -223,7 +223,7 @@ def test_evaluating_a_finished_model_again_gives_its_figures(finished, files, tm
     assert json.loads((finished / "config.json").read_text())["exit_policy"] is not None
 
 
-@pytest.mark.parametrize("blocks", [100, 2], ids=["weights", "results"])
+@pytest.mark.parametrize("blocks", [100, pytest.param(2, marks=pytest.mark.slow)], ids=["weights", "results"])
 def test_a_full_disk_is_told_in_one_line(blocks, finished, files, minilm_path, tmp_path):
     """After training, outside checkpoints: a traceback of safetensors or NumPy would not say what to do."""
     flags = [f"--validation_file={files['validation']}", "--do_eval", f"--output_dir={tmp_path / 'run'}"]

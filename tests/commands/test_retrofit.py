@@ -378,7 +378,11 @@ main(sys.argv[3:])
 
 
 @pytest.mark.parametrize(
-    ("rows", "size", "kept", "named"), [(100, 1_000, 3, "chunk-00003.npz"), (0, 15_000, 7, "model.safetensors")]
+    ("rows", "size", "kept", "named"),
+    [
+        (100, 1_000, 3, "chunk-00003.npz"),
+        pytest.param(0, 15_000, 7, "model.safetensors", marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_disk_says_so_and_keeps_the_finished_chunks(rows, size, kept, named, sources, tmp_path, rows_read):
     """Fails if a disk that is full, in the 4th chunk or when the model is saved, is a traceback or costs more rows.

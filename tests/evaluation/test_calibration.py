@@ -145,7 +145,7 @@ def test_cost_never_exceeds_the_target(rows, criterion):
 
 
 @pytest.mark.parametrize("criterion", ["confidence", "patience", "vote"])
-@pytest.mark.parametrize("num_rows", [20, 150, 2000])
+@pytest.mark.parametrize("num_rows", [20, 150, pytest.param(2000, marks=pytest.mark.slow)])
 def test_never_below_the_geometric_split(num_rows, criterion):
     """The search would be worse than doing without it."""
     for seed in range(4):
@@ -499,10 +499,11 @@ def test_p_values_of_fractional_losses_are_hoeffding_bentkus():
         assert (p_values <= delta).mean() <= delta + 3 * math.sqrt(delta * (1 - delta) / 2000)
 
 
+@pytest.mark.parametrize("num_draws", [200, pytest.param(600, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("risk", ["accuracy_gap", "consistency"])
-def test_the_promise_holds_over_many_draws(risk):
+def test_the_promise_holds_over_many_draws(risk, num_draws):
     """The point of a certificate: over draws of the rows, the risk exceeds its limit as rarely as was promised."""
-    num_draws, num_rows, confidence = 600, 300, 0.8
+    num_rows, confidence = 300, 0.8
     limit = {"accuracy_gap": 0.06, "consistency": 0.12}[risk]
     # The whole population is known, and so is the risk of any policy.
     logits, labels = _rows(12000, num_exits=3, seed=1)
