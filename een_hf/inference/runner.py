@@ -28,7 +28,8 @@ class ExitRunner:
     Programs are captured on first use, for powers of two of the batch size and multiples of 16 tokens, the least
     recently used of more than `MAX_LANES` shapes being dropped; each runs on fewer rows as examples exit. Weights that
     are trained in place are followed, tensors and modules that are replaced (`load_state_dict(assign=True)`, `.to()`,
-    adapters that are added) are noticed and captured again; other attributes of modules are read at capture only.
+    adapters that are added) are noticed at the next call, which captures again; until then the memory of what they
+    replace is kept. Other attributes of modules are read at capture only.
     Threads and streams that share a runner take turns.
 
     Args:
@@ -64,6 +65,7 @@ class ExitRunner:
         # Of masks on the device: the shapes that have been seen with padding, and the one that is being looked at.
         self._padded: dict[tuple, bool] = {}
         self._guessed = None
+        self._ran_on: torch.cuda.Stream | None = None
         self._stage = torch.compile(model.run_stage, dynamic=True) if compile else model.run_stage
         self._forget()
 
@@ -71,7 +73,6 @@ class ExitRunner:
         self.device, self._parameter = self.model.device, next(self.model.parameters())
         self._pool = torch.cuda.graph_pool_handle() if self._graphed() else None
         self._stream = torch.cuda.Stream(self.device) if self._graphed() else None
-        self._ran_on: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             with torch.inference_mode(False):
                 self._unmasked = torch.ones((), dtype=torch.bool, pin_memory=True)
@@ -80,19 +81,18 @@ class ExitRunner:
         self._decisions: Decisions | None = None
         self._attention = self.model.config._attn_implementation
         self._lanes: OrderedDict[tuple, Lane] = OrderedDict()
-        # What the modules consist of, where the tensors are, and those themselves under another name, so that no graph
-        # reads memory that was given back.
+        # The modules, where their tensors are, and those under another name, so that no graph reads memory that was
+        # given back.
         modules = list(self.model.modules())
-        self._parts = [part for m in modules for part in (m._parameters, m._buffers, m._modules) if part]
-        contents = self._contents()
-        self._ids = list(map(id, contents))
-        self._tensors = [part for part in contents if isinstance(part, torch.Tensor)]
-        self._held = [contents, [tensor.detach() for tensor in self._tensors]]
-        self._pointers = list(map(torch.Tensor.data_ptr, self._tensors))
+        self._parents = [module._modules for module in modules if module._modules]
+        self._children = self._find_children()
+        parts = [part for module in modules for part in (module._parameters, module._buffers)]
+        self._holders = [(part, name) for part in parts for name, tensor in part.items() if tensor is not None]
+        self._held = [part[name].detach() for part, name in self._holders]
+        self._pointers = [tensor.data_ptr() for tensor in self._held]
 
-    def _contents(self) -> list:
-        """Parameters, buffers and children of all modules."""
-        return list(chain.from_iterable(map(dict.values, self._parts)))
+    def _find_children(self) -> list[torch.nn.Module | None]:
+        return list(chain.from_iterable(map(dict.values, self._parents)))
 
     def _graphed(self) -> bool:
         return self.cuda_graphs and self.device.type == "cuda"
@@ -103,8 +103,11 @@ class ExitRunner:
         if policy is not self._decisions.policy:
             self._decide_by(policy)
             return False
-        same = self._ids == list(map(id, self._contents()))
-        same = same and self._pointers == list(map(torch.Tensor.data_ptr, self._tensors))
+        try:
+            same = self._children == self._find_children()
+            same = same and self._pointers == [part[name].data_ptr() for part, name in self._holders]
+        except (KeyError, AttributeError):
+            same = False
         if not same or self._attention != self.model.config._attn_implementation:
             self._forget()
             return False

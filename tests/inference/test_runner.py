@@ -368,7 +368,7 @@ def test_what_graphs_read_is_watched_and_kept():
         assert runner._is_current()
         read = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
         change()
-        assert read <= {tensor.data_ptr() for tensor in runner._held[1]}
+        assert read <= {tensor.data_ptr() for tensor in runner._held}
         assert not runner._is_current()
 
 
