@@ -162,6 +162,55 @@ with open(sys.argv[1] + "/policies.json", "w") as file:
 """
 
 
+PUSH_ALL = """
+import sys
+import torch
+from models.conftest import STOCK, _architecture, _scramble
+
+expected = {}
+for name in STOCK:
+    architecture = _architecture(name)
+    if architecture.model_class.__module__.startswith("een_hf."):
+        fields = {**architecture.stock_config.to_dict(), "model_type": None, "exit_layers": [1, 3]}
+        fields |= {"distillation_head": True} if name == "deit_teacher" else {}
+        model = _scramble(architecture.model_class(architecture.config_class(**fields)))
+        inputs = architecture.inputs(padding=architecture.paddings[0])
+        with torch.no_grad():
+            scores = model(**inputs).exit_logits.softmax(-1).amax(-1)
+            thresholds = [float(scores[:, k].sort().values[2:4].mean()) for k in range(2)] + [0.0]
+            model.set_exit_policy({"criterion": "confidence", "thresholds": thresholds})
+            output = model(**inputs)
+        model.push_to_hub(f"someone/{name}")
+        expected[name] = {"text": architecture.text, "inputs": inputs}
+        expected[name] |= {"logits": output.logits, "exit_index": output.exit_index}
+torch.save(expected, sys.argv[1] + "/expected.pt")
+"""
+
+LOAD_ALL = """
+import sys
+
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "een_hf":
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, NotInstalled())
+import torch
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+for name, wanted in torch.load(sys.argv[1] + "/expected.pt").items():
+    auto_class = AutoModelForSequenceClassification if wanted["text"] else AutoModelForImageClassification
+    model = auto_class.from_pretrained(f"someone/{name}", trust_remote_code=True).eval()
+    with torch.no_grad():
+        output = model(**wanted["inputs"])
+    assert (output.logits - wanted["logits"]).abs().max() <= 1e-5, name
+    assert output.exit_index.equal(wanted["exit_index"]), name
+    assert len(set(output.exit_index.tolist())) > 1, name
+"""
+
+
 def run_python(code, folder, endpoint, **environment):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_")) and k != "PYTHONPATH"}
     hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -193,6 +242,21 @@ def hub(tmp_path_factory):
         finally:
             server.terminate()
     return {"folder": folder, "store": store / "someone", "commits": store / "commits.jsonl", "all": store}
+
+
+@pytest.mark.slow
+def test_without_the_package_every_architecture_answers_the_same(tmp_path):
+    """An adapter that imports more than its siblings runs on its author's machine only."""
+    (tmp_path / "hub").mkdir()
+    command = [sys.executable, str(ROOT / "tests" / "hub_server.py"), str(tmp_path / "hub")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            endpoint = server.stdout.readline().strip()
+            ours = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+            run_python(PUSH_ALL, tmp_path, endpoint, HF_HOME=str(tmp_path / "pusher"), PYTHONPATH=ours)
+            run_python(LOAD_ALL, tmp_path, endpoint, HF_HOME=str(tmp_path / "loader"))
+        finally:
+            server.terminate()
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from een_hf.evaluation.speed import stock_model
 from een_hf.inference import ExitRunner, predict
+from een_hf.onnx import export_onnx
 
 
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
+EXPORTED = "bert roberta distilbert electra mpnet modernbert vit deit deit_teacher dinov2".split()
 CRITERIA = ["confidence", "entropy", "margin", "patience", "vote"]
 
 
@@ -135,6 +137,18 @@ def test_half_precision(any_architecture, load_exits, dtype):
         half = model.to(dtype)(**inputs, labels=LABELS)
     assert half.exit_logits.dtype == dtype
     assert (half.exit_logits.float() - expected).abs().max() / expected.abs().max() < 0.1
+
+
+@pytest.mark.slow
+def test_exported(any_architecture, load_exits, tmp_path):
+    """`export_onnx` compares every exit with PyTorch and writes nothing where they differ."""
+    pytest.importorskip("onnxruntime")
+    if any_architecture.name not in EXPORTED:
+        pytest.skip("is not promised to export")
+    model = load_exits(any_architecture, exit_layers=[1, 3])
+    model.set_exit_policy({"criterion": "confidence", "thresholds": [0.5, 0.5, 0.0]})
+    export_onnx(model, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").exists()
 
 
 class _NoTraffic(TorchDispatchMode):
