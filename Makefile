@@ -1,7 +1,7 @@
 # make demo       install into .venv, then fine-tune six exits on BBC News (no network needed after the install)
 # make test       install, then the test suite
 # make test-slow  the tests marked slow
-# make test-lowest  the test suite with the lowest versions that setup.py allows, in .venv-lowest (LOWEST_PYTHON=python3.10)
+# make test-lowest  the test suite with the lowest versions that pyproject.toml allows, in .venv-lowest (LOWEST_PYTHON=python3.10)
 # make quality    lint and format check
 # make benchmark-gpu    benchmarks/gpu.py, under four minutes on one GPU, into runs/gpu
 # make benchmark-page   write benchmarks/README.md from the results in benchmarks/results
@@ -38,9 +38,9 @@ test-slow: $(INSTALLED)
 
 LOWEST := .venv-lowest
 LOWEST_PYTHON ?= python3
-$(LOWEST)/.installed: setup.py
+$(LOWEST)/.installed: pyproject.toml
 	$(LOWEST_PYTHON) -m venv $(LOWEST)
-	grep -oE '"[a-z0-9-]+>=[0-9.]+"' setup.py | tr -d '"' | sed 's/>=/==/' > $(LOWEST)/lowest.txt
+	sed 1,/^dependencies/d pyproject.toml | grep -oE '"[a-z0-9-]+>=[0-9.]+"' | tr -d '"' | sed 's/>=/==/' | sort -u > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/lowest.txt \
 		--editable ".[dev]"
 	@touch $@

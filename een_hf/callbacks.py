@@ -13,16 +13,21 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.image import imread
-from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
-from .evaluation.plots import literal
+from .extras import named_extras
+
+
+with named_extras():
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+    from matplotlib.ticker import MaxNLocator
+
+    from .evaluation.plots import literal
 
 
 logger = logging.get_logger(__name__)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .extras import named_extras
 from .models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from .models.policies import NEVER
 from .models.stages import Examples
@@ -151,14 +152,10 @@ def check_output(path: Path) -> None:
         raise ExitConfigurationError(f"--output {path}: the folder {path.parent} does not exist; make it first.")
     if path.is_dir():
         raise ExitConfigurationError(f"--output {path} is a folder; name a file.")
-    try:
+    with named_extras():
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ExitConfigurationError(
-            f'ONNX export needs packages that are not installed ({error}): pip install "een_hf[onnx]".'
-        ) from error
 
 
 def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONNXProgram":

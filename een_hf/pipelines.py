@@ -4,7 +4,6 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
@@ -45,7 +44,7 @@ class _ExitAnswers:
         self._costs_at = cache(self._costs_at)
 
     def _costs_at(self, length: int | None) -> "ExitCosts":
-        from .evaluation import relative_costs  # brings scikit-learn and matplotlib
+        from .evaluation import relative_costs  # not needed before the first answer
 
         return relative_costs(self.model, sequence_length=length)
 
@@ -106,7 +105,7 @@ class EarlyExitImageClassificationPipeline(_ExitAnswers, ImageClassificationPipe
     """
 
     def preprocess(self, image, timeout=None):
-        from .data.images import standard_image  # brings timm and datasets
+        from .data.images import Image, standard_image  # brings datasets
 
         if isinstance(image, str) and os.path.isfile(image):
             image = Image.open(image)

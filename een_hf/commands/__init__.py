@@ -8,6 +8,7 @@ import importlib
 import sys
 
 from ..errors import one_line_errors, refuse_nan
+from ..extras import named_extras
 
 
 COMMANDS = {
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     name = parser.parse_args(argv[:1]).command
-    command = importlib.import_module(f"{__name__}.{name}")
+    with one_line_errors(), named_extras():
+        command = importlib.import_module(f"{__name__}.{name}")
     parser = argparse.ArgumentParser(
         f"een-hf {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

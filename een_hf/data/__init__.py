@@ -1,10 +1,13 @@
 """Data: text and image tasks, partitions, and small real samples out of installed packages."""
 
-from .glue import TextDataArguments, encode_text_data, load_text_data
-from .partition import load_partition, partition_indices
-from .samples import load_bbc_news, load_digits, sample_model_path
-from .task import DataError, TaskData
+from ..extras import named_extras
 
+
+with named_extras():
+    from .glue import TextDataArguments, encode_text_data, load_text_data
+    from .partition import load_partition, partition_indices
+    from .samples import load_bbc_news, load_digits, sample_model_path
+    from .task import DataError, TaskData
 
 __all__ = [
     "DataError",

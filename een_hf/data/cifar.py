@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from timm.data import create_transform
 from transformers import AutoImageProcessor, ViTImageProcessor
 
 from .arguments import LIMITS, DataArguments
-from .images import EvaluationTransform, ImageCollator, ImageRows, TrainingTransform, whole_images
+from .images import EvaluationTransform, ImageCollator, ImageRows, TrainingTransform, timm_transform, whole_images
 from .labels import MULTI_LABEL, SINGLE_LABEL, model_label_ids, resolve_labels
 from .partition import load_partition
 from .samples import load_digits
@@ -101,7 +100,7 @@ def _check_auto_augment(policy: str) -> None:
         raise ValueError(ignored)
     if not name:
         raise ValueError(policy)
-    create_transform(32, is_training=True, auto_augment=policy)
+    timm_transform(32, auto_augment=policy)
 
 
 def load_image_data(

@@ -11,10 +11,8 @@ import datasets
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
-from timm.data import Mixup, auto_augment, create_transform
-from timm.data.transforms import interp_mode_to_str
-from torchvision.transforms import InterpolationMode
 
+from ..extras import named_extras
 from .task import DataError
 
 
@@ -23,7 +21,18 @@ logger = logging.getLogger(__name__)
 
 def _posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
     """timm's operation; at its full strength it asks to keep no bit at all, which Pillow refuses."""
+    from timm.data import auto_augment
+
     return auto_augment.posterize(image, max(1, bits_to_keep), **kwargs)
+
+
+def timm_transform(size: int, **settings) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's `create_transform` for training, with its operations as far as Pillow takes them."""
+    with named_extras():
+        from timm.data import auto_augment, create_transform
+
+    auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
+    return create_transform(size, is_training=True, **settings)
 
 
 _ORIENTATION = ExifTags.Base.Orientation
@@ -33,7 +42,6 @@ _EIGHT_BIT_MODES = {
     **dict.fromkeys(("P", "PA", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"), "RGB"),
     "RGBA": "RGBA",
 }
-auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
 
 
 class ImageRows(torch.utils.data.Dataset):
@@ -120,9 +128,8 @@ class TrainingTransform:
     def __init__(self, processor, num_channels: int, image_size: int, args):
         self.mode = color_mode(num_channels)
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
-        self.transform = create_transform(
-            input_size=image_size,
-            is_training=True,
+        self.transform = timm_transform(
+            image_size,
             scale=(args.min_crop, 1.0),
             hflip=args.hflip,
             color_jitter=None,
@@ -143,6 +150,10 @@ def color_mode(num_channels: int) -> str:
 
 
 def _interpolation(resample: int) -> str:
+    with named_extras():
+        from timm.data.transforms import interp_mode_to_str
+        from torchvision.transforms import InterpolationMode
+
     names = {Image.BILINEAR: InterpolationMode.BILINEAR, Image.BICUBIC: InterpolationMode.BICUBIC}
     return interp_mode_to_str(names.get(resample, InterpolationMode.BICUBIC))
 
@@ -160,7 +171,12 @@ class ImageCollator:
 
     def __init__(self, mixup: float = 0.0, cutmix: float = 0.0, num_labels: int = 0):
         self.num_labels = num_labels
-        self.mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=num_labels) if mixup or cutmix else None
+        self.mix = None
+        if mixup or cutmix:
+            with named_extras():
+                from timm.data import Mixup
+
+            self.mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=num_labels)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}

@@ -5,6 +5,8 @@ Each module is imported on first use: measuring speed, for one, needs no data se
 
 import importlib
 
+from ..extras import named_extras
+
 
 _NAMES = {
     "calibration": (
@@ -56,5 +58,6 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str):
     if name in _MODULE_OF:
-        return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+        with named_extras():
+            return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-import datasets
 import numpy as np
 import torch
 from torch import nn
@@ -136,7 +135,7 @@ def cost_inputs(rows) -> dict[str, int | tuple[int, int]]:
     if "pixel_values" in first:
         return {"image_size": tuple(torch.as_tensor(first["pixel_values"]).shape[-2:])}
     name = "attention_mask" if "attention_mask" in first else "input_ids"
-    values = rows[name] if isinstance(rows, datasets.Dataset) else (rows[row][name] for row in range(len(rows)))
+    values = rows[name] if hasattr(rows, "set_format") else (rows[row][name] for row in range(len(rows)))
     return {"sequence_length": mean_length(values if name == "attention_mask" else ([1] * len(ids) for ids in values))}
 
 

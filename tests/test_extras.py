@@ -1,0 +1,96 @@
+"""Where a package of an extra is missing, one sentence names the extra; what inference on text needs is in none."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import een_hf
+from een_hf.extras import _EXTRA_OF, MissingPackageError, named_extras
+
+
+ROOT = Path(__file__).parents[1]
+NEEDS = {
+    "from een_hf import calibrate": "train",
+    "from een_hf import JointExitTrainer": "train",
+    "from een_hf.data import load_bbc_news": "train",
+    "import een_hf.callbacks": "train",
+    "from een_hf.onnx import check_output; check_output(Path('model.onnx'))": "export",
+    "from een_hf.commands import main; main(['calibrate', 'runs/none'])": "train",
+}
+# An interpreter in which no package of an extra is found: it answers a text, then says what each line above raises.
+WITHOUT_EXTRAS = """
+import json, sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+packages, lines = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *args: None if name.split(".")[0] in packages else find(name, *args))
+import een_hf
+from een_hf.evaluation import relative_costs
+
+config = een_hf.EarlyExitBertConfig(
+    vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
+)
+model = een_hf.EarlyExitBertForSequenceClassification(config).eval()
+model.set_exit_policy({"criterion": "confidence", "thresholds": [0.0, 0.0]})
+exits = een_hf.predict(model, [{"input_ids": [1, 2, 3]}]).exit_index.tolist()
+errors = []
+for line in lines:
+    try:
+        exec(line)
+    except BaseException as error:
+        errors.append(f"{type(error).__name__}: {error}")
+print(json.dumps({"exits": exits, "costs": len(relative_costs(model, sequence_length=3)), "errors": errors}))
+"""
+
+
+@pytest.fixture(scope="module")
+def without_extras():
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, json.dumps([*_EXTRA_OF]), json.dumps([*NEEDS])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_text_inference_needs_no_extra(without_extras):
+    """What breaks: `pip install een_hf` cannot answer a text."""
+    assert without_extras["exits"] == [0]
+    assert without_extras["costs"] == 2
+
+
+def test_missing_package_names_its_extra(without_extras):
+    """What breaks: `No module named ...` from the depth of an import, and a user who installs packages one by one."""
+    sentence = r'This needs the package (\w+), which is not installed: pip install "een_hf\[(\w+)\]"\.'
+    for (line, extra), error in zip(NEEDS.items(), without_extras["errors"], strict=True):
+        kind = "SystemExit: error" if "main" in line else "MissingPackageError"
+        found = re.fullmatch(f"{kind}: {sentence}", error)
+        assert found, error
+        assert _EXTRA_OF[found[1]] == found[2] == extra
+
+
+def test_other_missing_modules_pass():
+    """What breaks: an error of someone's own module is hidden behind a wrong remedy."""
+    with pytest.raises(ModuleNotFoundError, match="no_such_module") as caught, named_extras():
+        import no_such_module  # noqa: F401
+    assert not isinstance(caught.value, MissingPackageError)
+
+
+def test_named_packages_are_in_their_extra():
+    """What breaks: the extra that an error names does not bring the package."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    names = {"PIL": "pillow", "sklearn": "scikit-learn", "pyarrow": "datasets", "onnx_ir": "onnxscript"}
+    for package, extra in _EXTRA_OF.items():
+        listed = re.search(rf"^{extra} = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)[1]
+        assert f'"{names.get(package, package)}>=' in listed
+
+
+def test_version_is_in_one_place():
+    """What breaks: a release whose metadata and module say different versions."""
+    assert 'version = {attr = "een_hf.__version__"}' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for name in ("pyproject.toml", "setup.py"):
+        assert een_hf.__version__ not in (ROOT / name).read_text(encoding="utf-8")
