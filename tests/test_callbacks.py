@@ -242,7 +242,7 @@ def read_offline_run(folder):
     return rows, run.project, run.display_name, tables, panels
 
 
-@pytest.mark.parametrize("scheme", ["joint", "l2w"])
+@pytest.mark.parametrize("scheme", [pytest.param("joint", marks=pytest.mark.slow), "l2w"])
 def test_an_offline_wandb_run_reads_back(tmp_path, scheme):
     """Curves for each exit and tables with the right values, under the same names in every scheme."""
     environment = {

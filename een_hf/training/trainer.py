@@ -203,7 +203,6 @@ class EarlyExitTrainer(Trainer):
         if compute_loss_func is not None:
             self._check_loss_function(args)
         args.method = self.method
-        model.cuda_graphs = not args.no_cuda_graphs
         args.dataloader_pin_memory &= torch.accelerator.is_available()
         args.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
         self.scheme_args = scheme_args or (self.arguments_class and self.arguments_class())
@@ -240,6 +239,7 @@ class EarlyExitTrainer(Trainer):
                 f"{type(self).__name__} needs an early-exit model, not {type(model).__name__}: load the checkpoint "
                 "with EarlyExitBertForSequenceClassification or EarlyExitViTForImageClassification."
             )
+        model.cuda_graphs = not args.no_cuda_graphs
         self.exit_loss_weights = exit_loss_weights(args.exit_loss_weights, model.num_exits).to(args.device)
         self.class_weights = None
         if args.class_weights is not None and train_dataset is not None:

@@ -31,7 +31,7 @@ def test_one_process(strategies, steps, tmp_path):
     check(differences(tmp_path, strategies, steps), strategies, steps)
 
 
-@pytest.mark.parametrize(("strategies", "steps"), [SOME, ALL])
+@pytest.mark.parametrize(("strategies", "steps"), [ALL])
 def test_two_processes(strategies, steps, tmp_path):
     """What breaks: the epoch's number does not reach the sampler below accelerate's two wrappers."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
