@@ -157,7 +157,9 @@ def bidirectional_mask(config, examples: Examples, window: int | None = None) ->
             allowed = near[None, None] if allowed is None else allowed & near
         if allowed is None or config._attn_implementation == "sdpa":
             return allowed
-        return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+        # A softmax in float32 makes an infinity of the smallest float64, and of a token that sees nothing no number.
+        smallest = max(torch.finfo(hidden.dtype).min, torch.finfo(torch.float32).min)
+        return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, smallest)
     if mask is None and window is None:
         return None
     create = create_bidirectional_mask if window is None else create_bidirectional_sliding_window_mask
