@@ -1,10 +1,12 @@
 """`pipeline("early-exit-text-classification")` and its image twin: answers that say where they left."""
 
+import base64
+import io
 import os
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, BatchFeature
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.text_classification import TextClassificationPipeline
@@ -14,6 +16,8 @@ from .models import EarlyExitMixin, ExitConfigurationError
 
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .evaluation import ExitCosts
 
 
@@ -101,17 +105,38 @@ class EarlyExitTextClassificationPipeline(_ExitAnswers, TextClassificationPipeli
 class EarlyExitImageClassificationPipeline(_ExitAnswers, ImageClassificationPipeline):
     """`ImageClassificationPipeline` whose answers carry `exit_layer` and `cost_saved`.
 
-    Images, given as such or as files, are decoded as those that the model was trained and calibrated on.
+    Images, given as such, as files, as addresses (http) or in base64, are decoded as those that the model was trained
+    and calibrated on.
     """
 
     def preprocess(self, image, timeout=None):
-        from .data.images import Image, standard_image  # brings datasets
+        from .data.images import EvaluationTransform, Image  # brings datasets
 
-        if isinstance(image, str) and os.path.isfile(image):
-            image = Image.open(image)
-        if isinstance(image, Image.Image):
-            image = standard_image(image)
-        return super().preprocess(image, timeout)
+        if isinstance(image, str):
+            image = _open_image(image, timeout)
+        if not isinstance(image, Image.Image):
+            return super().preprocess(image, timeout)
+        transform = EvaluationTransform(self.image_processor, self.model.config.num_channels)
+        return BatchFeature({"pixel_values": transform(image)[None].to(self.dtype)})
+
+
+def _open_image(source: str, timeout: float | None) -> "Image.Image":
+    """An image as transformers' pipelines find it: an address, a file, or base64 with or without its media type."""
+    import httpx
+    from PIL import Image  # not needed for text
+
+    if source.startswith(("http://", "https://")):
+        answer = httpx.get(source, timeout=timeout, follow_redirects=True)
+        return Image.open(io.BytesIO(answer.raise_for_status().content))
+    if os.path.isfile(source):
+        return Image.open(source)
+    try:
+        encoded = source.split(",")[1] if source.startswith("data:image/") else source
+        return Image.open(io.BytesIO(base64.decodebytes(encoded.encode())))
+    except (ValueError, OSError, IndexError) as error:
+        raise ExitConfigurationError(
+            f"{source[:80]!r} is no image: give an address (http), a file that is there, or an image in base64."
+        ) from error
 
 
 for _task, _pipeline_class, _model_class, _type in (

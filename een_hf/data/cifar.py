@@ -146,8 +146,6 @@ def load_image_data(
     }
     if args.streaming:
         splits = hold_all_but_train(splits, {split: getattr(args, name) for split, name in LIMITS.items()})
-        if stream in splits:  # decoded at the end, one by one, so that a corrupt image can be named
-            splits[stream] = splits[stream].cast_column(image_column, datasets.Image(decode=False))
     splits, problem_type, label_names = resolve_labels(
         splits,
         label_column,
@@ -205,7 +203,10 @@ def _load_source(args: ImageDataArguments, cache_dir: str | None, token: str | N
     folders = args.paths()
     if folders:
         source = " ".join(f"--{split}_dir {path}" for split, path in folders.items())
-        splits = {split: load_image_folder(path, source, cache_dir, args.streaming) for split, path in folders.items()}
+        splits = {
+            split: load_image_folder(path, source, cache_dir, args.streaming, labelled=split != "test")
+            for split, path in folders.items()
+        }
         return source, {split: found["train"] for split, found in splits.items()}
     source = f"--dataset_name {args.dataset_name}"
     if os.path.isdir(args.dataset_name):

@@ -33,6 +33,7 @@ def resolve_labels(
     *,
     like: TaskData | None = None,
     problem_type: str | None = None,
+    declared: Sequence[str] | None = None,
 ) -> tuple[dict, str, list[str] | None]:
     """Splits whose labels are class ids, numbers or lists of class ids, their problem type and their label names.
 
@@ -44,6 +45,7 @@ def resolve_labels(
         seed: of the shuffle of a stream.
         like: data whose problem these pose; where no split has labels, its names are theirs.
         problem_type: what the labels mean, where their type does not say it.
+        declared: label names that other rows of the same data declare, which go before those that these declare.
 
     Raises:
         DataError: labels that are missing, mixed, unknown or of unclear meaning.
@@ -52,13 +54,16 @@ def resolve_labels(
     if isinstance(stream, datasets.IterableDataset):
         held = {split: rows for split, rows in splits.items() if split != "train"}
         declared = getattr(stream.features.get(column), "names", None)
-        fixed = declared if known is None else known
-        label_names = None
-        settings = {"like": like, "problem_type": problem_type}
-        if any(column in rows.column_names for rows in held.values()):
-            held, _, label_names = resolve_labels(held, column, fixed, source, **settings)
+        label_names, kinds = known, {}
+        labelled = [split for split, rows in held.items() if column in rows.column_names]
+        if labelled:
+            fixed = declared if known is None else known
+            settings = {"like": like, "problem_type": problem_type, "declared": declared}
+            held, kinds[labelled[0]], label_names = resolve_labels(held, column, fixed, source, **settings)
         wanted = _wanted(problem_type, known, like)
-        stream, kind, label_names = _labelled_stream(stream, column, label_names, fixed, source, seed, wanted)
+        stream, kind, label_names = _labelled_stream(stream, column, label_names, source, seed, wanted)
+        _check_kinds({"train": kind, **kinds}, column, source)
+        _check_several(label_names, kind, like, f"{source}, column {column!r}")
         return {"train": stream, **held}, kind, label_names
     values = {split: _label_values(rows, column) for split, rows in splits.items() if column in rows.column_names}
     hidden = [split for split, labels in values.items() if split.startswith("test") and _is_hidden(labels)]
@@ -82,7 +87,7 @@ def resolve_labels(
 
     features = {split: splits[split].features[column] for split in values}
     wanted, where = _wanted(problem_type, known, like), f"{source}, column {column!r}"
-    declared = _declared_names(features)
+    declared = declared or _declared_names(features)
     if any(isinstance(feature, _LISTS) for feature in features.values()):
         values, kind, width = _read_lists(values, features, wanted, where)
         if width and like is not None and width != like.num_labels:
@@ -93,16 +98,10 @@ def resolve_labels(
         declared = declared or (width and [str(number) for number in range(width)])
     else:
         kinds = {split: problem_type_of(feature, wanted, column, source) for split, feature in features.items()}
-        kind = next(iter(kinds.values()))
-        for split, other in kinds.items():
-            if other != kind:
-                raise DataError(
-                    f"{source}: column {column!r} means {kind} in split {next(iter(kinds))!r}, but {other} in split "
-                    f"{split!r}."
-                )
+        kind = _check_kinds(kinds, column, source)
     if kind == REGRESSION:
         label_names, feature = None, datasets.Value("float32")
-        numbers = {split: [float(label) for label in labels] for split, labels in values.items()}
+        numbers = {split: [_finite(label, where) for label in labels] for split, labels in values.items()}
         if wanted is None and all(number.is_integer() for labels in numbers.values() for number in labels):
             logger.warning(
                 "%s: whole numbers with a decimal point are learned as numbers; for classes give --problem_type %s.",
@@ -111,6 +110,7 @@ def resolve_labels(
             )
     else:
         label_names, index = _number_labels(values, declared, known, where)
+        _check_several(label_names, kind, like, where)
         feature = datasets.ClassLabel(names=label_names)
         if kind == MULTI_LABEL:
             feature = datasets.List(feature)
@@ -129,6 +129,24 @@ def _wanted(problem_type: str | None, known: Sequence[str] | None, like: TaskDat
     if problem_type is None and not known and like is not None and like.problem_type != SINGLE_LABEL:
         return like.problem_type
     return problem_type
+
+
+def _check_kinds(kinds: dict[str, str], column: str, source: str) -> str:
+    """The problem that all splits pose."""
+    (first, kind), *others = kinds.items()
+    for split, other in others:
+        if other != kind:
+            raise DataError(
+                f"{source}: column {column!r} means {kind} in split {first!r}, but {other} in split {split!r}."
+            )
+    return kind
+
+
+def _check_several(names: Sequence[str] | None, kind: str, like: TaskData | None, where: str) -> None:
+    """Refuse data without anything to tell apart, unless they are some rows of a problem that is known."""
+    if like is None and (not names and kind == MULTI_LABEL or len(names or ()) == 1 and kind == SINGLE_LABEL):
+        found = f"one class only, {names[0]!r}" if names else "lists without any class"
+        raise DataError(f"{where} holds {found}: give rows of at least two classes.")
 
 
 def _declared_names(features: dict[str, Any]) -> list[str] | None:
@@ -163,12 +181,12 @@ def _read_lists(
         if numeric and len(lengths) == 1 and clear and all(one in (0, 1) for row in rows for one in row):
             chosen = {s: [[i for i, one in enumerate(row) if one] for row in labels] for s, labels in values.items()}
             return chosen, MULTI_LABEL, lengths.pop()
-        whole = numeric and all(isinstance(one, int) and not isinstance(one, bool) for row in rows for one in row)
+        whole = numeric and all(type(one) is int and one >= 0 for row in rows for one in row)
         if words or whole and clear and all(len(row) == len({*row}) for row in rows):
             return values, MULTI_LABEL, None
     raise DataError(
         f"{where} holds lists of unclear meaning{f' for {wanted}' if wanted else ''}, for example {rows[0]!r}. Lists "
-        "of equal length with only 0 and 1 mark the classes of a row; lists of words or whole numbers without "
+        "of equal length with only 0 and 1 mark the classes of a row; lists of words or of ids without "
         f"repetition name them. Say what they are by --problem_type: {MULTI_LABEL}, or {SINGLE_LABEL} or "
         f"{REGRESSION} for lists of one value."
     )
@@ -178,7 +196,6 @@ def _labelled_stream(
     stream: datasets.IterableDataset,
     column: str,
     label_names: Sequence[str] | None,
-    known: Sequence[str] | None,
     source: str,
     seed: int,
     wanted: str | None,
@@ -188,8 +205,7 @@ def _labelled_stream(
     Args:
         stream: training rows.
         column: of the labels.
-        label_names: of the splits that are held, or `None`.
-        known: names that a task fixes, none for regression; `None` without a task.
+        label_names: of the splits that are held, else those that a task fixes; `None`: those that the stream declares.
         source: what the data are called in messages.
         seed: of the shuffle.
         wanted: problem type, where the type of the labels does not say it.
@@ -207,7 +223,7 @@ def _labelled_stream(
         features[column] = datasets.Value("float32")
         kwargs = {"column": column, "source": source}
         return _shuffled(stream.map(_as_float, fn_kwargs=kwargs, features=features), seed), problem_type, None
-    names = getattr(feature, "names", None) or known or label_names
+    names = label_names or getattr(feature, "names", None)
     if names is None or isinstance(feature, _LISTS):
         raise DataError(
             f"--streaming cannot know all labels of column {column!r} beforehand: give --task_name, a data set whose "
@@ -225,7 +241,14 @@ def _shuffled(stream: datasets.IterableDataset, seed: int) -> datasets.IterableD
 def _as_float(row: dict, column: str, source: str) -> dict:
     if _is_missing(row[column]):
         raise DataError(f"{source} has a row without a label in column {column!r}.")
-    return {column: float(row[column])}
+    return {column: _finite(row[column], f"{source}, column {column!r}")}
+
+
+def _finite(label: Any, where: str) -> float:
+    number = float(label)
+    if not math.isfinite(number):
+        raise DataError(f"{where} has the label {number}: numbers to learn must be finite.")
+    return number
 
 
 def _number_label(row: dict, column: str, declared: list[str] | None, names: list[str], source: str) -> dict:

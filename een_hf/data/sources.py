@@ -70,13 +70,18 @@ def load_files(
     return splits
 
 
-def load_image_folder(path: str, source: str, cache_dir: str | None, streaming: bool = False) -> dict:
-    """Images in one folder per class, below one folder per split where these are named so."""
+def load_image_folder(
+    path: str, source: str, cache_dir: str | None, streaming: bool = False, labelled: bool = False
+) -> dict:
+    """Images in one folder per class, below one folder per split where these are named so.
+
+    By itself `datasets` takes a single folder for no class; where the images are `labelled`, it is one.
+    """
+    single = [entry for entry in os.scandir(path) if entry.is_dir()] if labelled and os.path.isdir(path) else []
+    is_class = len(single) == 1 and {entry.is_file() for entry in os.scandir(single[0])} == {True}
+    settings = {"cache_dir": cache_dir, "streaming": streaming, "drop_labels": False if is_class else None}
     try:
-        found = datasets.load_dataset(
-            "imagefolder", data_dir=glob.escape(path), cache_dir=cache_dir, streaming=streaming
-        )
-        return dict(found)
+        return dict(datasets.load_dataset("imagefolder", data_dir=glob.escape(path), **settings))
     except _LOAD_ERRORS as error:
         raise DataError(f"{source} cannot be read as images in folders: {error.__cause__ or error}") from error
 

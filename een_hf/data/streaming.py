@@ -12,17 +12,23 @@ from .task import DataError
 
 
 def hold_all_but_train(splits: dict, limits: dict[str, int | None]) -> dict:
-    """The splits with all but `train` read into memory, up to their limits; `train` stays a stream."""
+    """The splits with all but `train` read into memory, up to their limits; `train` stays a stream.
+
+    No image is decoded here: `decode_image` does that, and names those that are corrupt.
+    """
     held = {}
     for split, rows in splits.items():
         stream = rows.to_iterable_dataset() if isinstance(rows, datasets.Dataset) else rows
         if stream.features is None:
             stream = stream._resolve_features()
+        features = stream.features
+        for column in [name for name, feature in features.items() if isinstance(feature, datasets.Image)]:
+            stream = stream.cast_column(column, datasets.Image(decode=False))
         limit = limits.get(split.split("_")[0])
         stream = stream if limit is None else stream.take(limit)
         held[split] = stream
         if split != "train":
-            held[split] = datasets.Dataset.from_list(list(stream), features=stream.features)
+            held[split] = datasets.Dataset.from_list(list(stream), features=features)
     return held
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,5 +135,5 @@ def _fits(name: str, value, default) -> bool:
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, int | float):
-        return is_number(value) and 0 <= value < 2**62 and (name not in _WHOLE or isinstance(value, int))
+        return is_number(value) and 0 <= value <= sys.maxsize and (name not in _WHOLE or isinstance(value, int))
     return value is None or isinstance(value, dict if name == "trial_params" else str)

@@ -61,6 +61,20 @@ def test_one_folder_per_class(tmp_path):
     assert found == {pixels.tobytes(): row % 3 for row, pixels in enumerate(PIXELS)}
 
 
+def test_a_single_folder_is_a_class(tmp_path):
+    """What breaks: images of one class only, or a folder of one class to evaluate, count as unlabelled."""
+    folder = write_folders(tmp_path / "all")
+    (tmp_path / "dogs").mkdir()
+    (tmp_path / "all" / "dog").rename(tmp_path / "dogs" / "dog")
+    with pytest.raises(DataError, match="one class only, 'dog'"):
+        load(train_dir=str(tmp_path / "dogs"), needed=["train"])
+    like = load(train_dir=folder, needed=["train"])
+    like.label_names.append("dog")
+    args = ImageDataArguments(validation_dir=str(tmp_path / "dogs"))
+    data = load_image_data(args, splits_needed=["validation"], seed=1, like=like)
+    assert (data.label_names, data.splits["validation"]["label"][:]) == (["dog"], [0] * 6)
+
+
 def test_named_columns(tmp_path):
     folder = write_parquet(tmp_path, "picture", "kind")
     data = load(dataset_name=folder, image_column_name="picture", label_column_name="kind")

@@ -1,5 +1,6 @@
 """Every way from an image file to pixels gives the same pixels: those of a plain conversion, upright, in 8 bits."""
 
+import base64
 from types import SimpleNamespace
 
 import datasets
@@ -82,19 +83,20 @@ def processor():
 
 
 def rows_of(folder, names):
-    labels = list(range(len(names)))
+    """Images as their own classes, and one class without any."""
+    labels, names = list(range(len(names))), [*names, "none"]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    paths = [str(next((folder / name).iterdir())) for name in names]
+    paths = [str(next((folder / name).iterdir())) for name in names[:-1]]
     rows = datasets.Dataset.from_dict({"image": paths, "label": labels}, features)
     return LabelledRows(rows, "label", np.array(labels), names)
 
 
-def held_or_streamed(streaming):
+def held_or_streamed(streaming, split="train"):
     def read(folder, names, model, tmp_path):
         args = ImageDataArguments(train_dir=str(folder), validation_dir=str(folder), streaming=streaming)
         data = load_image_data(args, splits_needed=["train", "validation"], seed=1, cache_dir=str(tmp_path))
         config = SimpleNamespace(label2id=None, num_channels=3)
-        rows = IMAGES.encode_data(data, processor(), args, config)["train"]
+        rows = IMAGES.encode_data(data, processor(), args, config)[split]
         return {data.label_names[row["labels"]]: row["pixel_values"] for row in rows}
 
     return read
@@ -133,12 +135,15 @@ def pipeline(folder, names, model, tmp_path):
     paths = {name: next((folder / name).iterdir()) for name in names}
     found = {name: classify.preprocess(str(path))["pixel_values"][0] for name, path in paths.items()}
     for name, path in paths.items():
-        assert torch.equal(classify.preprocess(Image.open(path))["pixel_values"][0], found[name])
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        for given in (Image.open(path), encoded, f"data:image/png;base64,{encoded}"):
+            assert torch.equal(classify.preprocess(given)["pixel_values"][0], found[name])
     return found
 
 
 PATHS = {
-    "held": held_or_streamed(False), "streamed": held_or_streamed(True), "retrofit": retrofit,
+    "held": held_or_streamed(False), "streamed": held_or_streamed(True),
+    "held beside a stream": held_or_streamed(True, "validation"), "retrofit": retrofit,
     "parquet parts": parts("parquet"), "npz parts": parts("npz"), "pipeline": pipeline,
 }  # fmt: skip
 

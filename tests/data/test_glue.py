@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import datasets
 import numpy as np
@@ -241,6 +242,11 @@ def test_problem_types_by_name(load, write, labels, problem_type, names, stored)
         (["[1, 0]", "[0, 1]"], None, "holds lists as text.*json or parquet"),
         (["['a', 'b']", "[]"], None, "holds lists as text"),
         (["1.5", "NA", "3"], None, "the label 'NA' among numbers"),
+        ([[-1, 0], [1, 0]], None, "unclear meaning, for example .-1, 0"),
+        ([[], []], None, "lists without any class"),
+        (["x", "x"], None, "one class only, 'x': give rows of at least two"),
+        ([-1, -1], None, "one class only, '-1'"),
+        ([0.5, math.inf], None, "the label inf: numbers to learn must be finite"),
     ],
 )
 def test_labels_of_unclear_meaning(load, write, labels, problem_type, message):

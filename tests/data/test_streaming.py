@@ -110,6 +110,37 @@ def test_a_label_that_was_not_announced(tmp_path):
         list(stream)
 
 
+def write_named(folder, **names):
+    """Two rows per split, of its first and its last label name."""
+    for split, of_split in names.items():
+        features = datasets.Features(
+            {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=of_split)}
+        )
+        rows = {"sentence": ["one", "two"], "label": [0, len(of_split) - 1]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{split}.parquet")
+    return {"dataset_name": str(folder)}
+
+
+@pytest.mark.parametrize(("validation", "ids"), [(["good", "bad"], [1, 0]), (["bad", "ugly", "good"], [0, 1])])
+def test_the_streams_own_label_names_number_all_splits(tmp_path, validation, ids):
+    """What breaks: validation rows whose names are declared in another order are compared with the wrong classes."""
+    data = load(True, **write_named(tmp_path, train=["bad", "good"], validation=validation))
+    assert data.label_names == ["bad", "good"]
+    assert [row["label"] for row in sorted(data.splits["train"], key=lambda row: row["sentence"])] == [0, 1]
+    assert data.splits["validation"]["label"][:] == ids
+
+
+def test_splits_that_do_not_pose_the_streams_problem(tmp_path):
+    with pytest.raises(DataError, match="the label 'ugly'; the labels are: bad, good"):
+        load(True, **write_named(tmp_path, train=["bad", "good"], validation=["bad", "ugly"]))
+    files = {f"{split}_file": write_text(tmp_path / f"{split}.json", labels)
+             for split, labels in (("train", [0.5, 1.5]), ("validation", [0, 1]))}  # fmt: skip
+    with pytest.raises(DataError, match="means regression in split 'train', but single_label"):
+        load(True, **files)
+    with pytest.raises(DataError, match="one class only, 'bad'"):
+        load(True, ["train"], **write_named(tmp_path, train=["bad"]))
+
+
 # Images
 
 
@@ -156,9 +187,15 @@ def spoilt_folder(tmp_path):
     return str(tmp_path)
 
 
-def test_a_corrupt_image_in_a_stream(spoilt_folder):
+def test_a_corrupt_image_in_a_stream_or_beside_it(spoilt_folder):
     with pytest.raises(DataError, match=r"[38]\.png is corrupt.*--skip_corrupt"):
         list(image_rows(spoilt_folder, True)["train"])
+    whole = load_digits()["train"].select(range(2)).cast_column("image", datasets.Image(decode=False))
+    rows = [*whole, {"image": {"bytes": b"none", "path": "2.png"}, "label": 0}]
+    datasets.Dataset.from_list(rows, features=whole.features).to_parquet(f"{spoilt_folder}/validation.parquet")
+    with pytest.raises(DataError, match=r"1 of 3 images are corrupt, the first is 2\.png.*--skip_corrupt"):
+        image_rows(spoilt_folder, True)
+    assert len(image_rows(spoilt_folder, True, skip_corrupt=True)["validation"]) == 2
 
 
 def test_corrupt_images_of_a_stream_are_skipped_and_counted(spoilt_folder, caplog):
@@ -256,7 +293,7 @@ def test_a_run_on_streamed_text(task, source, tmp_path, minilm_path, tokens_read
         assert (tmp_path / "run" / name).exists()
 
 
-def test_a_run_on_a_stream_resumes_to_the_same_weights(tmp_path):
+def test_a_run_on_a_stream_resumes_to_the_same_weights(tmp_path, caplog):
     """Nine steps of 8 rows out of 30: the stream starts over twice, before and after the interruption."""
     folder = write_digits(tmp_path)
     flags = [*TINY, f"--dataset_name={folder}", "--max_steps=9", "--save_strategy=steps", "--save_steps=5"]
@@ -267,7 +304,9 @@ def test_a_run_on_a_stream_resumes_to_the_same_weights(tmp_path):
         (tmp_path / "cut" / "_run_arguments.json").read_text().replace('"finished": true', '"finished": false')
     )
     (tmp_path / "cut" / "checkpoint-9" / "trainer_state.json").unlink()
+    caplog.clear()
     main(IMAGES, [*flags, f"--output_dir={tmp_path / 'cut'}"])
+    assert f"Resuming from {tmp_path / 'cut' / 'checkpoint-5'}" in caplog.text
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
 
