@@ -279,7 +279,9 @@ def _read_config(modality: Modality, args: ModelArguments, **given) -> tuple[typ
         raise ExitConfigurationError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
     model_class = model_class_of(found, f"--model_name_or_path {name}", modality.main_input_name)
     config_class = model_class.config_class
-    config = config_class.from_dict({**found, "model_type": config_class.model_type}, **given)
+    if found.get("model_type") != config_class.model_type:  # a stock checkpoint, for which the defaults hold
+        found = {name: value for name, value in found.items() if name != "model_type"}
+    config = config_class.from_dict(found, **given)
     return model_class, config, is_classifier(found.get("architectures"), model_class.__name__)
 
 
