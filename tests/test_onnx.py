@@ -405,7 +405,7 @@ def test_bad_input(folder, tmp_path, model, output, message):
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     """Fails if a missing package is answered with an ImportError."""
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(SystemExit, match=r'pip install "een_hf\[onnx\]"'):
+    with pytest.raises(SystemExit, match=r'pip install "een_hf\[export\]"'):
         main(["export", "anything", "--output", str(tmp_path / "model.onnx")])
 
 
