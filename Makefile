@@ -3,13 +3,14 @@
 # make test-slow  the tests marked slow
 # make test-lowest  the test suite with the lowest versions that pyproject.toml allows, in .venv-lowest (LOWEST_PYTHON=python3.10)
 # make quality    lint and format check
+# make docs       write docs/api.md from the docstrings
 # make benchmark-gpu    benchmarks/gpu.py, under four minutes on one GPU, into runs/gpu
 # make benchmark-page   write benchmarks/README.md from the results in benchmarks/results
 # make benchmark-smoke  the whole chain of benchmarks at tiny size, in a few minutes, into runs/benchmark-smoke
 #
 # PYTHON=path/to/python uses an environment that exists and installs nothing.
 
-.PHONY: help demo test test-slow test-lowest quality benchmark-gpu benchmark-page benchmark-smoke clean
+.PHONY: help demo test test-slow test-lowest quality docs benchmark-gpu benchmark-page benchmark-smoke clean
 .DEFAULT_GOAL := help
 
 ifeq ($(origin PYTHON), undefined)
@@ -51,6 +52,9 @@ test-lowest: $(LOWEST)/.installed
 quality: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+docs: $(INSTALLED)
+	$(PYTHON) docs/make_api.py
 
 benchmark-gpu: $(INSTALLED)
 	$(PYTHON) benchmarks/gpu.py --results runs/gpu
