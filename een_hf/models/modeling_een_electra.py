@@ -35,8 +35,10 @@ class EarlyExitElectraForSequenceClassification(EarlyExitTextMixin, ElectraPreTr
     def last_head_modules(self) -> list[nn.Module]:
         return [self.classifier]
 
-    def embed(self, *args, **kwargs) -> Examples:
-        examples = super().embed(*args, **kwargs)
+    def embed(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None
+    ) -> Examples:
+        examples = super().embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if hasattr(self.electra, "embeddings_project"):  # embeddings may be narrower than the layers
             examples.hidden = self.electra.embeddings_project(examples.hidden)
         return examples
