@@ -203,17 +203,19 @@ def test_a_path_is_a_path(load, tmp_path):
     for name, other in (("train[1]", "train1"), ("a*", "ab"), ("q?", "qu"), ("[!x]", "y")):
         for suffix in ("csv", "jsonl"):
             for stem in (name, other):
-                row = {"text": stem, "label": "one"}
-                content = json.dumps(row) if suffix == "jsonl" else f"text,label\n{stem},one\n"
+                rows = [{"text": stem, "label": label} for label in ("one", "two")]
+                lines = map(json.dumps, rows) if suffix == "jsonl" else ["text,label", f"{stem},one", f"{stem},two"]
+                content = "\n".join(lines) + "\n"
                 write(tmp_path / f"{stem}.{suffix}", content)
             path = tmp_path / f"{name}.{suffix}"
-            assert texts_of(load(train_file=path)) == [name]
-            assert texts_of(load("train", "test", train_file=path, test_file=path), "test") == [name]
+            assert texts_of(load(train_file=path)) == [name] * 2
+            assert texts_of(load("train", "test", train_file=path, test_file=path), "test") == [name] * 2
         for stem in (name, other):
             folder = tmp_path / f"{stem} folder"
             folder.mkdir()
-            datasets.Dataset.from_list([{"text": stem, "label": "one"}]).to_parquet(folder / "train-[0].parquet")
-        assert texts_of(load(dataset_name=str(tmp_path / f"{name} folder"))) == [name]
+            rows = [{"text": stem, "label": label} for label in ("one", "two")]
+            datasets.Dataset.from_list(rows).to_parquet(folder / "train-[0].parquet")
+        assert texts_of(load(dataset_name=str(tmp_path / f"{name} folder"))) == [name] * 2
         words = [
             "partition",
             "--train_file",
@@ -225,8 +227,8 @@ def test_a_path_is_a_path(load, tmp_path):
         ]
         out = tmp_path / f"{name} parts"
         commands_main([*words, "--output_dir", str(out), "--valid_fraction", "0", "--cache_dir", str(tmp_path / "c")])
-        assert load_partition(out, 0)["train"]["text"][:] == [name]
-        assert texts_of(load(partition_dir=str(out), partition_id="0")) == [name]
+        assert load_partition(out, 0)["train"]["text"][:] == [name] * 2
+        assert texts_of(load(partition_dir=str(out), partition_id="0")) == [name] * 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])
