@@ -50,7 +50,7 @@ class _FirstSureExit(nn.Module):
     def __init__(self, model: EarlyExitMixin, policy: ExitPolicy):
         super().__init__()
         self.model, self.temperatures, self.criterion = model, policy.temperatures, policy.scorer
-        self.exits = model.evaluated_exits(policy)
+        self.exits = _exits_of(model, policy)
 
     def forward(self, inputs, thresholds):
         examples = self.model.embed(**inputs)
@@ -87,10 +87,16 @@ class _FirstSureExit(nn.Module):
 
             *kept, done = torch.cond(done, skip, run, (thresholds, done, *tensors, *kept))
             decisions.append(done)
-        exit_index = (~torch.stack(decisions[:-1])).sum(0)
+        exit_index = sum((~done).long() for done in decisions[:-1]) + torch.zeros_like(done).long()
         if len(self.exits) < self.model.num_exits:
             exit_index = torch.tensor(self.exits)[exit_index]
         return kept[1], exit_index.expand(kept[1].shape[0])
+
+
+def _exits_of(model: EarlyExitMixin, policy: ExitPolicy) -> list[int]:
+    """The exits of the graph: its caller may give other thresholds where the policy's are not `NEVER`."""
+    thresholds = [threshold if threshold >= NEVER else -NEVER for threshold in policy.thresholds]
+    return model.evaluated_exits(replace(policy, thresholds=thresholds))
 
 
 def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -> None:
@@ -236,7 +242,7 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
     """
     session = load_session(path)
     every = range(model.num_exits)
-    exits = [*every] if policy is None else model.evaluated_exits(policy)
+    exits = [*every] if policy is None else _exits_of(model, policy)
     forced = [[-NEVER if index == exit_index else NEVER for index in every] for exit_index in exits]
     feeds, answers = [], []
     for seed, num_rows in enumerate((5, 1, 1, 1, 1, 2)):

@@ -142,7 +142,7 @@ class EarlyExitMixin:
             config = cls._exit_config(config or pretrained_model_name_or_path, kwargs)
         pooling_known = config.last_exit_pooling is not None
         architectures = config.architectures
-        if architectures is None:  # the config was given, and made by hand
+        if architectures is None and pretrained_model_name_or_path is not None:  # the config was made by hand
             architectures = cls._checkpoint_config(pretrained_model_name_or_path, kwargs).get("architectures")
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
