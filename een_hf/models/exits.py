@@ -240,29 +240,63 @@ class StackedHeads:
         self.heads, self.pooled = heads, []
         self._weights: torch.Tensor | None = None
 
-    def read(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Take what the next head reads of hidden states (batch, length, hidden_size)."""
+    def read(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        head_scale: float = 1.0,
+        layers_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """Take what the next head reads of hidden states (batch, length, hidden_size); gives them to the next layer.
+
+        Args:
+            hidden: after the exit's layer.
+            attention_mask: (batch, length), or `None`: no padding.
+            head_scale: factor of the gradient that comes from the head.
+            layers_scale: of the gradient that comes from the layers behind.
+        """
         head = self.heads[len(self.pooled)]
         # In half precision the weights themselves, such as 1 / length, would be rounded.
         half = hidden.dtype in (torch.float16, torch.bfloat16)
         if half or type(head).pool is not ExitHead.pool or not POOLINGS[head.pooling].linear:
-            self.pooled.append(head.pool(hidden, attention_mask))
-            return
+            self.pooled.append(head.pool(scale_gradient(hidden, head_scale), attention_mask))
+            return scale_gradient(hidden, layers_scale)
         with torch.autocast(hidden.device.type, enabled=False):
             if self._weights is None:
                 self._weights = _pooling_weights(head, hidden, attention_mask)
-            self.pooled.append(torch.bmm(self._weights, hidden).flatten(1))
+            hidden, pooled = _WeightedSums.apply(hidden, self._weights, head_scale, layers_scale)
+        self.pooled.append(pooled.flatten(1))
+        return hidden
 
-    def classify(self, gradient_scales: torch.Tensor | None = None) -> torch.Tensor:
-        """The logits (heads, batch, num_labels).
+    def classify(self) -> torch.Tensor:
+        """The logits (heads, batch, num_labels)."""
+        return type(self.heads[0]).classify_stacked(self.heads, torch.stack(self.pooled))
 
-        Args:
-            gradient_scales: (heads,), factors of the gradients of what each head reads.
-        """
-        pooled = torch.stack(self.pooled)
-        if gradient_scales is not None:
-            pooled = scale_gradient(pooled, gradient_scales.to(pooled.dtype)[:, None, None])
-        return type(self.heads[0]).classify_stacked(self.heads, pooled)
+
+class _WeightedSums(torch.autograd.Function):
+    """Hidden states themselves, and weighted sums of them; both gradients, scaled, become one by one product."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden, weights, sums_scale, hidden_scale):
+        return hidden.view_as(hidden), torch.bmm(weights, hidden)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, weights, *ctx.scales = inputs
+        ctx.save_for_backward(weights)
+        ctx.save_for_forward(weights)
+
+    @staticmethod
+    def backward(ctx, hidden, sums):
+        (weights,), (sums_scale, hidden_scale) = ctx.saved_tensors, ctx.scales
+        return torch.baddbmm(hidden, weights.mT, sums, beta=hidden_scale, alpha=sums_scale), None, None, None
+
+    @staticmethod
+    def jvp(ctx, hidden, *_):
+        (weights,) = ctx.saved_tensors
+        return hidden.view_as(hidden), torch.bmm(weights, hidden)
 
 
 def _pooling_weights(head: ExitHead, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -307,6 +341,6 @@ class _ScaleGradient(torch.autograd.Function):
         return gradient * ctx.scale, None
 
 
-def scale_gradient(tensor: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     """`tensor` itself in the forward pass; its gradient times `scale` in the backward pass."""
-    return _ScaleGradient.apply(tensor, scale)
+    return tensor if scale == 1 else _ScaleGradient.apply(tensor, scale)

@@ -455,19 +455,15 @@ class EarlyExitMixin:
     def _run_all_stacked(self, heads: list[torch.nn.Module], examples: Examples, **kwargs) -> list[torch.Tensor]:
         """As `run_all`, by the same formulas; heads, sums and gradient scales of all exits are a few operations."""
         config, context, last = self.config, self.make_context(examples), self.num_exits - 1
-        hidden, mask, stack, scales = examples.hidden, examples.attention_mask, StackedHeads(heads), None
+        hidden, mask, stack = examples.hidden, examples.attention_mask, StackedHeads(heads)
         rescale = self.training and config.gradient_rescale
         for index in range(last):
             hidden = self._run_layers(index - 1, index, hidden, context, **kwargs)
-            stack.read(hidden, mask)
-            if rescale:
-                # `run_stage` multiplies by (behind) and by 1 / (behind + 1).
-                hidden = scale_gradient(hidden, (last - index) / (last - index + 1))
+            # `run_stage` multiplies by 1 / (behind + 1), and for the layers behind by (behind) on top.
+            share = 1 / (last - index + 1)
+            hidden = stack.read(hidden, mask, *((share, 1 - share) if rescale else ()))
         hidden = self._run_layers(last - 1, last, hidden, context, **kwargs)
-        if rescale:
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
-            scales = 1 / torch.arange(last + 1, 1, -1, dtype=dtype, device=hidden.device)
-        early, logits = stack.classify(scales), self.last_head(hidden, mask)
+        early, logits = stack.classify(), self.last_head(hidden, mask)
         if config.exit_aggregation == "boosted":
             early = add_boosted_stack(early, config.boost_temperature)
             logits = add_boosted(logits, early[-1], config.boost_temperature)

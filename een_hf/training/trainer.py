@@ -132,15 +132,15 @@ def _pad(values: list) -> np.ndarray:
     return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(value) for value in values], True, -100).numpy()
 
 
-def _read_later(flag: torch.Tensor) -> Callable[[], bool]:
-    """Start to copy a flag to the host; what is returned waits for it, but not for work that came after."""
-    on_host = flag.to("cpu", non_blocking=True)
-    if flag.device.type == "cpu":
+def _read_later(number: torch.Tensor) -> Callable[[], float]:
+    """Start to copy a number to the host; what is returned waits for it, but not for work that came after."""
+    on_host = number.detach().to("cpu", non_blocking=True)
+    if number.device.type == "cpu":
         return on_host.item
-    copied = torch.Event(flag.device)
+    copied = torch.Event(number.device)
     copied.record()
 
-    def read() -> bool:
+    def read() -> float:
         copied.synchronize()
         return on_host.item()
 
@@ -240,7 +240,8 @@ class EarlyExitTrainer(Trainer):
                 "with EarlyExitBertForSequenceClassification or EarlyExitViTForImageClassification."
             )
         model.cuda_graphs = not args.no_cuda_graphs
-        self.exit_loss_weights = exit_loss_weights(args.exit_loss_weights, model.num_exits).to(args.device)
+        weights = exit_loss_weights(args.exit_loss_weights, model.num_exits)
+        self.exit_loss_weights, self._weighs_exits = weights.to(args.device), bool((weights != 1).any())
         self.class_weights = None
         if args.class_weights is not None and train_dataset is not None:
             self.class_weights = class_weights(args.class_weights, model.config.num_labels, train_dataset)
@@ -259,7 +260,7 @@ class EarlyExitTrainer(Trainer):
         self._summed_losses, self._num_summed = 0.0, 0  # of each exit, since the last log
         self._place = (0, -1)  # global step, and micro-batch within it
         self._operations_of_a_number: int | None = None  # that the model takes in, forward and backward
-        self._unchecked = None, lambda: True  # losses of the present micro-batch, and whether theirs is finite
+        self._unchecked = None, float  # losses of the present micro-batch, and what reads the number made of them
 
     def _hp_search_setup(self, trial):
         super()._hp_search_setup(trial)
@@ -380,24 +381,27 @@ class EarlyExitTrainer(Trainer):
         features = {name: value for name, value in inputs.items() if name != "labels"}
         outputs = model(**{**features, "early_exit": False})
         losses = self._all_losses(outputs.exit_logits, inputs["labels"], num_items_in_batch)
-        weights, num_micro_batches = self.exit_loss_weights.to(losses), 1
+        weights, num_micro_batches = self.exit_loss_weights.to(losses) if self._weighs_exits else None, 1
         if self.compute_loss_func is not None and num_items_in_batch is not None:
             num_micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)  # of which this is a part
             if self.args.average_tokens_across_devices:
                 losses = losses * self.accelerator.num_processes  # the gradient will be their mean
         if model.training:
-            self._summed_losses = self._summed_losses + losses.detach().mean(0) * num_micro_batches
+            means = losses.detach().mean(0)
+            self._summed_losses = self._summed_losses + (means if num_micro_batches == 1 else means * num_micro_batches)
             self._num_summed += 1
         if model.training and self.in_warm_start():
+            weights = self.exit_loss_weights.to(losses)
             weights = torch.cat([weights[:-1] * 0, weights[-1:]])  # all exits stay in the graph, as DDP needs
         elif model.training:
             sample_weights = self.sample_weights(losses.detach(), outputs.exit_logits.detach())
-            weights = weights if sample_weights is None else weights * sample_weights
+            if sample_weights is not None:
+                weights = sample_weights if weights is None else weights * sample_weights
         loss = reduce_losses(losses, weights)
         if model.training:
             step, number = self._place
             self._place = self.state.global_step, number + 1 if step == self.state.global_step else 0
-            self._unchecked = losses.detach(), _read_later(loss.isfinite())
+            self._unchecked = losses.detach(), _read_later(loss)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -407,8 +411,8 @@ class EarlyExitTrainer(Trainer):
             ExitConfigurationError: it is not finite.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        (losses, is_finite), self._unchecked = self._unchecked, (None, lambda: True)
-        if not is_finite():
+        (losses, read), self._unchecked = self._unchecked, (None, float)
+        if not math.isfinite(read()):
             self._stop_at(losses)
         return loss
 

@@ -176,7 +176,7 @@ def test_derivatives_go_through_stacked_heads(architecture, load_exits):
 
 @pytest.mark.parametrize("settings", [{}, BOOSTED], ids=["joint", "boosted"])
 def test_an_exit_more_costs_few_operations(architecture, settings):
-    """Fails if something runs once per exit beside the pooling and the sum of two gradients."""
+    """Fails if something runs once per exit beside the pooling and its gradient, which takes in the one from behind."""
     counts = []
     for exit_layers in ([1, 2, 10], list(range(1, 11))):
         stock = {**architecture.stock_config.to_diff_dict(), "num_hidden_layers": 10}
@@ -189,4 +189,27 @@ def test_an_exit_more_costs_few_operations(architecture, settings):
         counts.append((len(forward.ran), len(backward.ran)))
     (few_forward, few_backward), (many_forward, many_backward) = counts
     assert many_forward - few_forward == 7  # a product
-    assert many_backward - few_backward <= 7 * (3 if settings else 2)  # a product, a sum, a gradient scale
+    assert many_backward - few_backward == 7  # a product that adds and scales
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.25, 0.75)])
+def test_gradients_of_weighted_sums(scales):
+    """Both derivatives of first order, and the gradient's own gradient, which the exact look-ahead takes."""
+    hidden, weights = torch.randn(3, 5, 4, dtype=torch.float64), torch.rand(3, 2, 5, dtype=torch.float64)
+    factors = [torch.randn_like(hidden), torch.randn(3, 2, 4, dtype=torch.float64)]
+
+    def total(hidden, sums_scale, hidden_scale):
+        after, sums = exits._WeightedSums.apply(hidden.sin(), weights, sums_scale, hidden_scale)
+        return (after * factors[0]).sum() + (sums.square() * factors[1]).sum()
+
+    def plain(hidden, sums_scale, hidden_scale):
+        sines = hidden.sin()
+        sums = weights @ exits.scale_gradient(sines, sums_scale)
+        return (exits.scale_gradient(sines, hidden_scale) * factors[0]).sum() + (sums.square() * factors[1]).sum()
+
+    hidden.requires_grad_()
+    slopes = [torch.autograd.grad(f(hidden, *scales), hidden, create_graph=True)[0] for f in (total, plain)]
+    torch.testing.assert_close(*slopes)
+    torch.testing.assert_close(*(torch.autograd.grad(slope.square().sum(), hidden)[0] for slope in slopes))
+    torch.testing.assert_close(torch.func.grad(total)(hidden.detach(), *scales), slopes[1])
+    assert torch.autograd.gradcheck(lambda h: total(h, 1.0, 1.0), hidden, check_forward_ad=True)
