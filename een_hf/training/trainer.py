@@ -388,7 +388,8 @@ class EarlyExitTrainer(Trainer):
                 losses = losses * self.accelerator.num_processes  # the gradient will be their mean
         if model.training:
             means = losses.detach().mean(0)
-            self._summed_losses = self._summed_losses + (means if num_micro_batches == 1 else means * num_micro_batches)
+            means = means if num_micro_batches == 1 else means * num_micro_batches
+            self._summed_losses = self._summed_losses + means
             self._num_summed += 1
         if model.training and self.in_warm_start():
             weights = self.exit_loss_weights.to(losses)

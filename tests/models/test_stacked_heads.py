@@ -176,7 +176,7 @@ def test_derivatives_go_through_stacked_heads(architecture, load_exits):
 
 @pytest.mark.parametrize("settings", [{}, BOOSTED], ids=["joint", "boosted"])
 def test_an_exit_more_costs_few_operations(architecture, settings):
-    """Fails if something runs once per exit beside the pooling and its gradient, which takes in the one from behind."""
+    """Fails if something runs once per exit beside the pooling and its gradient, joined with the one from behind."""
     counts = []
     for exit_layers in ([1, 2, 10], list(range(1, 11))):
         stock = {**architecture.stock_config.to_diff_dict(), "num_hidden_layers": 10}
