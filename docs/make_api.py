@@ -17,6 +17,7 @@ MODULES = (
     "een_hf",
     "een_hf.models",
     "een_hf.inference",
+    "een_hf.serving",
     "een_hf.pipelines",
     "een_hf.training",
     "een_hf.callbacks",

@@ -1,0 +1,73 @@
+"""Tiny random models with their processors, whose policies let examples exit everywhere."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertTokenizer, ViTImageProcessor
+
+from een_hf.models import (
+    EarlyExitBertConfig,
+    EarlyExitBertForSequenceClassification,
+    EarlyExitViTConfig,
+    EarlyExitViTForImageClassification,
+)
+
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+LABELS = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
+
+
+def random_texts(count, longest=24, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(list("abcdefghij"), rng.integers(1, longest))) for _ in range(count)]
+
+
+def policy_of_thirds(model, inputs):
+    """A third of the examples exits at each, by thresholds midway between two scores: rounding decides nothing."""
+    with torch.no_grad():
+        scores = torch.cat([model(**one, early_exit=False).exit_logits for one in inputs]).softmax(-1).amax(-1)
+    left, thresholds = torch.ones(len(scores), dtype=torch.bool), []
+    for column in scores.T[:-1]:
+        ordered = column[left].sort(descending=True).values
+        count = len(ordered) // (model.num_exits - len(thresholds))
+        thresholds.append(float(ordered[count - 1 : count + 1].mean()))
+        left &= column < thresholds[-1]
+    return {"criterion": "confidence", "thresholds": [*thresholds, 0.0]}
+
+
+def make_bert(folder, **settings):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    torch.manual_seed(0)
+    settings = {"exit_layers": [1, 3, 4], "initializer_range": 0.5, "exit_pooling": "mean", **settings}
+    config = EarlyExitBertConfig(vocab_size=len(words), max_position_embeddings=40, **SHAPE, **LABELS, **settings)
+    model = EarlyExitBertForSequenceClassification(config).eval()
+    model.set_exit_policy(policy_of_thirds(model, [tokenizer(text, return_tensors="pt") for text in random_texts(60)]))
+    return SimpleNamespace(folder=folder, model=model, processor=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    made = make_bert(tmp_path_factory.mktemp("bert"))
+    made.model.save_pretrained(made.folder)
+    made.processor.save_pretrained(made.folder)
+    return made
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("vit"), np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(30)]
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    torch.manual_seed(0)
+    settings = {"exit_layers": [1, 3, 4], "initializer_range": 0.5}
+    config = EarlyExitViTConfig(image_size=8, patch_size=4, **SHAPE, **LABELS, **settings)
+    model = EarlyExitViTForImageClassification(config).eval()
+    model.set_exit_policy(policy_of_thirds(model, [processor(image, return_tensors="pt") for image in images]))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return SimpleNamespace(folder=folder, model=model, processor=processor, images=images)
