@@ -223,7 +223,6 @@ def _compacting(model, inputs: dict) -> Callable[[], object]:
     @torch.inference_mode()
     def compact() -> None:
         if len(examples) > 1 and not (model.device.type == "cuda" and model.cuda_graphs):
-            order = torch.argsort(exits, stable=True)[: len(examples) // 2]
-            model.make_context(examples.trim(*examples.measure(exits)[1:]).select(order))
+            model.make_context(examples.continuing(exits))
 
     return compact

@@ -477,10 +477,11 @@ class EarlyExitMixin:
         """
         context, answers, exit_index, after = self.make_context(examples), None, None, -1
         *early, last = self.evaluated_exits(policy)
+        boosted = self.config.exit_aggregation == "boosted"
         for index in (*early, last):
             hidden, logits = self.run_stage(index, examples, context, examples.logits, after, **kwargs)
-            examples = replace(examples, hidden=hidden, logits=logits)
-            if examples.ids is None:
+            examples = replace(examples, hidden=hidden, logits=logits if boosted else None)
+            if exit_index is None:
                 answers, answered_at = logits, index
             else:
                 answers.index_copy_(0, examples.ids, logits)
@@ -491,19 +492,18 @@ class EarlyExitMixin:
             after = index
             if not policy.lets_exit(index):
                 continue
-            count, width, padded = examples.measure(exits)
-            if count == len(examples):
-                continue
-            if count == 0:
+            if examples.ids is None and len(examples) > 1:
+                examples.ids = torch.arange(len(examples), device=logits.device)
+            continuing = examples.continuing(exits)
+            if continuing is None:
                 break
-            if examples.ids is None:
+            if continuing is examples:
+                continue
+            if exit_index is None:
                 # Later answers are written into a copy: what the head returned must stay as it is.
                 answers, exit_index = answers.clone(), torch.full_like(exits, index, dtype=torch.int64)
-                examples.ids = torch.arange(len(examples), device=logits.device)
-            order = torch.argsort(exits, stable=True)[:count]
-            examples = examples.trim(width, padded).select(order)
-            context = self.make_context(examples)
-        if examples.ids is None:
+            examples, context = continuing, self.make_context(continuing)
+        if exit_index is None:
             exit_index = torch.full(answers.shape[:1], answered_at, dtype=torch.int64, device=answers.device)
         return answers, exit_index
 

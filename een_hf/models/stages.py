@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
 
+_MANY = 2**31  # more columns than there are
+
+
 @dataclass
 class Examples:
     """Examples between two layers, and all that travels with them; every tensor has the examples first.
@@ -31,7 +34,8 @@ class Examples:
     state: tuple[torch.Tensor, ...] = ()
     ids: torch.Tensor | None = None
     padded: bool | None = None
-    _columns: torch.Tensor | None = None  # (batch, 2): the last column that is used, counted from 1; how many are
+    # (batch, 2): the last column that is used, counted from 1, and `_MANY` minus how many are.
+    _columns: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -80,12 +84,32 @@ class Examples:
             used = self.attention_mask != 0
             last = (used * torch.arange(1, length + 1, device=used.device)).amax(1)
             # An example of padding only attends to all of it.
-            self._columns = torch.stack([last.masked_fill(last == 0, length), used.sum(1)], 1)
-        last, used = self._columns.unbind(1)
+            self._columns = torch.stack([last.masked_fill(last == 0, length), _MANY - used.sum(1)], 1)
         continues = ~exits
-        fewest = used.masked_fill(exits, length).amin()
-        count, width, fewest = torch.stack([continues.sum(), (last * continues).amax(), fewest]).tolist()
-        return count, width, fewest < width
+        largest = (self._columns * continues.unsqueeze(1)).amax(0)
+        count, width, fewest = torch.cat([continues.sum(0, keepdim=True), largest]).tolist()
+        return count, width, _MANY - fewest < width
+
+    def continuing(self, exits: torch.Tensor) -> "Examples | None":
+        """Those that do not exit, in their order, trimmed: these examples where all continue, `None` where none does.
+
+        One read from the device.
+
+        Args:
+            exits: (batch,) bool.
+        """
+        if len(exits) == 1:
+            return None if exits.item() else self
+        if self.attention_mask is None:
+            left, examples = (~exits).nonzero().squeeze(1), self
+            count = len(left)
+        else:
+            count, width, padded = self.measure(exits)
+            if 0 < count < len(exits):
+                left, examples = (~exits).nonzero_static(size=count).squeeze(1), self.trim(width, padded)
+        if count == len(exits):
+            return self
+        return examples.select(left) if count else None
 
     def unpadded(self) -> "Examples":
         """The same examples, without a mask that masks nothing; reads the mask once."""

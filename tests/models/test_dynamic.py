@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from operations import Operations
 
 from een_hf.models import ExitConfigurationError, ExitPolicy, modeling_een
 from een_hf.models.policies import NEVER
@@ -243,6 +244,24 @@ def test_only_the_needed_rows_and_columns_run(architecture, load_exits, aggregat
                     (layer, len(survivors), width) for layer in range(first_layers[block], last_layers[block])
                 ]
             assert seen == expected
+
+
+def test_a_decision_costs_few_operations(architecture, load_exits):
+    """On a GPU each of them takes longer to launch than to run: beyond those of anytime, so many for each decision."""
+    model = load_exits(architecture, exit_layers=EXIT_LAYERS)
+    for padding in architecture.paddings:
+        inputs = architecture.inputs(32, padding=padding, seed=7)
+        scores = [_scores("confidence", row) for row in _all_exits(model, inputs).double().tolist()]
+        policies = [_policy("confidence", thresholds) for thresholds in _grid("confidence", scores)]
+        taken = (_run(model, policy, inputs).exit_index for policy in policies)
+        assert any(len(exits.unique()) == NUM_EXITS for exits in taken)  # the model keeps the policy that does so
+        counts = []
+        for early_exit in (True, False):
+            with torch.inference_mode(), Operations() as operations:
+                taken = model(**inputs, early_exit=early_exit).exit_index
+            counts.append(len(operations.ran))
+        # Two decisions: the score, who continues, their rows, the answers; of a mask also what it covers.
+        assert counts[0] - counts[1] <= (22 if padding == "none" else 51)
 
 
 @pytest.mark.parametrize("exit_pooling", ["cls", "mean"])

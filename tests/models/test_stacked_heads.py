@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from operations import Operations
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.initialization import no_init_weights
 
 from een_hf.models import exits
@@ -17,20 +17,6 @@ from een_hf.models.exits import BertExitHead, register_pooling
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BOOSTED = {"exit_aggregation": "boosted", "boost_temperature": 0.3, "gradient_rescale": True}
 STACKED, SINGLE = torch.ops.aten.baddbmm.default, torch.ops.aten.addmm.default
-VIEWS = ("view", "expand", "transpose", "slice", "select", "unbind", "detach", "permute", "squeeze", "alias", "split")
-
-
-class Operations(TorchDispatchMode):
-    """Lists the operations that run, those left out that only look at a tensor in another way."""
-
-    def __enter__(self):
-        self.ran = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not any(name in str(function) for name in VIEWS):
-            self.ran.append(function)
-        return function(*args, **(kwargs or {}))
 
 
 def answers(model, inputs, stack):
