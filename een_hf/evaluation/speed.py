@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification, pipeline
 
 from ..inference import ExitRunner, predict
+from ..inference.runner import runs_graphs
 from ..models.policies import NEVER, ExitPolicy
 from .cost import ExitCosts, dummy_inputs
 
@@ -101,6 +102,7 @@ def relative_latencies(
     sequence_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     repeats: int = 9,
+    cuda_graphs: bool | None = None,
 ) -> tuple[ExitCosts, dict]:
     """Time up to and with each exit over that of the same model without early exits, measured on its device.
 
@@ -115,6 +117,7 @@ def relative_latencies(
         sequence_length: as in `relative_costs`, like `image_size`.
         image_size: as in `relative_costs`.
         repeats: passes of each kind.
+        cuda_graphs: whether `ExitRunner` answers; by default on CUDA, unless `model.cuda_graphs` is false.
 
     Returns:
         the costs, and `{"device": , "batch_size": , "milliseconds": }`, the last of a batch without early exits.
@@ -122,18 +125,25 @@ def relative_latencies(
     model.eval()
     size = {"sequence_length": sequence_length, "image_size": image_size}
     batches = {rows: dummy_inputs(model, rows, **size) for rows in {batch_size, max(1, batch_size // 2)}}
-    functions = {}
+    graphs, functions = runs_graphs(model, cuda_graphs), {}
+    runner = ExitRunner(model, cuda_graphs=cuda_graphs) if graphs else None
+
+    def answering(policy: ExitPolicy, inputs: dict) -> Callable[[], object]:
+        if graphs:
+            return partial(runner.under(policy), **inputs)
+        return torch.inference_mode()(partial(model, **inputs, early_exit=policy))
+
     for rows, inputs in batches.items():
         for exit_index in range(model.num_exits):
             thresholds = [NEVER] * model.num_exits
             if exit_index < model.num_exits - 1:
                 thresholds[exit_index] = -NEVER
             policy = ExitPolicy(criterion, thresholds, params=params or {})
-            functions[rows, exit_index] = _answering(model, policy, inputs)
-        functions[rows, "through"] = _answering(
-            model, _NobodyExits(criterion, [NEVER] * model.num_exits, params=params or {}), inputs
+            functions[rows, exit_index] = answering(policy, inputs)
+        functions[rows, "through"] = answering(
+            _NobodyExits(criterion, [NEVER] * model.num_exits, params=params or {}), inputs
         )
-        functions[rows, "compaction"] = _compacting(model, inputs)
+        functions[rows, "compaction"] = _compacting(model, inputs, graphs)
     medians = {name: float(np.median(values)) for name, values in measure_seconds(functions, repeats, 2).items()}
 
     def timed(rows: int) -> BatchSeconds:
@@ -207,14 +217,7 @@ class _NobodyExits(ExitPolicy):
         return True
 
 
-def _answering(model, policy: ExitPolicy, inputs: dict) -> Callable[[], object]:
-    """One pass of a batch under a policy, by whatever answers on the model's device."""
-    if model.device.type == "cuda" and model.cuda_graphs:
-        return partial(ExitRunner(model, policy), **inputs)
-    return torch.inference_mode()(partial(model, **inputs, early_exit=policy))
-
-
-def _compacting(model, inputs: dict) -> Callable[[], object]:
+def _compacting(model, inputs: dict, graphs: bool) -> Callable[[], object]:
     """What the dynamic forward does where half of a batch exits; programs always do it, and one example never."""
     with torch.inference_mode():
         examples = model.embed(**inputs)
@@ -222,7 +225,7 @@ def _compacting(model, inputs: dict) -> Callable[[], object]:
 
     @torch.inference_mode()
     def compact() -> None:
-        if len(examples) > 1 and not (model.device.type == "cuda" and model.cuda_graphs):
+        if len(examples) > 1 and not graphs:
             model.make_context(examples.continuing(exits))
 
     return compact

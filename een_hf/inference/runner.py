@@ -54,20 +54,28 @@ class ExitRunner:
         cuda_graphs: bool | None = None,
         compile: bool = False,
     ):
-        self.model = model
-        self.policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
-        if self.policy is not None:
-            self.policy.validate(model.num_exits, model.config.problem_type, model.config.num_labels)
+        self.model, self.policy = model, _checked(policy, model)
         self.cuda_graphs = cuda_graphs is not False
-        self._lock, self._is_text = threading.Lock(), model.main_input_name == "input_ids"
+        self._turn, self._is_text = _Turn(), model.main_input_name == "input_ids"
         self._names = frozenset(input_names(model))
         self._sizes: dict[int, int] = {}
         # Of masks on the device: the shapes that have been seen with padding, and the one that is being looked at.
         self._padded: dict[tuple, bool] = {}
         self._guessed = None
-        self._ran_on: torch.cuda.Stream | None = None
         self._stage = torch.compile(model.run_stage, dynamic=True) if compile else model.run_stage
         self._forget()
+
+    def under(self, policy: ExitPolicy | dict | None) -> "ExitRunner":
+        """A runner of the same model by another policy: they take turns, and their graphs share their memory.
+
+        Args:
+            policy: as for the class.
+        """
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other.policy, other._decisions = _checked(policy, self.model), None
+        other._kinds, other._lanes = {}, OrderedDict()
+        return other
 
     def _forget(self) -> None:
         self.device, self._parameter = self.model.device, next(self.model.parameters())
@@ -140,7 +148,7 @@ class ExitRunner:
         if self.model.training:
             raise ValueError("ExitRunner answers in eval mode: call model.eval().")
         # In this order: to leave inference mode is to record gradients again.
-        with self._lock, torch.inference_mode(False), torch.no_grad(), self._on_device():
+        with self._turn.lock, torch.inference_mode(False), torch.no_grad(), self._on_device():
             return self._run(inputs)
 
     def _on_device(self):
@@ -149,9 +157,10 @@ class ExitRunner:
             self._forget()
         if self.device.type != "cuda":
             return nullcontext()
-        before, self._ran_on = self._ran_on, torch.cuda.current_stream(self.device)
-        if before is not None and before.cuda_stream != self._ran_on.cuda_stream:
-            self._ran_on.wait_stream(before)
+        before, here = self._turn.stream, torch.cuda.current_stream(self.device)
+        if before is not None and before.cuda_stream != here.cuda_stream:
+            here.wait_stream(before)
+        self._turn.stream = here
         other = self.device.index not in (None, torch.cuda.current_device())
         return torch.cuda.device(self.device) if other else nullcontext()
 
@@ -279,7 +288,7 @@ class ExitRunner:
             inputs: model inputs of one example.
         """
         model = self.model
-        with self._lock, torch.inference_mode(False), torch.no_grad(), self._on_device():
+        with self._turn.lock, torch.inference_mode(False), torch.no_grad(), self._on_device():
             inputs = {
                 n: v.to(model.device) if isinstance(v, torch.Tensor) else v
                 for n, v in inputs.items() if n not in ("labels", "attention_mask")
@@ -330,6 +339,21 @@ class ExitRunner:
             return held
         segments = torch.cuda.memory_snapshot()
         return held + sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
+
+
+class _Turn:
+    """Runners that share memory run one at a time, and on one stream after the other."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.stream: torch.cuda.Stream | None = None  # where the last one ran
+
+
+def _checked(policy: ExitPolicy | dict | None, model: EarlyExitMixin) -> ExitPolicy | None:
+    policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
+    if policy is not None:
+        policy.validate(model.num_exits, model.config.problem_type, model.config.num_labels)
+    return policy
 
 
 def runner_of(model: EarlyExitMixin) -> ExitRunner:

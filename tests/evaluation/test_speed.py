@@ -82,7 +82,7 @@ def test_exits_that_take_more_time_than_they_save_are_left_out(decision):
     assert decision[1] < 2 or min(thresholds[:3]) == NEVER
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("batch_size", "cuda_graphs"), [(1, None), (3, None), (1, True), (3, True)])
 @pytest.mark.parametrize(
     ("criterion", "fields"),
     [
@@ -91,7 +91,7 @@ def test_exits_that_take_more_time_than_they_save_are_left_out(decision):
         ("patience", {"num_labels": 1, "problem_type": "regression"}),
     ],
 )
-def test_any_model_can_be_measured(criterion, fields, batch_size):
+def test_any_model_can_be_measured(criterion, fields, batch_size, cuda_graphs):
     """Fails if the policies that are timed do not fit a problem or a criterion, or one of them stays set."""
     torch.manual_seed(0)
     shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
@@ -99,7 +99,7 @@ def test_any_model_can_be_measured(criterion, fields, batch_size):
     model = EarlyExitBertForSequenceClassification(config)
     params = {"tolerance": 0.1} if config.problem_type == "regression" else None
     settings = {"batch_size": batch_size, "criterion": criterion, "params": params, "repeats": 1}
-    costs, about = relative_latencies(model, **settings, sequence_length=8)
+    costs, about = relative_latencies(model, **settings, sequence_length=8, cuda_graphs=cuda_graphs)
     assert isinstance(costs, ExitCosts) and len(costs) == 3 and costs.alone[-1] == 1.0 and min(costs) > 0
     assert about["batch_size"] == batch_size and about["device"] and about["milliseconds"] > 0
     assert model.config.exit_policy is None

@@ -237,6 +237,28 @@ def test_two_models_and_two_policies_at_once():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_runners_under_several_policies_share_a_model(device):
+    """One that answers by another's thresholds or old weights, or forgets what the other still runs."""
+    model = make_model("bert", device)
+    policies = [midway_policy(model, make_inputs(model, 40), criterion) for criterion in ("entropy", "vote", "margin")]
+    policies.append(ExitPolicy("margin", [NEVER] * 4))
+    first = ExitRunner(model, policies[0])
+    runners = [first, *(first.under(policy.to_dict()) for policy in policies[1:])]
+    for seed in range(3):
+        inputs = make_inputs(model, 20, seed=seed)
+        pairs = zip(runners, policies, strict=True)
+        found = [assert_as_anytime(runner, model, inputs, policy) for runner, policy in pairs]
+        assert len(set(map(tuple, found))) > 2 and set(found[3]) == {3}
+        other = make_model("bert", device, num_labels=3)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1 + 0.05 * seed)
+        model.load_state_dict(other.state_dict(), assign=seed == 1)
+    with pytest.raises(ExitConfigurationError, match="one per exit"):
+        first.under({"criterion": "vote", "thresholds": [1.0]})
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_other_precisions(kind, dtype, device):
