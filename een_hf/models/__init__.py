@@ -1,6 +1,8 @@
 """Early-exit models: all that a saved model needs to run."""
 
-from .auto import MODEL_CLASSES, AutoEarlyExitModel, register_architecture
+import importlib
+
+from .auto import MODEL_CLASSES, AutoEarlyExitModel, register_adapter, register_architecture
 from .configuration_een import (
     EarlyExitBeitConfig,
     EarlyExitBertConfig,
@@ -21,44 +23,37 @@ from .configuration_een import (
 )
 from .exits import register_exit_head, register_pooling
 from .modeling_een import EarlyExitClassifierOutput, EarlyExitImageMixin, EarlyExitMixin, EarlyExitTextMixin
-from .modeling_een_beit import EarlyExitBeitForImageClassification
-from .modeling_een_bert import EarlyExitBertForSequenceClassification
-from .modeling_een_deberta import EarlyExitDebertaForSequenceClassification
-from .modeling_een_deberta_v2 import EarlyExitDebertaV2ForSequenceClassification
-from .modeling_een_deit import EarlyExitDeiTForImageClassification
-from .modeling_een_dinov2 import EarlyExitDinov2ForImageClassification
-from .modeling_een_dinov2_with_registers import EarlyExitDinov2WithRegistersForImageClassification
-from .modeling_een_distilbert import EarlyExitDistilBertForSequenceClassification
-from .modeling_een_electra import EarlyExitElectraForSequenceClassification
-from .modeling_een_modernbert import EarlyExitModernBertForSequenceClassification
-from .modeling_een_mpnet import EarlyExitMPNetForSequenceClassification
-from .modeling_een_roberta import (
-    EarlyExitCamembertForSequenceClassification,
-    EarlyExitRobertaForSequenceClassification,
-    EarlyExitXLMRobertaForSequenceClassification,
-)
-from .modeling_een_vit import EarlyExitViTForImageClassification
 from .policies import ExitPolicy, register_criterion
 
 
-for _model_class in (
-    EarlyExitBertForSequenceClassification,
-    EarlyExitRobertaForSequenceClassification,
-    EarlyExitXLMRobertaForSequenceClassification,
-    EarlyExitCamembertForSequenceClassification,
-    EarlyExitDistilBertForSequenceClassification,
-    EarlyExitElectraForSequenceClassification,
-    EarlyExitMPNetForSequenceClassification,
-    EarlyExitModernBertForSequenceClassification,
-    EarlyExitDebertaForSequenceClassification,
-    EarlyExitDebertaV2ForSequenceClassification,
-    EarlyExitViTForImageClassification,
-    EarlyExitDeiTForImageClassification,
-    EarlyExitDinov2ForImageClassification,
-    EarlyExitDinov2WithRegistersForImageClassification,
-    EarlyExitBeitForImageClassification,
-):
-    register_architecture(_model_class)
+# Each adapter with the stock modules that it needs is imported when its class, or a config of it, is asked for.
+_ADAPTERS = dict(
+    register_adapter(config_class, f"{__name__}.modeling_een_{file}", task)
+    for config_class, file, task in (
+        (EarlyExitBertConfig, "bert", "SequenceClassification"),
+        (EarlyExitRobertaConfig, "roberta", "SequenceClassification"),
+        (EarlyExitXLMRobertaConfig, "roberta", "SequenceClassification"),
+        (EarlyExitCamembertConfig, "roberta", "SequenceClassification"),
+        (EarlyExitDistilBertConfig, "distilbert", "SequenceClassification"),
+        (EarlyExitElectraConfig, "electra", "SequenceClassification"),
+        (EarlyExitMPNetConfig, "mpnet", "SequenceClassification"),
+        (EarlyExitModernBertConfig, "modernbert", "SequenceClassification"),
+        (EarlyExitDebertaConfig, "deberta", "SequenceClassification"),
+        (EarlyExitDebertaV2Config, "deberta_v2", "SequenceClassification"),
+        (EarlyExitViTConfig, "vit", "ImageClassification"),
+        (EarlyExitDeiTConfig, "deit", "ImageClassification"),
+        (EarlyExitDinov2Config, "dinov2", "ImageClassification"),
+        (EarlyExitDinov2WithRegistersConfig, "dinov2_with_registers", "ImageClassification"),
+        (EarlyExitBeitConfig, "beit", "ImageClassification"),
+    )
+)
+
+
+def __getattr__(name: str):
+    if name in _ADAPTERS:
+        return getattr(importlib.import_module(_ADAPTERS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "EarlyExitBeitConfig",

@@ -1,6 +1,9 @@
 """Which class a checkpoint gets: the registry of architectures, and one way in for all of them."""
 
+import importlib
+
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -8,11 +11,41 @@ from transformers import (
 )
 
 from .modeling_een import EarlyExitMixin
-from .registries import ExitConfigurationError, Registry
+from .registries import CONFIG_HOOKS, ExitConfigurationError, Registry
+
+
+class _Architectures(Registry):
+    """Early-exit classes; one that stands as `(module, name)` is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> type[EarlyExitMixin]:
+        found = super().__getitem__(name)
+        if not isinstance(found, tuple):
+            return found
+        module, class_name = found
+        return register_architecture(getattr(importlib.import_module(module), class_name))
+
+    def get(self, name, default=None):
+        return self[name] if name in self else default
+
+    def values(self) -> list[type[EarlyExitMixin]]:
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, type[EarlyExitMixin]]]:
+        return [(name, self[name]) for name in self]
 
 
 # By the type of the stock model, which flags, results and cards go by.
-MODEL_CLASSES: dict[str, type[EarlyExitMixin]] = Registry("model_type (--model_type)")
+MODEL_CLASSES: dict[str, type[EarlyExitMixin]] = _Architectures("model_type (--model_type)")
+# The Auto classes of transformers find a model by its config: whoever has one has the model's class registered.
+CONFIG_HOOKS.append(lambda config_class: MODEL_CLASSES.get(config_class.stock_model_type))
+
+
+def register_adapter(config_class: type[PreTrainedConfig], module: str, task: str) -> tuple[str, str]:
+    """Make an architecture of this package known, its model not yet imported; returns the class's name and module."""
+    name = config_class.__name__.removesuffix("Config") + f"For{task}"
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    MODEL_CLASSES[config_class.stock_model_type] = module, name
+    return name, module
 
 
 def register_architecture(model_class: type[EarlyExitMixin]) -> type[EarlyExitMixin]:
@@ -47,12 +80,12 @@ def model_class_of(config_dict: dict, what: str, main_input_name: str | None = N
         ExitConfigurationError: no class for its type; those that there are, and how to add one.
     """
     found = config_dict.get("model_type")
-    known = {kind.config_class.model_type: kind for kind in MODEL_CLASSES.values()} | MODEL_CLASSES
+    stock = getattr(CONFIG_MAPPING[found], "stock_model_type", found) if found in CONFIG_MAPPING else found
+    model_class = MODEL_CLASSES.get(stock)
+    if model_class is not None and main_input_name in (None, model_class.main_input_name):
+        return model_class
     fitting = [name for name, kind in MODEL_CLASSES.items() if main_input_name in (None, kind.main_input_name)]
-    if found in known:
-        model_class = known[found]
-        if model_class.config_class.stock_model_type in fitting:
-            return model_class
+    if model_class is not None:
         raise ExitConfigurationError(
             f"{what} is of type {found!r} and reads {model_class.main_input_name}; {main_input_name} are read by: "
             f"{', '.join(fitting)}."

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from .exits import EXIT_HEADS, POOLINGS
-from .registries import ExitConfigurationError
+from .registries import CONFIG_HOOKS, ExitConfigurationError
 
 
 def resolve_exit_layers(exit_layers: list[int] | None, num_hidden_layers: int) -> list[int]:
@@ -121,6 +121,8 @@ class EarlyExitConfigMixin:
             EXIT_HEADS[self.exit_head]
         _one_of("last_exit_pooling", self.last_exit_pooling, (None, *self.last_exit_poolings))
         _one_of("exit_aggregation", self.exit_aggregation, ("none", "boosted"))
+        for hook in CONFIG_HOOKS:
+            hook(type(self))
 
     @property
     def exit_dropout(self) -> float:

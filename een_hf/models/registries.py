@@ -4,6 +4,10 @@ import importlib
 from collections.abc import Callable
 
 
+# Called with the class of every early-exit config that is made.
+CONFIG_HOOKS: list[Callable[[type], object]] = []
+
+
 class ExitConfigurationError(ValueError):
     """An exit setting that does not fit the network, the problem or the data."""
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,3 +105,36 @@ def test_architectures_without_exits(config, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExitConfigurationError, match=words):
         AutoEarlyExitModel.from_pretrained(tmp_path)
+
+
+def test_adapters_are_imported_when_they_are_asked_for(tmp_path):
+    """What breaks: who uses one architecture waits for the modules of fifteen, or the Auto classes do not find one."""
+    program = """
+import sys
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+import een_hf.models
+from een_hf.models import MODEL_CLASSES, AutoEarlyExitModel
+
+def imported():
+    return {name.rpartition("modeling_")[2] for name in sys.modules if name.startswith("transformers.models.")}
+
+assert not imported() & {"mpnet", "beit", "roberta", "modernbert", "deberta"}
+tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+text = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("een_mpnet", **tiny, vocab_size=9))
+image = AutoModelForImageClassification.from_config(AutoConfig.for_model("een_beit", **tiny, image_size=16))
+assert [type(text).__name__, type(image).__name__] == [
+    "EarlyExitMPNetForSequenceClassification", "EarlyExitBeitForImageClassification"
+]
+assert een_hf.models.EarlyExitMPNetForSequenceClassification is type(text) is MODEL_CLASSES["mpnet"]
+assert type(text)._auto_class == "AutoModelForSequenceClassification"
+assert {"mpnet", "beit"} <= imported() and not imported() & {"roberta", "modernbert", "deberta"}
+stock = AutoConfig.for_model("modernbert", **tiny, vocab_size=9, pad_token_id=0)
+stock.save_pretrained(sys.argv[1])
+text.save_pretrained(sys.argv[1] + "/exits")
+assert type(AutoEarlyExitModel.from_pretrained(sys.argv[1] + "/exits")) is type(text)
+assert een_hf.models.auto.model_class_of(stock.to_dict(), "x").__name__.startswith("EarlyExitModernBert")
+assert "roberta" not in imported() and len(MODEL_CLASSES.values()) >= 15 and "roberta" in imported()
+assert all(hasattr(een_hf.models, name) for name in een_hf.models.__all__)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
