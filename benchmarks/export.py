@@ -21,8 +21,8 @@ from common import add_results_argument, summarize, write_results
 from een_hf import EarlyExitBertForSequenceClassification
 from een_hf.data import sample_model_path
 from een_hf.evaluation import measure_seconds
+from een_hf.inference.onnx import export_onnx
 from een_hf.models.policies import NEVER
-from een_hf.onnx import export_onnx
 
 
 def start(path: Path, threads: int) -> onnxruntime.InferenceSession:

@@ -35,7 +35,8 @@ from transformers import (
 )
 
 from een_hf.models import MODEL_CLASSES
-from een_hf.training import EarlyExitTrainingArguments, get_scheme, l2w
+from een_hf.training import EarlyExitTrainingArguments, get_scheme
+from een_hf.training.l2w import charging, look_ahead
 
 
 STEPS = 10
@@ -189,7 +190,7 @@ class Orders:
     """Orders by confidence, kept; where `place` is a number, those kept before, from there on."""
 
     def __init__(self):
-        self.kept, self.place, self.own = [], None, l2w._most_confident_first
+        self.kept, self.place, self.own = [], None, charging.most_confident_first
 
     def __call__(self, logits):
         if self.place is None:
@@ -214,8 +215,8 @@ def check(args, batch_size: int) -> dict:
             trainer.model.zero_grad()
         return trainer
 
-    l2w._most_confident_first = orders = Orders()
-    train, meta = l2w._halve(batch)
+    charging.most_confident_first = orders = Orders()
+    train, meta = look_ahead.halve(batch)
     exact = trainer_in("float32").meta_gradient(train, meta)[1]
     kept = orders.kept
     for dtype in dict.fromkeys(("float32", args.dtype)):
@@ -230,7 +231,7 @@ def check(args, batch_size: int) -> dict:
                 error = ((found - exact).norm() / exact.norm()).item()
                 result[f"{method}, {dtype}, {charges} charges"] = {"cosine": cosine, "relative_error": error}
                 print(f"{method}, {dtype}, {charges} charges: cosine {cosine:.7f}, relative error {error:.1e}")
-    l2w._most_confident_first = orders.own
+    charging.most_confident_first = orders.own
     trainer.scheme_args.meta_gradient = "auto"
     if args.device == "cuda":
         result["waits"] = count_waits(lambda: trainer.meta_step(batch))
@@ -255,8 +256,9 @@ def count_waits(look_ahead) -> int:
 
 def time_parts(args, trainer, batch: dict) -> dict[str, float]:
     """Median milliseconds of a look-ahead, and of its parts on both halves; on a GPU a part is timed to its end."""
-    owners = {"linear_step": l2w}
-    owners |= dict.fromkeys(("_train_pass", "_meta_loss", "_forward_derivative", "_central_differences"), trainer)
+    owners = {"linear_step": look_ahead}
+    parts = ("train_pass", "meta_loss", "forward_derivative", "central_differences")
+    owners |= dict.fromkeys(parts, trainer.look_ahead)
     seconds = defaultdict(list)
 
     def timed(name, function):
@@ -278,7 +280,7 @@ def time_parts(args, trainer, batch: dict) -> dict[str, float]:
                 for name in measured:
                     seconds[name].append(0.0)
                 timed("look-ahead", trainer.meta_step)(batch)
-    result = {name.strip("_"): 1000 * float(np.median(times[1:6])) for name, times in seconds.items()}
+    result = {name: 1000 * float(np.median(times[1:6])) for name, times in seconds.items()}
     print({name: round(value, 2) for name, value in result.items()}, flush=True)
     return result
 

@@ -17,13 +17,13 @@ MODULES = (
     "een_hf",
     "een_hf.models",
     "een_hf.inference",
+    "een_hf.inference.pipelines",
     "een_hf.serving",
-    "een_hf.pipelines",
     "een_hf.training",
-    "een_hf.callbacks",
+    "een_hf.training.callbacks",
     "een_hf.evaluation",
     "een_hf.data",
-    "een_hf.onnx",
+    "een_hf.inference.onnx",
 )
 _SECTIONS = ("Args", "Returns", "Yields", "Raises", "References")
 

@@ -2,7 +2,7 @@
 
 import importlib
 
-from . import pipelines  # noqa: F401, registers them
+from .inference import pipelines  # noqa: F401, registers them
 from .models import (
     AutoEarlyExitModel,
     EarlyExitBertConfig,

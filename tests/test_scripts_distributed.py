@@ -62,7 +62,8 @@ def run(flags, processes, folder):
     # One epoch is not used up; the last of the evaluated batches is filled up with duplicates.
     flags += ["--max_train_samples=60", "--max_eval_samples=41", "--max_predict_samples=13"]
     flags += ["--do_train", "--do_eval", "--do_predict", "--target_cost=0.7"]
-    # Adam would divide the rounding noise of a gradient that is zero (key biases) by its own size, and hide a wrong scale.
+    # Adam would divide the rounding noise of a gradient that is zero (key biases) by its own size, and hide a wrong
+    # scale.
     flags += ["--optim=sgd", "--learning_rate=0.05"]
     flags += [f"--per_device_train_batch_size={GLOBAL_BATCH // processes}", "--per_device_eval_batch_size=3"]
     flags += [f"--max_steps={NUM_STEPS}", "--save_strategy=steps", f"--save_steps={NUM_STEPS}", "--use_cpu"]

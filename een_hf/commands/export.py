@@ -19,8 +19,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from ..inference.onnx import check_output, export_onnx
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
-from ..onnx import check_output, export_onnx
 
 
 def add_arguments(parser) -> None:

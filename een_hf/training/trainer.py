@@ -24,7 +24,6 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, nested_numpify
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
-from ..callbacks import samplers_of, use_early_exit_callbacks
 from ..errors import is_full_disk
 from ..hub import CARD_NAME, is_run_card
 from ..inference import ExitPredictions, predict
@@ -32,6 +31,7 @@ from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfiguratio
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from ..models.registries import Registry
 from .arguments import CostUnit, EarlyExitTrainingArguments, publishing
+from .callbacks import samplers_of, use_early_exit_callbacks
 from .checkpoints import (
     PublicTrainerState,
     checkpoint_fault,

@@ -16,8 +16,8 @@ from een_hf.data.cifar import IMAGES, ImageDataArguments, load_image_data
 from een_hf.data.images import EvaluationTransform, standard_image
 from een_hf.data.partition import LabelledRows, write_partition
 from een_hf.hub import write_examples
+from een_hf.inference.pipelines import EarlyExitImageClassificationPipeline
 from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
-from een_hf.pipelines import EarlyExitImageClassificationPipeline
 
 
 RNG = np.random.default_rng(0)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from een_hf.callbacks import plot_history
 from een_hf.data.partition import plot_partition
 from een_hf.evaluation import plot_comparison, plot_exit_curves
+from een_hf.training.callbacks import plot_history
 
 
 def lines_of(figure):

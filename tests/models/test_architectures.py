@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from een_hf.evaluation.speed import stock_model
 from een_hf.inference import ExitRunner, predict
-from een_hf.onnx import export_onnx
+from een_hf.inference.onnx import export_onnx
 
 
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])

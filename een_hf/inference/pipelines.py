@@ -11,14 +11,14 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.text_classification import TextClassificationPipeline
 
-from .inference.runner import runner_of, runs_graphs
-from .models import EarlyExitMixin, ExitConfigurationError
+from ..models import EarlyExitMixin, ExitConfigurationError
+from .runner import runner_of, runs_graphs
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .evaluation import ExitCosts
+    from ..evaluation import ExitCosts
 
 
 class _ExitAnswers:
@@ -48,7 +48,7 @@ class _ExitAnswers:
         self._costs_at = cache(self._costs_at)
 
     def _costs_at(self, length: int | None) -> "ExitCosts":
-        from .evaluation import relative_costs  # not needed before the first answer
+        from ..evaluation import relative_costs  # not needed before the first answer
 
         return relative_costs(self.model, sequence_length=length)
 
@@ -110,7 +110,7 @@ class EarlyExitImageClassificationPipeline(_ExitAnswers, ImageClassificationPipe
     """
 
     def preprocess(self, image, timeout=None):
-        from .data.images import EvaluationTransform, Image  # brings datasets
+        from ..data.images import EvaluationTransform, Image  # brings datasets
 
         if isinstance(image, str):
             image = _open_image(image, timeout)

@@ -333,7 +333,7 @@ def test_all_exits(tmp_path, kind, aggregation):
 
 def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
     """Fails if the comparison with PyTorch on export lets a graph through whose logits differ."""
-    from een_hf import onnx as een_onnx
+    from een_hf.inference import onnx as een_onnx
 
     model, export = make_model("vit", num_hidden_layers=1), een_onnx._export
 
@@ -351,7 +351,7 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_model_stays_as_it_is(bert):
     """Fails if the export changes the model that it is given: mode, precision or attention."""
-    from een_hf.onnx import export_onnx
+    from een_hf.inference.onnx import export_onnx
 
     model = make_model("vit", num_hidden_layers=1).train().bfloat16()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from een_hf.training.forward_mode import FewKernels
+from een_hf.training.l2w.forward_mode import FewKernels
 
 
 def derivatives(function, inputs, varied, by_hand, dtype=None):

@@ -22,20 +22,23 @@ from een_hf.models import (
     EarlyExitViTForImageClassification,
     ExitConfigurationError,
 )
-from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer, get_scheme, l2w
+from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer, get_scheme
 from een_hf.training.l2w import (
+    LookAhead,
     MetaWeightedArguments,
     MetaWeightedExitTrainer,
     WeightPredictionNetwork,
-    _halve,
     charged_shares,
+    charging,
+    devices,
     save_weight_map,
 )
+from een_hf.training.l2w.look_ahead import halve
 
 
 NUM_LABELS = 4
 VOCABULARY = 30_000
-most_confident_first = l2w._most_confident_first
+most_confident_first = charging.most_confident_first
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9"}
 ADAMW = {"optim": "adamw_torch"}
 
@@ -217,7 +220,7 @@ def test_forward_mode_holds_in_the_precision_of_the_training(tmp_path, monkeypat
     trainer = warmed_up(model, tmp_path, batches, bf16=True, **optimizer)
     for seed in range(3):
         orders = SameOrders()  # of nearly equal confidences bfloat16 may take another as the larger
-        monkeypatch.setattr(l2w, "_most_confident_first", orders)
+        monkeypatch.setattr(charging, "most_confident_first", orders)
         train, meta = make_batch(16, seed), make_batch(16, 50 + seed)
         exact, _ = meta_gradients(trainer, train, meta, "exact", seed)
         orders.again()
@@ -263,8 +266,8 @@ def test_on_a_device_the_same_is_done_without_reading_it(tmp_path, monkeypatch, 
         return weights, gradient * 0, meta_loss
 
     trainer.meta_gradient, seen = record, []
-    for on_host in (l2w._on_host, lambda tensor: False):
-        monkeypatch.setattr(l2w, "_on_host", on_host)
+    for on_host in (devices.on_host, lambda tensor: False):
+        monkeypatch.setattr(devices, "on_host", on_host)
         torch.manual_seed(3)
         trainer.meta_generator.manual_seed(3)
         trainer.meta_optimizer.param_groups[0].update(lr=0.0)  # W stays as it is
@@ -443,13 +446,13 @@ def test_each_look_ahead_draws_one_rounding_from_its_own_generator(tmp_path):
     trainer = make_trainer(bert(), tmp_path, size=40, max_steps=4, scheme_args={"meta_interval": 2})
     generator = torch.Generator()
     generator.set_state(trainer.meta_generator.get_state())
-    seen, meta_loss = [], trainer._meta_loss
+    seen, meta_loss = [], trainer.look_ahead.meta_loss
 
     def record(inputs, parameters=None):
-        seen.append(trainer._share_offset)
+        seen.append(trainer.look_ahead.share_offset)
         return meta_loss(inputs, parameters)
 
-    trainer._meta_loss = record
+    trainer.look_ahead.meta_loss = record
     trainer.train()
     draws = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     assert seen == [draws[0], draws[0], draws[1], draws[1]]
@@ -486,7 +489,7 @@ def test_rows_that_leave_where_they_are_charged_change_no_gradient(tmp_path, kin
             parameter.mul_(3)  # rows differ in how sure they are
     parameters, seen = list(model.parameters()), []
     handles = [layer.register_forward_hook(lambda *args: seen.append(len(args[2]))) for layer in model.backbone_layers]
-    loss = trainer._meta_loss(batch)
+    loss = trainer.look_ahead.meta_loss(batch)
     for handle in handles:
         handle.remove()
     staying = {1: [1, 1, 1], 3: [3, 2, 1], 16: [16, 10, 4]}[num_rows]
@@ -505,9 +508,9 @@ def record_ahead(trainer):
     def snapshot(inputs, parameters=None):
         named = {f"network.{name}": p for name, p in trainer.model.named_parameters()}
         seen["ahead"] = [p.detach().clone() for p in {**named, **(parameters or {})}.values()]
-        return MetaWeightedExitTrainer._meta_loss(trainer, inputs, parameters)
+        return LookAhead.meta_loss(trainer.look_ahead, inputs, parameters)
 
-    trainer._meta_loss = snapshot
+    trainer.look_ahead.meta_loss = snapshot
     return seen
 
 
@@ -529,7 +532,7 @@ def record_ahead(trainer):
 def test_look_ahead_is_the_real_step(tmp_path, optimizer, max_grad_norm, steps, method, monkeypatch):
     # Decay for some parameters only and two learning rates: a step by one global rule would not pass. Some parameters
     # are taken in parts, the last of them a short one, and some together.
-    monkeypatch.setattr(l2w, "_PIECE", 300)
+    monkeypatch.setattr("een_hf.training.l2w.step.PIECE", 300)
     batches = [text_batch(8, 100 + step) for step in range(steps)]
     model = bert().double()
     trainer = warmed_up(model, tmp_path, batches, weight_decay=0.1, max_grad_norm=max_grad_norm, **optimizer)
@@ -676,9 +679,9 @@ def test_the_look_ahead_leaves_no_trace(tmp_path, method, fails_at):
         model.counter.add_(1)
         if len(calls) == fails_at:
             raise KeyboardInterrupt
-        return MetaWeightedExitTrainer._outputs(trainer, *args)
+        return LookAhead.outputs(trainer.look_ahead, *args)
 
-    trainer._outputs = outputs
+    trainer.look_ahead.outputs = outputs
     before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     optimizer_before = copy.deepcopy(trainer.optimizer.state_dict())
     table = model.get_input_embeddings()
@@ -738,7 +741,7 @@ def test_only_the_words_of_the_batch_count(tmp_path, table, optimizer, method):
     assert sizes == {200 if table == "shared" else len(batch["input_ids"].unique())}
     assert len(found) == 2
     torch.manual_seed(3)
-    first, second = _halve(batch)
+    first, second = halve(batch)
     for (train, meta), ours in zip(((first, second), (second, first)), found, strict=True):
         for wanted, got in zip(whole_table(train, meta), ours, strict=True):
             assert wanted.norm() > 0
@@ -831,7 +834,7 @@ def test_the_meta_loss_of_a_mixed_batch(tmp_path):
     batch = ImageCollator(mixup=0.8, cutmix=1.0, num_labels=NUM_LABELS)(rows)
     with torch.no_grad():
         logits = model(pixel_values=batch["pixel_values"], early_exit=False).exit_logits
-    for half, start, stop in zip(_halve(batch), (0, 3), (3, 7), strict=True):
+    for half, start, stop in zip(halve(batch), (0, 3), (3, 7), strict=True):
         confidences = logits[start:stop].softmax(-1).amax(-1).tolist()
         wanted = 0.0
         for k, charged in enumerate(charged_by_loop(confidences, 0.75)):
@@ -839,7 +842,7 @@ def test_the_meta_loss_of_a_mixed_batch(tmp_path):
                 values, target = logits[start + row, k].tolist(), batch["labels"][start + row].tolist()
                 log_sum = math.log(sum(map(math.exp, values)))
                 wanted += sum(y * (log_sum - value) for y, value in zip(target, values, strict=True)) / len(charged)
-        assert trainer._meta_loss(half).item() == pytest.approx(wanted, rel=1e-12)
+        assert trainer.look_ahead.meta_loss(half).item() == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("method", ["directional", "forward", "exact"])

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
-from .extras import named_extras
+from ..extras import named_extras
 
 
 with named_extras():
@@ -27,7 +27,7 @@ with named_extras():
     from matplotlib.image import imread
     from matplotlib.ticker import MaxNLocator
 
-    from .evaluation.plots import literal
+    from ..evaluation.plots import literal
 
 
 logger = logging.get_logger(__name__)

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .extras import named_extras
-from .models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
-from .models.policies import NEVER
-from .models.stages import Examples
+from ..extras import named_extras
+from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
+from ..models.policies import NEVER
+from ..models.stages import Examples
 
 
 TOLERANCE = 1e-4

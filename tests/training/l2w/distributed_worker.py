@@ -1,4 +1,4 @@
-"""Meta-weighted training in two processes; run by `test_l2w_distributed.py` under a launcher."""
+"""Meta-weighted training in two processes; run by `test_distributed.py` under a launcher."""
 
 import copy
 import sys
@@ -63,7 +63,7 @@ def average(folder: str) -> None:
     trainer = make_trainer(bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), folder)
     trainer.create_optimizer_and_scheduler(10)
     start = trainer.meta_generator.get_state()
-    trainer._share_offset = torch.rand((), generator=trainer.meta_generator, dtype=torch.float64).item()
+    trainer.look_ahead.share_offset = torch.rand((), generator=trainer.meta_generator, dtype=torch.float64).item()
     trainer.meta_generator.set_state(start)
     plain = copy.deepcopy(trainer.weight_network)
     adam = torch.optim.Adam(plain.parameters(), lr=1e-4, weight_decay=1e-4)

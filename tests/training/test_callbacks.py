@@ -17,16 +17,16 @@ from matplotlib.image import imread
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 
-from een_hf.callbacks import (
+from een_hf.evaluation import make_compute_metrics, plot_exit_curves
+from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
+from een_hf.training import EarlyExitTrainingArguments, get_scheme
+from een_hf.training.callbacks import (
     EarlyExitWandbCallback,
     ExitHistoryCallback,
     ExitTableCallback,
     exit_curves,
     plot_history,
 )
-from een_hf.evaluation import make_compute_metrics, plot_exit_curves
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
-from een_hf.training import EarlyExitTrainingArguments, get_scheme
 
 
 RESULTS = {

@@ -1,0 +1,30 @@
+"""The scheme `l2w`, which learns the weights of samples at exits.
+
+- `arguments`: its flags.
+- `network`: the weight prediction network W.
+- `look_ahead`: the meta gradient, by way of `step` (the optimizer's step), `charging` (which samples count at
+  which exit), `forward_mode`, `token_table`, `scopes` and `devices`.
+- `trainer`: the scheme.
+- `report`: what W has learned, for the log and as a heat map.
+"""
+
+from .arguments import MetaWeightedArguments
+from .charging import charged_shares
+from .look_ahead import LookAhead
+from .network import WeightPredictionNetwork
+from .report import WEIGHT_MAP, save_weight_map
+from .step import linear_step
+from .trainer import STATE_FILE, MetaWeightedExitTrainer
+
+
+__all__ = [
+    "STATE_FILE",
+    "WEIGHT_MAP",
+    "LookAhead",
+    "MetaWeightedArguments",
+    "MetaWeightedExitTrainer",
+    "WeightPredictionNetwork",
+    "charged_shares",
+    "linear_step",
+    "save_weight_map",
+]

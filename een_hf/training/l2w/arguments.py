@@ -1,0 +1,52 @@
+"""Flags of `--method l2w`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ...models import ExitConfigurationError
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": f"l2w: {text}."})
+
+
+@dataclass
+class MetaWeightedArguments:
+    """Settings of `--method l2w`; the defaults are the paper's for CIFAR."""
+
+    wpn_hidden_size: int = _setting(500, "width of the weight prediction network")
+    wpn_num_layers: int = _setting(1, "its number of hidden layers")
+    meta_learning_rate: float = _setting(1e-4, "its learning rate (Adam)")
+    meta_weight_decay: float = _setting(1e-4, "its weight decay")
+    meta_lr_scheduler_type: Literal["cosine", "linear", "constant"] = _setting(
+        "cosine", "its schedule: `cosine` (to zero), `linear` or `constant`"
+    )
+    meta_interval: int = _setting(1, "optimizer steps from one look-ahead to the next")
+    meta_epsilon: float = _setting(0.8, "eps in w = 1 + eps * (g - mean(g)), from 0 to 1")
+    meta_target_p: float = _setting(0.75, "q; the share of the meta half charged at exit k is proportional to q^k")
+    meta_input: Literal["loss", "confidence", "both"] = _setting("loss", "what the network reads of each exit")
+    meta_constraint: Literal["exit", "sample", "batch"] = _setting(
+        "exit", "over what weights average 1: a sample's exits, an exit's samples, or all of the batch"
+    )
+    meta_gradient: Literal["auto", "forward", "directional", "exact"] = _setting(
+        "auto",
+        "`forward` (forward-mode differentiation, in the training's precision), `directional` (central differences, "
+        "in float32), `exact` (double backward in float32, the slow reference) or `auto`: `forward` on accelerators, "
+        "`directional` on the CPU",
+    )
+
+    def __post_init__(self):
+        def check(name: str, holds: bool, wanted: str):
+            if not holds:
+                raise ExitConfigurationError(f"--{name} must be {wanted}, not {getattr(self, name)!r}.")
+
+        for name in ("meta_lr_scheduler_type", "meta_input", "meta_constraint", "meta_gradient"):
+            known = get_args(type(self).__annotations__[name])
+            check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        for name in ("wpn_hidden_size", "wpn_num_layers", "meta_interval"):
+            check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number from 1")
+        for name in ("meta_learning_rate", "meta_target_p"):
+            check(name, 0 < getattr(self, name) < math.inf, "above 0")
+        check("meta_weight_decay", 0 <= self.meta_weight_decay < math.inf, "0 or above")
+        check("meta_epsilon", 0 <= self.meta_epsilon <= 1, "between 0 and 1")

@@ -1,0 +1,244 @@
+"""The gradient of the meta loss in the weights of samples, one optimizer step ahead."""
+
+import math
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import AutocastKwargs
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
+
+from ...models.exit_losses import reduce_losses
+from .charging import ExitForward, charged_shares
+from .forward_mode import FewKernels
+from .scopes import float32_precision, random_fork, random_state, stand_ins
+from .step import linear_step
+
+
+if TYPE_CHECKING:
+    from .trainer import MetaWeightedExitTrainer
+
+
+# Length h * ||u|| of a step of the central differences.
+_STEP_NORM = 0.01
+# Kinds of attention that have forward-mode derivatives and double backward.
+DIFFERENTIABLE = ("eager", "sdpa")
+
+
+def halve(inputs: dict) -> tuple[dict, dict]:
+    """The batch in two; the first half is the smaller one, and empty if there is one sample only."""
+    size = len(inputs["labels"])
+
+    def part(rows: slice) -> dict:
+        in_rows = {n for n, value in inputs.items() if isinstance(value, torch.Tensor) and value.shape[:1] == (size,)}
+        return {name: value[rows] if name in in_rows else value for name, value in inputs.items()}
+
+    return part(slice(size // 2)), part(slice(size // 2, size))
+
+
+def _lay_out(gradients: list[torch.Tensor], parameters: list[nn.Parameter]) -> None:
+    """Copy what shares memory with an earlier one (at one row, so do two gradients of ViT's embeddings), and what does
+    not lie in memory as its parameter does, which steps over many tensors at once ask for."""
+    taken = set()
+    for n, (gradient, parameter) in enumerate(zip(gradients, parameters, strict=True)):
+        storage = gradient.untyped_storage().data_ptr()
+        if storage in taken or gradient.stride() != parameter.stride():
+            gradients[n] = torch.empty_like(parameter).copy_(gradient)
+        taken.add(storage)
+
+
+class LookAhead:
+    """How the meta loss changes with the weights of samples, if the optimizer's next step used them.
+
+    Args:
+        trainer: tells the model, the optimizer, the weight network and the settings.
+    """
+
+    def __init__(self, trainer: "MetaWeightedExitTrainer"):
+        self.trainer = trainer
+        self.share_offset = 0.0  # u of `charged_shares`, drawn at each look-ahead
+
+    def gradient(self, train: dict, meta: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Look one step ahead on the train half, and judge the step on the meta half.
+
+        Returns:
+            w of the train half, (n, K), with its graph through W; dL_meta/dw, (n, K); L_meta.
+        """
+        forward = self.method() == "forward"
+        # The rounding of TF32 would drown a change of 1e-6 in a parameter.
+        with float32_precision(None if forward else "ieee"):
+            if self.method() == "exact":
+                with sdpa_kernel(SDPBackend.MATH):
+                    return self._exact_gradient(train, meta)
+            return self._estimated_gradient(train, meta, forward)
+
+    def method(self) -> str:
+        """`--meta_gradient`, with what `auto` means here."""
+        method, kernel = self.trainer.scheme_args.meta_gradient, self.trainer.model.config._attn_implementation
+        if method == "auto":
+            plain = self.trainer.args.device.type == "cpu" or kernel not in DIFFERENTIABLE
+            method = "directional" if plain else "forward"
+        return method
+
+    def _estimated_gradient(self, train, meta, forward: bool):
+        # At the peak two sets of tensors stand beside the gradient that joint training has too: `ahead`, `direction`.
+        device, masks = self.trainer.args.device, random_state(self.trainer.args.device)
+        scaler = self.trainer.accelerator.scaler if forward else None
+        attention = nullcontext()
+        if forward and self._drops_attention():
+            attention = sdpa_kernel(SDPBackend.MATH)  # other kernels draw other masks than the derivative will
+        with attention:
+            weights, _, named, direction, clip = self.train_pass(train, scaler=scaler)
+        parameters = list(named.values())
+        _lay_out(direction, parameters)
+        with stand_ins(parameters) as (values, ahead):
+            # u = c P grad L_meta; c comes last. Where g is exactly zero, half a does not use the parameter, and what u
+            # is there changes nothing, except that it would take its part of ||u||.
+            linear_step(self.trainer.optimizer, parameters, values, direction, ahead, clip)
+            meta_loss = self.meta_loss(meta)
+            if not meta_loss.requires_grad:  # all are charged at an exit that is frozen
+                return weights, torch.zeros_like(weights), meta_loss
+            scaled = meta_loss if scaler is None else scaler.scale(meta_loss)
+            torch._foreach_mul_(direction, torch.autograd.grad(scaled, parameters, materialize_grads=True))
+            if not forward:
+                derivative = self.central_differences(train, values, direction, ahead, masks)
+        if forward:
+            with random_fork(device, masks):
+                derivative = self.forward_derivative(train, named, direction)
+        if scaler is not None:
+            derivative = derivative / scaler.scale(torch.ones_like(meta_loss))
+        gradient = clip * self.trainer.exit_loss_weights.to(weights) * derivative / -len(derivative)
+        # In half precision a gradient may overflow; then the step itself is left out too.
+        gradient = torch.where(gradient.isfinite().all(), gradient, 0)
+        return weights, gradient, meta_loss.detach()
+
+    def _drops_attention(self) -> bool:
+        """Whether attention may drop weights; `True` where the config does not say."""
+        config = self.trainer.model.config.to_dict()
+        rates = [rate for name, rate in config.items() if "att" in name and "drop" in name]
+        return any(rates) or not rates
+
+    @torch.no_grad()
+    def central_differences(self, train, values, direction, ahead, masks) -> torch.Tensor:
+        """(l(theta + h u) - l(theta - h u)) / 2h, (n, K); `ahead` are the present values of the parameters."""
+        norm = get_total_norm(direction).item()
+        if not 0 < norm < math.inf:
+            return self._losses(train)[0] * 0
+        h, sides = _STEP_NORM / norm, []
+        for sign in (1, -1):
+            for value, part, moved in zip(values, direction, ahead, strict=True):
+                torch.add(value, part, alpha=sign * h, out=moved)
+            with random_fork(self.trainer.args.device, masks):
+                sides.append(self._losses(train)[0])
+        return (sides[0] - sides[1]) / (2 * h)
+
+    @torch.no_grad()
+    def forward_derivative(self, train, named: dict, direction) -> torch.Tensor:
+        """<grad l, u>, (n, K), in one forward pass over pairs of values and their derivatives along u."""
+        # As long as half precision can hold it: a mean square of 2^-10 a parameter.
+        size = sum(part.numel() for part in direction)
+        scale = get_total_norm(direction).clamp(min=torch.finfo(torch.float32).tiny) * (32 / size**0.5)
+        torch._foreach_div_(direction, scale)
+        values = self._cast_of_linear(named.values(), [parameter.detach() for parameter in named.values()])
+        direction = self._cast_of_linear(named.values(), direction)
+        # In half precision attention alone multiplies in float32.
+        half = any(value.dtype in (torch.float16, torch.bfloat16) for value in values)
+        precision = float32_precision("tf32" if half else None)
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), FewKernels(), precision:
+            pairs = {
+                f"network.{name}": forward_ad.make_dual(value, part)
+                for name, value, part in zip(named, values, direction, strict=True)
+            }
+            tangent = forward_ad.unpack_dual(self._losses(train, pairs)[0]).tangent
+            return tangent * scale
+
+    def _cast_of_linear(self, parameters, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`tensors`, those of linear layers all at once in the type to which autocast would cast each."""
+        with self._precision():
+            kind = self.trainer.args.device.type
+            if not torch.is_autocast_enabled(kind):
+                return tensors
+            dtype = torch.get_autocast_dtype(kind)
+        linear = [module for module in self.trainer.model.modules() if type(module) is nn.Linear]
+        linear = {id(parameter) for module in linear for parameter in module.parameters()}
+        places = [n for n, parameter in enumerate(parameters) if id(parameter) in linear]
+        cast = [torch.empty_like(tensors[n], dtype=dtype) for n in places]
+        if places:
+            torch._foreach_copy_(cast, [tensors[n] for n in places])
+        of_place = dict(zip(places, cast, strict=True))
+        return [of_place.get(n, tensor) for n, tensor in enumerate(tensors)]
+
+    def _exact_gradient(self, train, meta):
+        weights, leaf, parameters, gradients, clip = self.train_pass(train, create_graph=True)
+        constants = [part.detach() for part in gradients]
+        slopes = [part.clone() for part in constants]
+        values = [parameter.detach() for parameter in parameters.values()]
+        ahead = [torch.empty_like(value) for value in values]
+        linear_step(self.trainer.optimizer, list(parameters.values()), values, slopes, ahead, clip)
+        # The value is theta', the derivative -c P.
+        moved = {
+            f"network.{name}": value - slope * clip * (part - constant)
+            for name, value, slope, part, constant in zip(parameters, ahead, slopes, gradients, constants, strict=True)
+        }
+        meta_loss = self.meta_loss(meta, moved)
+        if not meta_loss.requires_grad:
+            return weights, torch.zeros_like(weights), meta_loss
+        return weights, torch.autograd.grad(meta_loss, leaf, materialize_grads=True)[0], meta_loss.detach()
+
+    def train_pass(self, train: dict, create_graph: bool = False, scaler=None):
+        """w with its graph through W; w as a leaf; by name the parameters that will step; their gradients; c."""
+        losses, exit_logits = self._losses(train)
+        weights = self.trainer.weight_network(losses.detach(), exit_logits.detach())
+        leaf = weights.detach().requires_grad_(create_graph)
+        loss = reduce_losses(losses, self.trainer.exit_loss_weights.to(losses) * leaf)
+        loss = loss if scaler is None else scaler.scale(loss)
+        named = self.trainer.model.named_parameters()
+        trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
+        gradients = torch.autograd.grad(loss, trainable.values(), create_graph=create_graph, allow_unused=True)
+        # A parameter without gradient is left alone by the optimizer, decay included.
+        reached = {name: part for name, part in zip(trainable, gradients, strict=True) if part is not None}
+        if scaler is not None:
+            torch._foreach_div_(list(reached.values()), scaler.scale(torch.ones_like(loss)))
+        clip, limit = 1.0, self.trainer.args.max_grad_norm
+        if limit and limit > 0:
+            norm = get_total_norm([part.detach() for part in reached.values()])
+            clip = (limit / (norm + 1e-6)).clamp(max=1.0)
+        # An optimizer of one's own may hold some of the parameters only. The norm is of all.
+        held = {id(parameter) for group in self.trainer.optimizer.param_groups for parameter in group["params"]}
+        stepped = {name: trainable[name] for name in reached if id(trainable[name]) in held}
+        return weights, leaf, stepped, [reached[name] for name in stepped], clip
+
+    @contextmanager
+    def _precision(self):
+        """The training's own for `forward`, else full float32."""
+        with torch.autocast(self.trainer.args.device.type, enabled=False):
+            if self.method() != "forward":
+                yield
+            else:
+                # Without the cache of cast parameters: it would outlive a change of their values.
+                with self.trainer.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+                    yield
+
+    def outputs(self, inputs: dict, parameters: dict | None = None, shares: list[int] | None = None):
+        """What `_Forward` gives, at `parameters` where given."""
+        network = ExitForward(self.trainer.model)
+        with self._precision():
+            if parameters is None:
+                return network(inputs, shares)
+            return functional_call(network, parameters, (inputs, shares))
+
+    def _losses(self, inputs: dict, parameters: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """l (n, K) and the logits (n, K, num_labels) of `inputs`, at `parameters` where given."""
+        exit_logits = self.outputs(inputs, parameters)
+        return self.trainer.losses_of(exit_logits, inputs["labels"]), exit_logits
+
+    def meta_loss(self, inputs: dict, parameters: dict | None = None) -> torch.Tensor:
+        labels, args = inputs["labels"], self.trainer.scheme_args
+        shares = charged_shares(len(labels), self.trainer.model.num_exits, args.meta_target_p, self.share_offset)
+        logits, ids = self.outputs(inputs, parameters, shares)
+        losses = self.trainer.losses_of(logits.unsqueeze(1), labels[ids]).squeeze(1)
+        return torch.stack([part.mean() for part in losses.split(shares) if len(part)]).sum()

@@ -1,0 +1,76 @@
+"""Scopes that leave no trace: parameters, buffers, random states and float32 precision are put back at their end."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def stand_ins(parameters: list[nn.Parameter]):
+    """Put new tensors in the place of the parameters' values, which come back at the end, whatever happened.
+
+    Gives the values and the new tensors, which hold nothing yet.
+    """
+    values = [parameter.data for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = torch.empty_like(parameter)
+        yield values, [parameter.data for parameter in parameters]
+    finally:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+
+
+@contextmanager
+def restored(tensors: list[torch.Tensor]):
+    """Give copies of `tensors`, and put them back at the end, whatever happened."""
+    saved = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield saved
+    finally:
+        with torch.no_grad():
+            for tensor, copy in zip(tensors, saved, strict=True):
+                tensor.copy_(copy)
+
+
+def _random_generators(device: torch.device) -> list:
+    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+
+
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    return [generator.get_rng_state() for generator in _random_generators(device)]
+
+
+@contextmanager
+def random_fork(device: torch.device, start: list[torch.Tensor] | None = None):
+    """Run under the random state `start` (default: the present one), and go back to the present one afterwards."""
+    present = random_state(device)
+    try:
+        for generator, state in zip(_random_generators(device), start or present, strict=True):
+            generator.set_rng_state(state)
+        yield
+    finally:
+        for generator, state in zip(_random_generators(device), present, strict=True):
+            generator.set_rng_state(state)
+
+
+@contextmanager
+def float32_precision(matmul: str | None):
+    """Convolutions of float32 in full float32, and matrix products in `matmul`: `ieee`, `tf32`, or `None` as it was.
+
+    For convolutions of cuDNN TF32 is torch's default. What an operation reads is the setting of its own kind, in
+    all versions of torch that have it; the older `allow_tf32` sets that one.
+    """
+    backends = torch.backends
+    wanted = {backends.cudnn.conv: "ieee", backends.mkldnn.conv: "ieee"}
+    if matmul is not None:
+        wanted |= {backends.cuda.matmul: matmul, backends.mkldnn.matmul: matmul}
+    before = {setting: setting.fp32_precision for setting in wanted}
+    try:
+        for setting, value in wanted.items():
+            setting.fp32_precision = value
+        yield
+    finally:
+        for setting, value in before.items():
+            setting.fp32_precision = value

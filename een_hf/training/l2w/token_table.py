@@ -1,0 +1,71 @@
+"""A look-ahead on the rows of the embedding table that a batch looks up."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from . import devices
+
+
+def _keys(ids: torch.Tensor, padding: int | None) -> torch.Tensor:
+    """`ids` in an order that has the padding first."""
+    return ids if padding is None else ids.masked_fill(ids == padding, -1)
+
+
+def _distinct(ids: torch.Tensor, padding: int | None) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    """The distinct `ids`: their keys in order, the ids themselves, the place of the padding.
+
+    How many there are is known on the CPU only. Elsewhere the result has a fixed length: it has the padding in any
+    case, and the last id again and again at the end.
+    """
+    keys = _keys(ids.flatten(), padding)
+    if devices.on_host(ids):
+        keys = keys.unique()
+        place = 0 if padding is not None and keys[0] == -1 else None
+    else:
+        if padding is not None:
+            keys = torch.cat([keys.new_full((1,), -1), keys])
+        ordered = keys.sort().values
+        places = (ordered.diff() != 0).cumsum(0)
+        keys = ordered[-1:].repeat(len(ordered)).scatter_(0, places, ordered[1:])
+        keys[:1] = ordered[:1]
+        place = None if padding is None else 0
+    return keys, keys if padding is None else keys.masked_fill(keys == -1, padding), place
+
+
+@contextmanager
+def used_tokens(inputs: dict, network: nn.Module, optimizer: torch.optim.Optimizer):
+    """Cut the word table, and the optimizer's state of it, to the rows that `inputs` look up; no other tells.
+
+    The whole table comes back at the end, whatever happened. A table that another module uses too stays whole.
+    """
+    ids = inputs.get("input_ids")
+    table = None if ids is None else network.get_input_embeddings()
+    whole = table.weight if type(table) is nn.Embedding else None
+    shared = sum(parameter is whole for _, parameter in network.named_parameters(remove_duplicate=False)) != 1
+    if shared or (not devices.on_host(ids) and ids.numel() >= len(whole)):
+        yield
+        return
+    padding = table.padding_idx
+    keys, words, place = _distinct(ids, padding)
+    few = nn.Parameter(whole.detach()[words], requires_grad=whole.requires_grad)
+    state = optimizer.state.get(whole, {}).items()
+    state = {name: entry[words] if name != "step" and entry is not None else entry for name, entry in state}
+    places = [
+        (group["params"], n) for group in optimizer.param_groups for n, p in enumerate(group["params"]) if p is whole
+    ]
+    hook = table.register_forward_pre_hook(lambda _, args: (torch.searchsorted(keys, _keys(args[0], padding)),))
+    try:
+        table.weight, table.padding_idx = few, place
+        for parameters, n in places:
+            parameters[n] = few
+        if state:
+            optimizer.state[few] = state
+        yield
+    finally:
+        hook.remove()
+        table.weight, table.padding_idx = whole, padding
+        for parameters, n in places:
+            parameters[n] = whole
+        optimizer.state.pop(few, None)
