@@ -46,11 +46,17 @@ def check_folder(flag: str, folder: str | os.PathLike) -> None:
 
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether something could not be written for want of room, by the error or by one that it followed."""
+    return any(
+        getattr(one, "errno", None) in _FULL or any(words in str(one) for words in _FULL_WORDS)
+        for one in chain_of(error)
+    )
+
+
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, then those that it followed, the latest first."""
     while error is not None:
-        if getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def in_one_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .errors import chain_of
 from .models import ExitConfigurationError
 
 
@@ -20,7 +21,7 @@ class MissingPackageError(ExitConfigurationError, ImportError):
 
 @contextmanager
 def named_extras() -> Iterator[None]:
-    """Around imports: one that fails for want of a package names the extra that brings it.
+    """Around imports: one that fails because a package is missing names the extra that brings it.
 
     Raises:
         MissingPackageError: a package of an extra is not installed. Other errors pass.
@@ -28,9 +29,14 @@ def named_extras() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRA_OF:
+        package = next((name for name in map(_package_of, chain_of(error)) if name in _EXTRA_OF), None)
+        if package is None:
             raise
         raise MissingPackageError(
             f'This needs the package {package}, which is not installed: pip install "een_hf[{_EXTRA_OF[package]}]".'
         ) from error
+
+
+def _package_of(error: BaseException) -> str:
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return (name or "").partition(".")[0]
