@@ -68,16 +68,15 @@ def text_functions(
         max_length: longer texts are cut, to no more than the model takes.
         batch_size: of all three.
     """
-
     max_length = min(max_length, model.config.max_input_length or max_length)
+    rows = list(texts[0]) if len(texts) == 1 else list(zip(*texts, strict=True))
+    tokenize = partial(tokenizer, truncation=True, max_length=max_length)
 
     def run(config_policy):
         def call():
-            encoded = tokenizer(*map(list, texts), truncation=True, max_length=max_length)
-            rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
             policy, model.config.exit_policy = model.config.exit_policy, config_policy
             try:
-                return predict(model, rows, batch_size, progress=False)
+                return predict(model, rows, batch_size, tokenizer=tokenize, progress=False)
             finally:
                 model.config.exit_policy = policy
 

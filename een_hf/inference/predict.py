@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -37,9 +38,10 @@ class ExitPredictions:
 @torch.no_grad()  # not inference_mode: answers, and what a data set keeps of its rows, may be trained on later
 def predict(
     model: EarlyExitMixin,
-    dataset: Iterable[dict],
+    dataset: Iterable[dict | str | tuple[str, str]],
     batch_size: int = 32,
     *,
+    tokenizer: Callable[..., Mapping] | None = None,
     collator: Callable[[list[dict]], dict] | None = None,
     window: int | None = None,
     progress: bool | None = None,
@@ -56,20 +58,30 @@ def predict(
             iterable, a `datasets.Dataset` or a generator, or a map-style data set of known length.
         batch_size: rows per step; by CUDA graphs at least so many, and as many more as a probe of the device shows to
             be worth it.
+        tokenizer: makes model inputs out of a list of texts, or of two lists where the rows of `dataset` are pairs:
+            `partial(tokenizer, truncation=True)`. By CUDA graphs it works on the next texts while the device is at
+            the ones before.
         collator: makes model inputs out of a list of rows. Default: text is padded on the right, images are stacked,
             and columns that the model does not take are left out.
         window: texts that are read and sorted by length at a time. Default: the whole data set, or 64 batches of a
-            stream. Images are read by batches.
+            stream, or, for the tokenizer, 512. Images are read by batches.
         progress: show a progress bar. Default: from 1,000 rows on, or for a stream.
         total: number of rows, where `dataset` does not know it.
         cuda_graphs: run by `ExitRunner` (default: on CUDA where `model.cuda_graphs` is true; elsewhere its programs
             run eagerly), else by `ExitEngine`.
 
     Raises:
-        ExitConfigurationError: something else than rows of model inputs, or a text longer than the model takes.
+        ExitConfigurationError: something else than rows of model inputs, or than texts where there is a tokenizer, or
+            a text longer than the model takes.
     """
-    rows = _rows_of(dataset)
+    rows, order = _rows_of(dataset), None
     total = len(dataset) if hasattr(dataset, "__len__") else total
+    if tokenizer is not None:
+        window = window or max(batch_size, MAX_ROWS)
+        if hasattr(dataset, "__len__"):
+            rows = list(rows)
+            order = sorted(range(len(rows)), key=lambda index: _characters(rows[index]), reverse=True)
+        rows = _tokenized(rows, order, tokenizer, window)
     if collator is None:
         rows, collator = _inputs_of(rows, model), lambda rows: pad_rows(rows, model.config)
     text = model.main_input_name == "input_ids"
@@ -80,9 +92,9 @@ def predict(
     answers = [(none, torch.empty(0, model.config.num_labels), none)]
     if graphs:
         runner = runner_of(model) if model is given else ExitRunner(model)
-        found = _run_by_graphs(runner, rows, batch_size, window if text else None, collator)
+        found = _run_by_graphs(runner, rows, batch_size, window if text else None, collator, order)
     else:
-        found = ExitEngine(model, batch_size).run(_batches(rows, batch_size, window, collator, model))
+        found = ExitEngine(model, batch_size).run(_batches(rows, batch_size, window, collator, model, order))
     with tqdm(total=total, unit="row", disable=not progress) as bar:
         for ids, logits, exit_index in found:
             if not graphs:
@@ -98,15 +110,15 @@ def predict(
     return ExitPredictions(logits, exit_index, answer_confidence(tempered, model.config.problem_type))
 
 
-def _run_by_graphs(runner, rows, batch_size, window, collator) -> Iterator[tuple[torch.Tensor, ...]]:
+def _run_by_graphs(runner, rows, batch_size, window, collator, order=None) -> Iterator[tuple[torch.Tensor, ...]]:
     """(ids, logits, exit index) by batches of a size that the device likes, collated and sent while it works."""
     model, rows = runner.model, iter(rows)
     if (first := next(rows, None)) is None:
         return
-    _, example = next(_batches([first], 1, 1, collator, model))
+    _, example = next(_batches([first], 1, 1, collator, model, order))
     limit = MAX_ROWS if window is None else max(window, batch_size)
     size = min(limit, max(batch_size, runner.fastest_batch_size(example)))
-    batches = _batches(chain([first], rows), size, window or size, collator, model, send=False)
+    batches = _batches(chain([first], rows), size, window or size, collator, model, order, send=False)
     for ids, inputs in _ahead(batches, model.device):
         outputs = runner(**inputs)
         yield ids, outputs.logits, outputs.exit_index
@@ -211,10 +223,48 @@ def _rows_of(dataset) -> Iterable:
     raise ExitConfigurationError(f"predict takes an iterable of rows or a map-style data set, not {kind}.")
 
 
-_HOW_TO_TOKENIZE = "tokenize first, rows = [tokenizer(text, truncation=True) for text in texts]."
+_HOW_TO_TOKENIZE = "give tokenizer=partial(tokenizer, truncation=True), or rows that are tokenized."
 
 
-def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, torch.Tensor]]:
+def _texts_of(row) -> tuple[str, ...]:
+    """A text, or a pair of them.
+
+    Raises:
+        ExitConfigurationError: something else.
+    """
+    texts = (row,) if isinstance(row, str) else row
+    if not isinstance(texts, tuple | list) or not all(isinstance(text, str) for text in texts):
+        raise ExitConfigurationError(
+            f"With a tokenizer, predict takes texts or pairs of texts, not {type(row).__name__}."
+        )
+    return tuple(texts)
+
+
+def _characters(row) -> int:
+    return sum(map(len, _texts_of(row)))
+
+
+def _tokenized(rows: Iterable, order: list[int] | None, tokenizer, size: int) -> Iterator[dict]:
+    """The model inputs of texts, in `order` where given, which are tokenized so many at a time."""
+    rows = iter(rows if order is None else map(rows.__getitem__, order))
+    while piece := [_texts_of(row) for row in islice(rows, size)]:
+        if len(set(map(len, piece))) > 1:
+            raise ExitConfigurationError("With a tokenizer, predict takes texts or pairs of texts, not some of each.")
+        encoded = tokenizer(*map(list, zip(*piece, strict=True)))
+        for values in zip(*encoded.values(), strict=True):
+            yield dict(zip(encoded, values, strict=True))
+
+
+def _as_array(value) -> np.ndarray | torch.Tensor:
+    """A list of integers as an array, which takes a third of the time of a tensor; all else as a tensor."""
+    if isinstance(value, list):
+        array = np.asarray(value)
+        if array.dtype == np.int64:
+            return array
+    return value if isinstance(value, np.ndarray) and value.dtype == np.int64 else torch.as_tensor(value)
+
+
+def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, np.ndarray | torch.Tensor]]:
     """Each row's model inputs; other columns are left out.
 
     Raises:
@@ -227,12 +277,12 @@ def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, torc
         if not isinstance(row, Mapping):
             how = f": {_HOW_TO_TOKENIZE}" if isinstance(row, str) and main == "input_ids" else "."
             raise ExitConfigurationError(f"{where} is no dict of model inputs but {type(row).__name__}{how}")
-        inputs = {name: torch.as_tensor(row[name]) for name in names if row.get(name) is not None}
+        inputs = {name: _as_array(row[name]) for name in names if row.get(name) is not None}
         if main not in inputs and "inputs_embeds" not in inputs:
             raise ExitConfigurationError(
                 f"{where} has no {main}; its columns are: {', '.join(row)}. The model takes: {', '.join(names)}."
             )
-        if main in inputs and inputs[main].dim() != dimensions:
+        if main in inputs and inputs[main].ndim != dimensions:
             raise ExitConfigurationError(
                 f"{where} has {main} of shape {tuple(inputs[main].shape)}: a row is one example, with "
                 f"{dimensions} dimension{'s' * (dimensions > 1)}."
@@ -240,20 +290,24 @@ def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, torc
         yield inputs
 
 
-def _batches(rows, batch_size, window, collator, model, send=True) -> Iterator[tuple[torch.Tensor, dict]]:
-    """(ids, inputs) by batches, each window of texts from long to short; sent to the model's device, or not yet."""
+def _batches(rows, batch_size, window, collator, model, order=None, send=True) -> Iterator[tuple[torch.Tensor, dict]]:
+    """(ids, inputs) by batches, each window of texts from long to short; sent to the model's device, or not yet.
+
+    `order` says, where given, which row of the data set each is.
+    """
     names, start, rows = input_names(model), 0, iter(rows)
     while chunk := list(islice(rows, window)):
         for chosen in _cut(chunk, batch_size):
             inputs = {name: value for name, value in collator([chunk[i] for i in chosen]).items() if name in names}
+            ids = [start + i if order is None else order[start + i] for i in chosen]
             if "input_ids" in inputs:
-                where = f"The batch of row {start + chosen[0]} (counted from 0)"
+                where = f"The batch of row {ids[0]} (counted from 0)"
                 model.config.check_input_length(inputs["input_ids"].shape[1], where)
             if send:
                 inputs = {
                     n: value.to(model.device) if torch.is_tensor(value) else value for n, value in inputs.items()
                 }
-            yield torch.tensor(chosen) + start, inputs
+            yield torch.tensor(ids), inputs
         start += len(chunk)
 
 
@@ -285,18 +339,25 @@ def pad_rows(rows: list[dict], config) -> dict[str, torch.Tensor]:
     if text and "attention_mask" not in names:
         names.append("attention_mask")
 
-    def value_of(row: dict, name: str) -> torch.Tensor:
+    def value_of(row: dict, name: str) -> np.ndarray | torch.Tensor:
         if name in row:
-            return torch.as_tensor(row[name])
+            return _as_array(row[name]) if text else torch.as_tensor(row[name])
         if not (text and name in _WHERE_MISSING):
             raise ExitConfigurationError(f"Some rows have {name} and others have not; one has: {', '.join(row)}.")
-        return torch.full_like(torch.as_tensor(row["input_ids"]), _WHERE_MISSING[name])
+        ids, value = row["input_ids"], _WHERE_MISSING[name]
+        return torch.full_like(ids, value) if isinstance(ids, torch.Tensor) else np.full(len(ids), value)
 
     columns = {name: [value_of(row, name) for row in rows] for name in names}
     padding = {"input_ids": getattr(config, "pad_token_id", 0) or 0}
     return {
-        name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding.get(name, 0))
-        if text
-        else torch.stack(values)
-        for name, values in columns.items()
+        name: _pad(values, padding.get(name, 0)) if text else torch.stack(values) for name, values in columns.items()
     }
+
+
+def _pad(values: list[np.ndarray | torch.Tensor], padding: int) -> torch.Tensor:
+    if not all(isinstance(value, np.ndarray) and value.ndim == 1 for value in values):
+        return torch.nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, values)), True, padding)
+    padded = np.full((len(values), max(map(len, values))), padding)
+    for row, value in zip(padded, values, strict=True):
+        row[: len(value)] = value
+    return torch.from_numpy(padded)

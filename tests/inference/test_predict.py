@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count, islice, repeat
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import BatchEncoding
@@ -381,8 +382,8 @@ def test_a_data_set_without_index_errors_ends():
 @pytest.mark.parametrize(
     "given, words",
     [
-        ("a text", ["not str", "tokenizer(text, truncation=True)"]),
-        (["a text", "b"], ["Row 0", "str", "tokenizer(text, truncation=True)"]),
+        ("a text", ["not str", "tokenizer=partial(tokenizer, truncation=True)"]),
+        (["a text", "b"], ["Row 0", "str", "tokenizer=partial(tokenizer, truncation=True)"]),
         (BatchEncoding({"input_ids": [[1, 2], [3]]}), ["BatchEncoding of input_ids", "Dataset.from_dict"]),
         ({"input_ids": [[1, 2], [3]], "labels": [0, 1]}, ["dict of input_ids, labels", "Dataset.from_dict"]),
         (datasets.DatasetDict(test=datasets.Dataset.from_dict({"input_ids": [[1]]})), ["its splits (test)"]),
@@ -412,6 +413,79 @@ def test_a_collator_reads_whatever_rows_it_likes():
     for cuda_graphs in (False, True):
         found = predict(model, texts, 2, collator=collate, cuda_graphs=cuda_graphs)
         torch.testing.assert_close(found.logits, wanted, rtol=0, atol=1e-5)
+
+
+class Tokenizer:
+    """Numbers as tokens, the second text of a pair under another type; keeps what it was called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *columns):
+        self.calls.append(columns)
+        tokens = [[[int(word) for word in text.split()] for text in column] for column in columns]
+        rows = list(zip(*tokens, strict=True))
+        return BatchEncoding(
+            {
+                "input_ids": [list(chain(*row)) for row in rows],
+                "token_type_ids": [[n for n, part in enumerate(row) for _ in part] for row in rows],
+            }
+        )
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("source", ["texts", "pairs", "stream"])
+def test_texts_are_tokenized_by_windows_and_answered_in_order(source, cuda_graphs):
+    """Answers in the order of lengths, a text that is tokenized twice, or all of them before the first batch."""
+    model, rows, tokenizer = make_model("bert"), make_rows("bert", 23), Tokenizer()
+    texts = [" ".join(map(str, row["input_ids"])) for row in rows]
+    if source == "pairs":
+        texts = [(text, "7 8") for text in texts]
+        rows = [
+            {"input_ids": row["input_ids"] + [7, 8], "token_type_ids": [0] * len(row["input_ids"]) + [1, 1]}
+            for row in rows
+        ]
+    given = iter(texts) if source == "stream" else texts
+    found = predict(model, given, 4, tokenizer=tokenizer, window=10, cuda_graphs=cuda_graphs)
+    torch.testing.assert_close(found.logits, predict(model, rows, 4).logits, rtol=0, atol=1e-5)
+    assert [len(columns[0]) for columns in tokenizer.calls] == [10, 10, 3]
+    seen = [text for columns in tokenizer.calls for text in columns[0]]
+    if source == "stream":
+        assert seen == texts
+    else:
+        lengths = list(map(len, seen))
+        assert lengths == sorted(lengths, reverse=True) and len(seen) == 23
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ([{"input_ids": [1]}], ["texts or pairs of texts, not dict"]),
+        (["1 2", 7], ["not int"]),
+        (["1 2", ("3", "4")], ["not some of each"]),
+        (["1", "2 3", "4 " * 21], ["row 2", "21 tokens", "at most 20"]),
+    ],
+)
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_what_are_no_texts_gets_a_sentence(given, words, cuda_graphs):
+    with pytest.raises(ExitConfigurationError) as error:
+        predict(make_model("bert"), given, 1, tokenizer=Tokenizer(), cuda_graphs=cuda_graphs)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor, lambda values: np.array(values, np.int32)])
+def test_rows_of_every_kind_are_padded_alike(make):
+    """Masked floats, or another type of number, where rows are lists, arrays or tensors."""
+    config = make_model("bert").config
+    rows = [{"input_ids": make(ids)} for ids in ([5, 6, 7], [8], [9, 9])]
+    rows[1]["attention_mask"] = make([0])
+    padded = pad_rows(rows, config)
+    assert padded["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0], [9, 9, 0]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 0], [1, 1, 0]]
+    assert padded["attention_mask"].dtype in (torch.int64, torch.int32)
+    vectors = [{"inputs_embeds": make([[1, 2]] * length), "input_ids": [1] * length} for length in (1, 2)]
+    assert pad_rows(vectors, config)["inputs_embeds"].shape == (2, 2, 2)
 
 
 def test_a_batch_size_of_nothing():
