@@ -10,6 +10,8 @@ from .models import ExitConfigurationError
 _PACKAGES = {
     "train": ("accelerate", "datasets", "evaluate", "matplotlib", "pyarrow", "scipy", "sklearn"),
     "vision": ("PIL", "timm", "torchvision"),
+    "serve": ("fastapi", "prometheus_client", "uvicorn"),
+    "peft": ("peft",),
     "export": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
 }
 _EXTRA_OF = {package: extra for extra, packages in _PACKAGES.items() for package in packages}

@@ -19,6 +19,8 @@ NEEDS = {
     "from een_hf.data import load_bbc_news": "train",
     "import een_hf.training.callbacks": "train",
     "from een_hf.inference.onnx import check_output; check_output(Path('model.onnx'))": "export",
+    "from een_hf.serving import create_app": "serve",
+    "from een_hf.commands import main; main(['serve', 'runs/none'])": "serve",
     "from een_hf.commands import main; main(['calibrate', 'runs/none'])": "train",
 }
 # An interpreter in which no package of an extra is found: it answers a text, then says what each line above raises.

@@ -16,6 +16,7 @@ COMMANDS = {
     "retrofit": "make a fine-tuned classifier cheaper, without labels",
     "calibrate": "choose an exit policy from a run's saved logits",
     "compare": "set runs side by side: one table and one plot",
+    "serve": "answer requests over HTTP",
     "export": "write an ONNX graph that skips the layers after the exit",
 }
 

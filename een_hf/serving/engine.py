@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,6 +35,19 @@ class EngineClosedError(RuntimeError):
     """The engine has not been started, or has been stopped."""
 
 
+@dataclass
+class ExitAnswers(ExitPredictions):
+    """The answers of one request, in the order of its examples.
+
+    Args:
+        policy: who exited by it; `None`: nobody before the last exit.
+        lengths: of each example, in tokens; 0 for images.
+    """
+
+    policy: ExitPolicy | None = None
+    lengths: list[int] = field(default_factory=list)
+
+
 class AsyncExitEngine:
     """Answers requests of an event loop with early exits, continuously batched.
 
@@ -49,6 +63,7 @@ class AsyncExitEngine:
         max_wait_ms: how long survivors wait for others while there is other work.
         max_waiting: rows that are accepted and unanswered; more are refused.
         max_length: longer texts are cut, to no more than the model takes.
+        max_pixels: larger images, given as bytes, are refused.
         length_step: texts whose lengths, rounded up to a multiple of this, are equal run together. Default: 16 on
             CUDA, else 4.
         observer: is told what happens.
@@ -69,6 +84,7 @@ class AsyncExitEngine:
         max_wait_ms: float = 5.0,
         max_waiting: int = 1024,
         max_length: int | None = None,
+        max_pixels: int = 50_000_000,
         length_step: int | None = None,
         observer: EngineObserver | None = None,
     ):
@@ -82,9 +98,8 @@ class AsyncExitEngine:
         self.model, self.max_waiting = model.eval(), max_waiting
         self.observer = observer or EngineObserver()
         self.worker = StageWorker(model, max_rows, max_wait_ms / 1000, self.observer)
-        self.reader = Reader(
-            model, processor, max_length, length_step or (LENGTH_STEP if cuda else 4), self._has_been_read
-        )
+        length_step = length_step or (LENGTH_STEP if cuda else 4)
+        self.reader = Reader(model, processor, max_length, length_step, max_pixels, self._has_been_read)
         self._read: queue.SimpleQueue[tuple[Request, Exception | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="een_hf stages", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -132,17 +147,17 @@ class AsyncExitEngine:
         examples: Sequence,
         policy: ExitPolicy | dict | bool | None = None,
         timeout: float | None = None,
-    ) -> ExitPredictions:
+    ) -> ExitAnswers:
         """Answer the examples of one request. A task that is cancelled takes its rows with it, at the next stage.
 
         Args:
-            examples: texts, each a string or a pair of two, or PIL images, or rows of model inputs (dicts without a
-                batch dimension).
+            examples: texts, each a string or a pair of two, or images (PIL, or the bytes of a file), or rows of model
+                inputs (dicts without a batch dimension).
             policy: who exits; `None`: the model's own; `False`: nobody before the last exit.
             timeout: seconds.
 
         Returns:
-            `ExitPredictions`, in the order of the examples.
+            `ExitAnswers`, in the order of the examples.
 
         Raises:
             ExitConfigurationError: no examples, some that cannot be read, or a policy that does not fit the model.
@@ -238,17 +253,19 @@ class AsyncExitEngine:
         if elapsed > 1:
             self._rate, self._counted, self._counted_since = self._counted / elapsed, 0, time.perf_counter()
 
-    def _answers(self, request: Request) -> ExitPredictions | None:
+    def _answers(self, request: Request) -> ExitAnswers | None:
         if request.num_answered < len(request.rows) or not request.rows:
             return None  # nobody waits for them
         logits = torch.stack([row.logits for row in request.rows])
         exit_index = torch.tensor([row.exit_index for row in request.rows])
         tempered = logits if request.policy is None else request.policy.temper(logits, exit_index)
-        return ExitPredictions(logits, exit_index, answer_confidence(tempered, self.model.config.problem_type))
+        confidence = answer_confidence(tempered, self.model.config.problem_type)
+        lengths = [row.length for row in request.rows]
+        return ExitAnswers(logits, exit_index, confidence, request.policy, lengths)
 
     # On the event loop
 
-    def _finish(self, results: list[tuple[Request, ExitPredictions | Exception | None]], count: int) -> None:
+    def _finish(self, results: list[tuple[Request, ExitAnswers | Exception | None]], count: int) -> None:
         self._num_waiting -= count
         if self._num_waiting == 0:
             self._idle.set()

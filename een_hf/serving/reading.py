@@ -1,6 +1,7 @@
 """What requests hold, texts or images, as rows of model inputs: read in threads, many requests at a time."""
 
 import copy
+import io
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ class Reader:
         processor: its tokenizer or image processor; `None`: requests hold rows of model inputs only.
         max_length: longer texts are cut, to no more than the model takes.
         length_step: texts whose lengths, rounded up to a multiple of this, are equal run together.
+        max_pixels: larger images, given as bytes, are refused.
         done: called in a thread with each request that has been read, and the error where that failed.
     """
 
@@ -31,9 +33,10 @@ class Reader:
         processor,
         max_length: int | None,
         length_step: int,
+        max_pixels: int,
         done: Callable[[Request, Exception | None], None],
     ):
-        self.config, self.done, self.length_step = model.config, done, length_step
+        self.config, self.done, self.length_step, self.max_pixels = model.config, done, length_step, max_pixels
         self.text = model.main_input_name == "input_ids"
         self._names, self._main = frozenset(input_names(model)), model.main_input_name
         # A tokenizer's settings are its state: nobody else may use it meanwhile, nor may two threads.
@@ -42,9 +45,9 @@ class Reader:
         self.max_length = min(filter(None, limits), default=None)
         if not self.text and processor is not None:
             with named_extras():
-                from ..data.images import EvaluationTransform
+                from ..data.images import EvaluationTransform, decode_image
 
-            self._transform = EvaluationTransform(processor, model.config.num_channels)
+            self._transform, self._decode = EvaluationTransform(processor, model.config.num_channels), decode_image
         self._pending: deque[Request] = deque()
         self._threads = ThreadPoolExecutor(1 if self.text else min(4, os.cpu_count() or 1), "een_hf reader")
 
@@ -95,8 +98,24 @@ class Reader:
                 encoded[place] = {name: values[number] for name, values in columns.items()}
         elif raw:
             for place in raw:
-                encoded[place] = {"pixel_values": self._transform(examples[place])}
+                encoded[place] = {"pixel_values": self._transform(self._image(examples[place]))}
         return encoded
+
+    def _image(self, given):
+        if not isinstance(given, bytes):
+            return given
+        from PIL import Image
+
+        try:
+            width, height = Image.open(io.BytesIO(given)).size  # reads the head of the file only
+        except Exception as error:  # Pillow's readers raise nearly anything on a broken file
+            raise ExitConfigurationError("An image cannot be read: its format is not known.") from error
+        if width * height > self.max_pixels:
+            raise ExitConfigurationError(f"An image has {width} x {height} pixels, more than {self.max_pixels}.")
+        image, problem = self._decode({"bytes": given, "path": None})
+        if image is None:
+            raise ExitConfigurationError(f"An image cannot be read: {problem}.")
+        return image
 
     def _tokenize(self, texts: list[str | tuple[str, str]]) -> Mapping[str, list]:
         wrong = next((text for text in texts if not (isinstance(text, str) or _is_pair(text))), None)

@@ -16,7 +16,10 @@ from ..models.stages import Examples
 
 
 class EngineObserver:
-    """What happens in an engine, for metrics; every method does nothing here. All but `refused` run in the worker."""
+    """What happens in an engine, for metrics; every method does nothing here.
+
+    `refused` and `responded` are called on the event loop, the others in the worker's thread.
+    """
 
     def stage_ran(self, exit_index: int, num_rows: int, waited: list[float]) -> None:
         """A stage ran on rows that had waited so many seconds each before it; `exit_index` is 0-based."""
@@ -29,6 +32,9 @@ class EngineObserver:
 
     def refused(self, num_rows: int) -> None:
         """A request of so many rows was refused because the queue was full."""
+
+    def responded(self, status: int, seconds: float) -> None:
+        """A server has answered a request with this status."""
 
     def audited(self, difference: float, alarm: bool) -> None:
         """An audited row has reached the last exit, whose answer differed from the one given by this much."""

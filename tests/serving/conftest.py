@@ -1,5 +1,9 @@
 """Tiny random models with their processors, whose policies let examples exit everywhere."""
 
+import contextlib
+import socket
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,3 +75,26 @@ def vit(tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return SimpleNamespace(folder=folder, model=model, processor=processor, images=images)
+
+
+@contextlib.contextmanager
+def running(engine, **settings):
+    """The address of a real server of an engine on a loopback port."""
+    import uvicorn
+
+    from een_hf.serving import create_app
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(engine, **settings), access_log=False, log_level="warning", lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()

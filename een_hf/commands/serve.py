@@ -1,0 +1,101 @@
+"""Answer requests over HTTP with early exits.
+
+een-hf serve runs/mine --port 8000
+
+curl 127.0.0.1:8000/predict -H 'Content-Type: application/json' -d '{"inputs": "A fine film."}'
+
+POST /predict takes and answers what text-embeddings-inference and Inference Endpoints do; images are sent as such
+(--data-binary @cat.png -H 'Content-Type: image/png') or in base64. GET /docs describes it, /health, /info and /metrics
+(Prometheus) watch it. Requests in progress share every stage; SIGTERM answers them and ends. Nothing that a request
+holds is logged.
+"""
+
+import socket
+
+import torch
+
+from ..models import AutoEarlyExitModel, ExitConfigurationError
+from ..serving import AsyncExitEngine, PrometheusObserver, ServerLimits, create_app
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="an early-exit model: a folder or a Hub name")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine only")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    parser.add_argument("--reuse_port", action="store_true", help="let several servers listen at one port (Linux)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU; default: torch's own")
+    parser.add_argument("--max_rows", type=int, help="rows that run together; default: 64 on CUDA, else 8")
+    parser.add_argument(
+        "--max_wait_ms", type=float, default=5.0, help="how long survivors wait for others; default: 5"
+    )
+    parser.add_argument("--max_waiting", type=int, default=1024, help="rows unanswered before 503; default: 1024")
+    parser.add_argument("--max_length", type=int, help="longer texts are cut; default: what the model takes")
+    parser.add_argument("--max_inputs", type=int, default=64, help="inputs of one request; default: 64")
+    parser.add_argument("--max_body_bytes", type=int, default=2 << 20, help="of a request; default: 2 MiB")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds that a request may take; default: 30")
+
+
+def run(args) -> None:
+    for name in ("threads", "max_length", "max_inputs", "max_body_bytes", "timeout"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ExitConfigurationError(f"--{name} must be above 0, not {value}.")
+    listening = _listen(args.host, args.port, args.reuse_port)  # before the model is loaded: a port may be taken
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model, processor = _load(args.model, args.device, args.dtype)
+    engine = AsyncExitEngine(
+        model,
+        processor,
+        max_rows=args.max_rows,
+        max_wait_ms=args.max_wait_ms,
+        max_waiting=args.max_waiting,
+        max_length=args.max_length,
+        observer=PrometheusObserver(),
+    )
+    limits = ServerLimits(args.max_body_bytes, args.max_inputs, args.timeout)
+    serve(create_app(engine, name=args.model, limits=limits), listening, args.timeout)
+
+
+def serve(app, listening: socket.socket, timeout: float) -> None:
+    """Run an ASGI application until SIGTERM or SIGINT, then answer what is in progress for up to `timeout` seconds."""
+    import uvicorn
+
+    host, port = listening.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    print(f"Listening at http://{host}:{port}, described at http://{host}:{port}/docs", flush=True)
+    config = uvicorn.Config(
+        app, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=int(timeout) + 1
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int, reuse_port: bool) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port),
+            family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+            reuse_port=reuse_port,
+            backlog=2048,
+        )
+    except (OSError, OverflowError, ValueError) as error:
+        raise ExitConfigurationError(f"--host {host} --port {port}: cannot listen there ({error}).") from error
+
+
+def _load(name: str, device: str | None, dtype: str | None):
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoEarlyExitModel.from_pretrained(name, dtype=getattr(torch, dtype) if dtype else "auto")
+        if model.is_new_head(model.num_exits - 1):
+            raise ExitConfigurationError(f"{name} brings no fine-tuned classifier: serve one that does.")
+        text = model.main_input_name == "input_ids"
+        processor = (AutoTokenizer if text else AutoImageProcessor).from_pretrained(name)
+        return model.eval().to(device), processor
+    except ExitConfigurationError:
+        raise
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        raise ExitConfigurationError(f"{name} cannot be served on {device}: {error}") from error
