@@ -2,41 +2,60 @@
 
 python benchmarks/quality.py recipes/bbc_news_minilm_joint.yaml --seeds 3
 python benchmarks/quality.py recipes/sst2_minilm_joint.yaml --methods joint stock cut-3 --dataset_name folder/of/glue
+python benchmarks/quality.py recipes/cifar100_vit_small.yaml --images --jobs 8 --time_limit 3000
 
 One cell is one run of the recipe by one method under one seed; `stock` is the recipe's model with its last exit only,
-`cut-3` the same with the first three layers, `joint-warm` the scheme after a warm start of the last exit for half of
-the recipe's epochs. Flags that this script does not know go to every run. Finished cells are
-kept in benchmarks/results/quality_<recipe>.json and not run again; an interrupted one resumes from its checkpoint.
+also evaluated with its linear layers in int8, `cut-3` the same with the first three layers, `joint-warm` the scheme
+after a warm start of the last exit for half of the recipe's epochs. Flags that this script does not know go to every
+run. Each cell is a process of its own, `--jobs` of them side by side, with a log beside its folder. Finished cells are
+kept in benchmarks/results/quality_<recipe>.json and not run again; what is stopped, by `--time_limit` or by hand,
+goes on from its last checkpoint when the same command is given again.
 """
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-from common import add_results_argument, command_line, machine
-from transformers import AutoModel
+import torch
+from common import add_results_argument, command_line, machine, pack_bits, ratio
+from transformers import AutoModel, EvalPrediction
 
 from een_hf.data.glue import TEXT
 from een_hf.data.samples import model_source
-from een_hf.evaluation import calibrate, cost_inputs, policy_row, relative_costs
+from een_hf.evaluation import calibrate, cost_inputs, measure_seconds, policy_row, relative_costs
 from een_hf.models import MODEL_CLASSES
 from een_hf.training.experiment import Experiment, parse_arguments
 
 
 METHODS = ["joint", "boosted", "stock", "cut-2", "cut-3", "cut-4", "l2w"]
-RISK = {"max_risk": 0.05, "risk": "consistency"}
+RISKS = (0.01, 0.02, 0.05)
+SHARES = (0.25, 0.5, 0.75)
 
 
 def cut_model(source: str, num_layers: int, folder: Path) -> None:
     """Save the stock model's first layers, with its tokenizer or image processor, unless it is there."""
-    if not folder.exists():
-        AutoModel.from_pretrained(source, num_hidden_layers=num_layers).save_pretrained(folder)
-        for name in ("tokenizer", "vocab", "special_tokens", "preprocessor"):
-            for file in Path(source).glob(f"{name}*"):
-                (folder / file.name).write_bytes(file.read_bytes())
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent))
+    AutoModel.from_pretrained(source, num_hidden_layers=num_layers).save_pretrained(made)
+    for name in ("tokenizer", "vocab", "special_tokens", "preprocessor"):
+        for file in Path(source).glob(f"{name}*"):
+            (made / file.name).write_bytes(file.read_bytes())
+    try:
+        made.rename(folder)
+    except OSError:  # another cell was faster
+        shutil.rmtree(made)
 
 
 def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], runs: Path) -> dict:
@@ -79,6 +98,9 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
         row["relative_cost"] = relative_costs(full, **cost_inputs(experiment.splits["validation"]))[0]
         row["metrics"] = results["anytime"][-1]["metrics"]
         row["metrics_report"] = results["anytime_report"][-1]["metrics"]
+        row["right"] = right_answers(experiment, results, budgets=False)
+        if method == "stock":
+            row["int8"] = in_int8(experiment)
         return row
     for name in ("anytime", "anytime_report"):
         row[name] = results[name]
@@ -86,24 +108,123 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
         {name: point[name] for name in ("target_cost", "relative_cost", "metrics", "exit_fractions")}
         for point in results["budgeted"]
     ]
-    row["risk"] = certified(experiment, results)
+    row["risks"] = {f"{limit:g}": certified(experiment, results, limit) for limit in RISKS}
+    row["right"] = right_answers(experiment, results)
     return row
 
 
-def certified(experiment: Experiment, results: dict) -> dict | None:
-    """The policy that answers as the last exit does on all but 5 % of inputs, 90 % sure; `None` without classes."""
-    if experiment.data.problem_type != "single_label_classification":
-        return None
+def saved_logits(experiment: Experiment, results: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:
+    """Logits, labels and parts of the rows of a run, and what each exit costs."""
     saved = np.load(experiment.folder / "exit_logits.npz")
     costs = [row["relative_cost"] for row in results["anytime"]]
-    chooses = saved["part"] == "calibration"
-    rows = saved["logits"][chooses], saved["labels"][chooses]
-    report = calibrate(*rows, costs, seed=experiment.training.seed, **RISK)
+    return saved["logits"], saved["labels"], saved["part"], costs
+
+
+def certified(experiment: Experiment, results: dict, limit: float) -> dict | None:
+    """The policy that is 90 % sure to answer as the last exit on all but `limit` of inputs; `None` without classes."""
+    if experiment.data.problem_type != "single_label_classification":
+        return None
+    logits, labels, part, costs = saved_logits(experiment, results)
+    chooses = part == "calibration"
+    report = calibrate(
+        logits[chooses], labels[chooses], costs, max_risk=limit, risk="consistency", seed=experiment.training.seed
+    )
     if report.policy is None:
         return {"message": report.message}
-    kept = saved["logits"][~chooses], saved["labels"][~chooses]
-    row = policy_row(report.policy, *kept, costs, experiment.trainer.task_metrics)
+    row = policy_row(report.policy, logits[~chooses], labels[~chooses], costs, experiment.trainer.task_metrics)
     return {"message": report.message, **{name: row[name] for name in ("relative_cost", "metrics", "guarantee")}}
+
+
+def right_answers(experiment: Experiment, results: dict, budgets: bool = True) -> dict[str, str] | None:
+    """Which evaluation rows are answered rightly, packed bits by place: a budget, that of an exit, or the last exit.
+
+    Under a budget each half of the rows is answered by the policy that the other half calibrates. `None` without
+    classes.
+    """
+    if experiment.data.problem_type != "single_label_classification":
+        return None
+    logits, labels, part, costs = saved_logits(experiment, results)
+    right = logits.argmax(-1) == labels[:, None]
+    found = {"last": right[:, -1]}
+    places = {f"{share:g}": share for share in SHARES} | {f"exit {k}": cost for k, cost in enumerate(costs, 1)}
+    for place, budget in places.items() if budgets else ():
+        if costs[0] <= budget:
+            found[place] = answers = np.zeros(len(labels), dtype=bool)
+            for name in ("calibration", "report"):
+                half = part == name
+                policy = calibrate(logits[~half], labels[~half], costs, target_cost=budget).policy
+                exits = len(costs) - 1 if policy is None else policy.exits_of(torch.from_numpy(logits[half])).numpy()
+                answers[half] = right[np.flatnonzero(half), exits]
+    return {place: pack_bits(bits) for place, bits in found.items()}
+
+
+def in_int8(experiment: Experiment) -> dict:
+    """The run's model with int8 linear layers, quantized dynamically: its metrics, and its time at batch 1."""
+    trainer, network = experiment.trainer, experiment.trainer.accelerator.unwrap_model(experiment.trainer.model)
+    network = network.cpu().float().eval()
+    with warnings.catch_warnings(action="ignore"):
+        quantized = torch.ao.quantization.quantize_dynamic(network, {torch.nn.Linear}, dtype=torch.qint8)
+    rows, logits, labels = experiment.splits["validation"], [], []
+    loader = torch.utils.data.DataLoader(
+        trainer._remove_unused_columns(rows, "test") if hasattr(rows, "set_format") else rows,
+        batch_size=experiment.training.per_device_eval_batch_size,
+        collate_fn=trainer.data_collator,
+    )
+    with torch.inference_mode():
+        for batch in loader:
+            labels.append(batch.pop("labels"))
+            logits.append(quantized(**batch).logits)
+        one = {name: tensor[:1] for name, tensor in batch.items()}
+        seconds = measure_seconds({"int8": lambda: quantized(**one), "float32": lambda: network(**one)}, 15)
+    logits, labels = torch.cat(logits).numpy(), torch.cat(labels).numpy()
+    return {
+        "metrics": trainer.task_metrics(EvalPrediction(predictions=logits, label_ids=labels)),
+        "time / float32": ratio(seconds, "int8", "float32"),
+    }
+
+
+def side_by_side(
+    commands: dict[str, list[str]], jobs: int, time_limit: float, logs: Path, finished: Callable[[str], None]
+) -> dict[str, str]:
+    """Run commands as processes, in order, `jobs` at a time.
+
+    Args:
+        commands: by name; what a command prints goes to `<logs>/<name>.log`.
+        jobs: how many run at once.
+        time_limit: in seconds; then those that run are ended, and no others are started.
+        logs: a folder.
+        finished: called with the name of each that succeeded, at once.
+
+    Returns:
+        by name, why the others have not succeeded.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    waiting, running, failed, end = list(commands), {}, {}, time.monotonic() + time_limit
+    try:
+        while waiting or running:
+            if time.monotonic() >= end:
+                return failed | dict.fromkeys([*running, *waiting], "the time is over")
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                with open(logs / f"{name}.log", "a") as log:
+                    running[name] = subprocess.Popen(commands[name], stdout=log, stderr=log, env=environment)
+            for name, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    failed[name] = f"exit status {process.returncode}, see {logs / name}.log"
+                else:
+                    finished(name)
+            time.sleep(0.05)
+        return failed
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
 
 
 def main() -> None:
@@ -113,22 +234,44 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--images", action="store_true", help="the recipe is one of run_cifar_een.py")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
+    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds for all cells together")
+    parser.add_argument("--name", help="of the results file, instead of the recipe's")
+    parser.add_argument("--cell", nargs=3, metavar=("METHOD", "SEED", "FILE"), help="run one cell, write its row")
     add_results_argument(parser)
     args, flags = parser.parse_known_args()
     modality = TEXT
     if args.images:
         from een_hf.data.cifar import IMAGES as modality
+    if args.cell:
+        method, seed, file = args.cell
+        Path(file).write_text(json.dumps(run_cell(modality, args.recipe, method, int(seed), flags, args.runs)))
+        return
 
-    name = Path(args.recipe).stem.removesuffix("_joint")
-    path = args.results / f"quality_{name}.json"
+    stem = Path(args.recipe).stem
+    path = args.results / f"quality_{args.name or stem.removesuffix('_joint')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {(row["method"], row["seed"]) for row in rows}
-    for method, seed in product(args.methods, range(1, args.seeds + 1)):
-        if (method, seed) not in done:
-            print(f"--- {method}, seed {seed}", flush=True)
-            rows.append(run_cell(modality, args.recipe, method, seed, flags, args.runs))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"recipe": args.recipe, "rows": rows}, indent=1) + "\n")
+    cells = [cell for cell in product(args.methods, range(1, args.seeds + 1)) if cell not in done]
+    logs = args.runs / stem
+    own = [*flags, *(["--images"] if args.images else []), "--runs", str(args.runs)]
+    commands = {
+        f"{method}-{seed}": [sys.executable, __file__, args.recipe, *own]
+        + ["--cell", method, str(seed), str(logs / f"{method}-{seed}.json")]
+        for method, seed in cells
+    }
+
+    def finished(name: str) -> None:
+        rows.append(json.loads((logs / f"{name}.json").read_text()))
+        path.write_text(json.dumps({"recipe": args.recipe, "rows": rows}, indent=1) + "\n")
+        print(f"done: {name}", flush=True)
+
+    failed = side_by_side(commands, args.jobs, args.time_limit, logs, finished)
+    for name, why in failed.items():
+        print(f"not done: {name}: {why}")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
