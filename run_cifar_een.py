@@ -7,8 +7,8 @@ python run_cifar_een.py --model_name_or_path google/vit-base-patch16-224 --datas
 python run_cifar_een.py --help
 """
 
+from een_hf.commands.train import main
 from een_hf.data.cifar import IMAGES
-from een_hf.training.experiment import main
 
 
 if __name__ == "__main__":

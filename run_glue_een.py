@@ -6,8 +6,8 @@ python run_glue_een.py --model_name_or_path bert-base-uncased --task_name mrpc -
 python run_glue_een.py --help
 """
 
+from een_hf.commands.train import main
 from een_hf.data.glue import TEXT
-from een_hf.training.experiment import main
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import torch
 from common import RESULTS, write_results
 
 from een_hf.data.glue import TEXT
+from een_hf.runs import parse_arguments, run_experiment
 from een_hf.training import register_scheme
-from een_hf.training.experiment import Experiment, parse_arguments
 from een_hf.training.l2w import MetaWeightedExitTrainer
 
 
@@ -88,12 +88,11 @@ def run(kind: str, share: float, seed: int, flags: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         words = [RECIPE, "--method", RecordingTrainer.method, "--seed", str(seed), "--output_dir", folder]
         words += ["--measure_speed", "false", "--save_strategy", "no", "--remove_unused_columns", "false"]
-        experiment = Experiment(modality, parse_arguments(modality, [*words, *flags]))
-        metrics = experiment.run()
-    trainer, num_exits = experiment.trainer, experiment.model.num_exits
+        run = run_experiment(modality, parse_arguments(modality, [*words, *flags]))
+    metrics, trainer, num_exits = run.metrics, run.trainer, run.loaded.model.num_exits
     late = len(trainer.rows_by_batch) // 2
     seen = np.concatenate(trainer.rows_by_batch[late:])
-    found = trainer.predict_exits(experiment.splits["train"].remove_columns("row"))
+    found = trainer.predict_exits(run.rows.splits["train"].remove_columns("row"))
     logits, labels = torch.from_numpy(found.predictions), torch.from_numpy(found.label_ids)
     losses = trainer.losses_of(logits, labels)
     with torch.no_grad():

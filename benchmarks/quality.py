@@ -34,7 +34,7 @@ from een_hf.data.glue import TEXT
 from een_hf.data.samples import model_source
 from een_hf.evaluation import calibrate, cost_inputs, measure_seconds, policy_row, relative_costs
 from een_hf.models import MODEL_CLASSES
-from een_hf.training.experiment import Experiment, parse_arguments
+from een_hf.runs import Run, parse_arguments, run_experiment
 
 
 METHODS = ["joint", "boosted", "stock", "cut-2", "cut-3", "cut-4", "l2w"]
@@ -80,11 +80,10 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
         words += ["--method", method.removesuffix("-warm")]
         if method.endswith("-warm"):
             words += ["--warm_start_epochs", str(given.training.num_train_epochs / 2)]
-    experiment = Experiment(modality, parse_arguments(modality, words))
-    experiment.run()
-    for checkpoint in experiment.folder.glob("checkpoint-*"):
+    run = run_experiment(modality, parse_arguments(modality, words))
+    for checkpoint in run.args.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    results = json.loads((experiment.folder / "exit_results.json").read_text())
+    results = json.loads((run.args.folder / "exit_results.json").read_text())
     script = "run_glue_een.py" if modality is TEXT else "run_cifar_een.py"
     row = {"method": method, "seed": seed, "command": command_line(script, words), "machine": machine()}
     row |= {name: results[name] for name in ("dataset", "task_name", "metric", "num_eval_samples")}
@@ -95,12 +94,12 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
             {**stock.to_dict(), "model_type": model_class.config_class.model_type}, exit_layers=[num_layers]
         )
         full = model_class(config)
-        row["relative_cost"] = relative_costs(full, **cost_inputs(experiment.splits["validation"]))[0]
+        row["relative_cost"] = relative_costs(full, **cost_inputs(run.rows.splits["validation"]))[0]
         row["metrics"] = results["anytime"][-1]["metrics"]
         row["metrics_report"] = results["anytime_report"][-1]["metrics"]
-        row["right"] = right_answers(experiment, results, budgets=False)
+        row["right"] = right_answers(run, results, budgets=False)
         if method == "stock":
-            row["int8"] = in_int8(experiment)
+            row["int8"] = in_int8(run)
         return row
     for name in ("anytime", "anytime_report"):
         row[name] = results[name]
@@ -108,42 +107,42 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
         {name: point[name] for name in ("target_cost", "relative_cost", "metrics", "exit_fractions")}
         for point in results["budgeted"]
     ]
-    row["risks"] = {f"{limit:g}": certified(experiment, results, limit) for limit in RISKS}
-    row["right"] = right_answers(experiment, results)
+    row["risks"] = {f"{limit:g}": certified(run, results, limit) for limit in RISKS}
+    row["right"] = right_answers(run, results)
     return row
 
 
-def saved_logits(experiment: Experiment, results: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:
+def saved_logits(run: Run, results: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:
     """Logits, labels and parts of the rows of a run, and what each exit costs."""
-    saved = np.load(experiment.folder / "exit_logits.npz")
+    saved = np.load(run.args.folder / "exit_logits.npz")
     costs = [row["relative_cost"] for row in results["anytime"]]
     return saved["logits"], saved["labels"], saved["part"], costs
 
 
-def certified(experiment: Experiment, results: dict, limit: float) -> dict | None:
+def certified(run: Run, results: dict, limit: float) -> dict | None:
     """The policy that is 90 % sure to answer as the last exit on all but `limit` of inputs; `None` without classes."""
-    if experiment.data.problem_type != "single_label_classification":
+    if run.rows.data.problem_type != "single_label_classification":
         return None
-    logits, labels, part, costs = saved_logits(experiment, results)
+    logits, labels, part, costs = saved_logits(run, results)
     chooses = part == "calibration"
     report = calibrate(
-        logits[chooses], labels[chooses], costs, max_risk=limit, risk="consistency", seed=experiment.training.seed
+        logits[chooses], labels[chooses], costs, max_risk=limit, risk="consistency", seed=run.args.training.seed
     )
     if report.policy is None:
         return {"message": report.message}
-    row = policy_row(report.policy, logits[~chooses], labels[~chooses], costs, experiment.trainer.task_metrics)
+    row = policy_row(report.policy, logits[~chooses], labels[~chooses], costs, run.trainer.task_metrics)
     return {"message": report.message, **{name: row[name] for name in ("relative_cost", "metrics", "guarantee")}}
 
 
-def right_answers(experiment: Experiment, results: dict, budgets: bool = True) -> dict[str, str] | None:
+def right_answers(run: Run, results: dict, budgets: bool = True) -> dict[str, str] | None:
     """Which evaluation rows are answered rightly, packed bits by place: a budget, that of an exit, or the last exit.
 
     Under a budget each half of the rows is answered by the policy that the other half calibrates. `None` without
     classes.
     """
-    if experiment.data.problem_type != "single_label_classification":
+    if run.rows.data.problem_type != "single_label_classification":
         return None
-    logits, labels, part, costs = saved_logits(experiment, results)
+    logits, labels, part, costs = saved_logits(run, results)
     right = logits.argmax(-1) == labels[:, None]
     found = {"last": right[:, -1]}
     places = {f"{share:g}": share for share in SHARES} | {f"exit {k}": cost for k, cost in enumerate(costs, 1)}
@@ -158,16 +157,16 @@ def right_answers(experiment: Experiment, results: dict, budgets: bool = True) -
     return {place: pack_bits(bits) for place, bits in found.items()}
 
 
-def in_int8(experiment: Experiment) -> dict:
+def in_int8(run: Run) -> dict:
     """The run's model with int8 linear layers, quantized dynamically: its metrics, and its time at batch 1."""
-    trainer, network = experiment.trainer, experiment.trainer.accelerator.unwrap_model(experiment.trainer.model)
+    trainer, network = run.trainer, run.trainer.accelerator.unwrap_model(run.trainer.model)
     network = network.cpu().float().eval()
     with warnings.catch_warnings(action="ignore"):
         quantized = torch.ao.quantization.quantize_dynamic(network, {torch.nn.Linear}, dtype=torch.qint8)
-    rows, logits, labels = experiment.splits["validation"], [], []
+    rows, logits, labels = run.rows.splits["validation"], [], []
     loader = torch.utils.data.DataLoader(
         trainer._remove_unused_columns(rows, "test") if hasattr(rows, "set_format") else rows,
-        batch_size=experiment.training.per_device_eval_batch_size,
+        batch_size=run.args.training.per_device_eval_batch_size,
         collate_fn=trainer.data_collator,
     )
     with torch.inference_mode():

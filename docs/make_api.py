@@ -23,6 +23,7 @@ MODULES = (
     "een_hf.training.callbacks",
     "een_hf.evaluation",
     "een_hf.data",
+    "een_hf.runs",
     "een_hf.inference.onnx",
 )
 _SECTIONS = ("Args", "Returns", "Yields", "Raises", "References")

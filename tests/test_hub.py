@@ -46,7 +46,7 @@ from transformers import BertTokenizer, ViTImageProcessor
 import een_hf
 from een_hf.data.cifar import IMAGES
 from een_hf.hub import write_model_card
-from een_hf.training.experiment import main
+from een_hf.commands.train import main
 from test_callbacks import RESULTS
 
 folder = sys.argv[1]
@@ -337,7 +337,7 @@ TEXT_RUN = """
 import sys
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 from een_hf.data.glue import TEXT
-from een_hf.training.experiment import main
+from een_hf.commands.train import main
 
 folder = sys.argv[1]
 words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]

@@ -25,10 +25,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from een_hf.commands.train import main
 from een_hf.data.cifar import IMAGES
 from een_hf.data.samples import load_digits
 from een_hf.training.checkpoints import last_whole_checkpoint
-from een_hf.training.experiment import main
 from een_hf.training.history import RUN_FILE
 
 

@@ -28,11 +28,14 @@ from transformers import (
 )
 
 from een_hf.commands import main as command_main
+from een_hf.commands.train import main
 from een_hf.data.cifar import IMAGES
 from een_hf.data.glue import GLUE_TASKS, TEXT, load_text_data
 from een_hf.evaluation import ExitCosts
 from een_hf.models import ExitPolicy
-from een_hf.training.experiment import Experiment, load_model, main, parse_arguments
+from een_hf.runs import parse_arguments
+from een_hf.runs.experiment import prepare
+from een_hf.runs.model import load_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -749,14 +752,12 @@ def test_a_checkpoint_of_another_scheme_is_not_resumed(files, minilm_path, tmp_p
 def test_calibration_rows_are_not_trained_on(files, minilm_path, tmp_path):
     flags = [f"--train_file={files['train']}", f"--validation_file={files['validation']}", "--do_train", "--do_eval"]
     words = tiny(minilm_path, *flags, "--calibration_samples=40", f"--output_dir={tmp_path}")
-    experiment = Experiment(TEXT, parse_arguments(TEXT, words))
-    experiment._prepare()
-    held, trained = len(experiment.calibration_rows), len(experiment.splits["train"])
+    rows = prepare(TEXT, parse_arguments(TEXT, words)).rows
+    held, trained = len(rows.calibration), len(rows.splits["train"])
     assert (held, trained) == (40, 120)
-    whole = Experiment(TEXT, parse_arguments(TEXT, [w for w in words if "calibration" not in w]))
-    whole._prepare()
+    whole = prepare(TEXT, parse_arguments(TEXT, [w for w in words if "calibration" not in w])).rows
     every = sorted(map(str, whole.splits["train"]["input_ids"]))
-    parts = [*experiment.calibration_rows["input_ids"], *experiment.splits["train"]["input_ids"]]
+    parts = [*rows.calibration["input_ids"], *rows.splits["train"]["input_ids"]]
     assert sorted(map(str, parts)) == every
 
 

@@ -12,6 +12,7 @@ from ..extras import named_extras
 
 
 COMMANDS = {
+    "train": "fine-tune with exits, evaluate and calibrate them",
     "partition": "cut a labelled data set into IID or non-IID parts",
     "retrofit": "make a fine-tuned classifier cheaper, without labels",
     "calibrate": "choose an exit policy from a run's saved logits",

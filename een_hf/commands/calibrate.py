@@ -30,8 +30,9 @@ from ..hub import guarantee_in_words, refresh_model_card
 from ..models import ExitConfigurationError
 from ..models.configuration_een import is_early_exit_config
 from ..models.policies import find_criterion
+from ..runs.costs import fitting_criterion
+from ..runs.results import CALIBRATION_PARTS
 from ..training.arguments import CalibrationArguments, Risk
-from ..training.experiment import CALIBRATION_PARTS, fitting_criterion
 from ..training.history import read_run
 
 
@@ -78,11 +79,7 @@ def run(args) -> None:
     report = calibrate(
         *calibration,
         costs,
-        criterion=wanted.exit_criterion,
-        target_cost=wanted.target_cost,
-        max_risk=wanted.max_risk,
-        risk=wanted.risk and wanted.risk.value,
-        risk_confidence=wanted.risk_confidence,
+        **wanted.of_policy(),
         problem_type=problem_type,
         seed=settings.get("seed", 42) if args.seed is None else args.seed,
         chosen_by=results.get("calibration_rows_chose"),

@@ -304,3 +304,13 @@ class CalibrationArguments:
             raise ExitConfigurationError("--calibration_file and --calibration_samples both name rows: give one.")
         if self.calibration_samples is not None and self.calibration_samples < 1:
             raise ExitConfigurationError(f"--calibration_samples must be at least 1, not {self.calibration_samples}.")
+
+    def of_policy(self) -> dict:
+        """What chooses the policy, as the keywords of `een_hf.calibrate`."""
+        return {
+            "criterion": self.exit_criterion,
+            "target_cost": self.target_cost,
+            "max_risk": self.max_risk,
+            "risk": self.risk and self.risk.value,
+            "risk_confidence": self.risk_confidence,
+        }

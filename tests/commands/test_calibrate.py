@@ -11,7 +11,7 @@ from een_hf.commands import main
 from een_hf.commands.calibrate import guarantee_in_words
 from een_hf.data.glue import TEXT
 from een_hf.evaluation import load_exit_logits
-from een_hf.training.experiment import Experiment, parse_arguments
+from een_hf.runs import parse_arguments, run_experiment
 
 
 WORDS = ("good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the", "a")
@@ -41,7 +41,7 @@ def train_run(tmp_path_factory):
     def train(*flags):
         if flags not in made:
             made[flags] = folder / f"out{len(made)}"
-            Experiment(TEXT, parse_arguments(TEXT, [*words, *flags, "--output_dir", str(made[flags])])).run()
+            run_experiment(TEXT, parse_arguments(TEXT, [*words, *flags, "--output_dir", str(made[flags])]))
         return made[flags]
 
     return train

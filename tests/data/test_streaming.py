@@ -13,11 +13,11 @@ from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score
 from transformers import AutoTokenizer
 
+from een_hf.commands.train import main
 from een_hf.data import DataError
 from een_hf.data.cifar import IMAGES, ImageDataArguments, load_image_data
 from een_hf.data.glue import TEXT, TextDataArguments, encode_text_data, load_text_data
 from een_hf.data.samples import load_digits
-from een_hf.training.experiment import main
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, MobileBertConfig, MobileBertForSequenceClassification
 
+from een_hf.commands.train import main
 from een_hf.data.glue import TEXT
 from een_hf.training import ModelArguments
-from een_hf.training.experiment import main
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from een_hf import AutoEarlyExitModel
+from een_hf.commands.train import main
 from een_hf.data.glue import TEXT
 from een_hf.models import ExitConfigurationError, policies
 from een_hf.models.exits import EXIT_HEADS, POOLINGS, find_exit_head, find_pooling
 from een_hf.models.policies import ExitPolicy, find_criterion, get_criterion
-from een_hf.training.experiment import main
 
 
 REGISTRIES = (POOLINGS, EXIT_HEADS, policies._CRITERIA)

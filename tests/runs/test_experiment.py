@@ -12,14 +12,16 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from een_hf.commands import COMMANDS
 from een_hf.commands import main as command_main
+from een_hf.commands.train import main
 from een_hf.data.arguments import DataArguments
 from een_hf.data.cifar import IMAGES
 from een_hf.data.glue import TEXT
 from een_hf.evaluation import check_target_cost
 from een_hf.models import ExitConfigurationError
+from een_hf.runs import parse_arguments, run_experiment
+from een_hf.runs.experiment import prepare
 from een_hf.training import EarlyExitTrainingArguments
 from een_hf.training.arguments import CalibrationArguments, ModelArguments
-from een_hf.training.experiment import Experiment, main, parse_arguments
 from een_hf.training.trainer import scheme_arguments
 
 
@@ -169,20 +171,18 @@ def test_the_precision_of_the_weights(flags, dtype, half, tmp_path):
     """What breaks: AdamW on float16 weights, in which its steps are lost, because the checkpoint is stored so."""
     words = [word for word in TINY[2:] if word != "--do_train"]
     words += [f"--model_name_or_path={half}", f"--output_dir={tmp_path}", "--max_steps=1", *flags]
-    experiment = Experiment(IMAGES, parse_arguments(IMAGES, words))
+    args = parse_arguments(IMAGES, words)
+    run = run_experiment(IMAGES, args) if "--do_train" in flags else prepare(IMAGES, args)
     if "--do_train" in flags:
-        experiment.run()
         stored = load_file(tmp_path / "model.safetensors")
         assert {tensor.dtype for tensor in stored.values()} == {dtype}
-        kinds = {tensor.dtype for state in experiment.trainer.optimizer.state.values() for tensor in state.values()}
+        kinds = {tensor.dtype for state in run.trainer.optimizer.state.values() for tensor in state.values()}
         assert kinds <= {dtype, torch.float32}
-    else:
-        experiment._prepare()
-    assert {parameter.dtype for parameter in experiment.model.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in run.loaded.model.parameters()} == {dtype}
 
 
 def test_training_in_half_precision_is_warned_of(half, tmp_path, caplog):
     words = [word for word in TINY[2:] if word != "--do_train"]
     words += [f"--model_name_or_path={half}", f"--output_dir={tmp_path}", "--do_train", "--dtype=float16"]
-    Experiment(IMAGES, parse_arguments(IMAGES, words))._prepare()
+    prepare(IMAGES, parse_arguments(IMAGES, words))
     assert "trained in torch.float16" in caplog.text and "dtype=torch.float32" in caplog.text

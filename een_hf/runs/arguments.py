@@ -1,0 +1,138 @@
+"""The flags of one run: parsed from the command line or a recipe, and what of them makes two runs the same."""
+
+import difflib
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..data.task import Modality
+from ..errors import in_one_line, refuse_nan
+from ..models import ExitConfigurationError
+from ..models.policies import find_criterion
+from ..training.arguments import CalibrationArguments, EarlyExitTrainingArguments, ModelArguments
+from ..training.trainer import get_scheme, scheme_arguments
+
+
+# Flags that say where a run is written, how it is watched and how fast it loads, but not what it computes.
+_WATCHING = ("log", "hub_", "card_", "save_", "resume_")
+_WHERE = (
+    "output_dir report_to run_name project push_to_hub disable_tqdm token do_eval do_predict local_rank cache_dir "
+    "overwrite_cache preprocessing_num_workers measure_speed dataloader_num_workers dataloader_pin_memory "
+    "dataloader_persistent_workers dataloader_prefetch_factor"
+).split()
+
+
+@dataclass
+class RunArguments:
+    """The parsed flags of one run."""
+
+    model: ModelArguments
+    data: Any
+    training: EarlyExitTrainingArguments
+    calibration: CalibrationArguments
+    scheme: Any | None
+
+    def __post_init__(self):
+        self._settings = self._read_settings()  # as given: a run fills in what was left open
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.training.output_dir)
+
+    @property
+    def asks_for_policy(self) -> bool:
+        """Whether an exit policy is to be chosen."""
+        return self.calibration.target_cost is not None or self.calibration.max_risk is not None
+
+    def settings(self) -> dict:
+        """What makes two runs the same experiment: all flags but those that say where and how it is watched."""
+        return self._settings
+
+    def _read_settings(self) -> dict:
+        parts = filter(None, (self.model, self.data, self.training, self.calibration, self.scheme))
+        merged = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
+        where = {*_WHERE} - ({"dataloader_num_workers"} if self.data.streaming else set())  # workers share a stream
+        kept = {name: value for name, value in merged.items() if name not in where and not name.startswith(_WATCHING)}
+        return json.loads(json.dumps(kept, default=str))
+
+
+def parse_arguments(modality: Modality, argv: list[str], prog: str | None = None) -> RunArguments:
+    """Parse flags, or a recipe (first argument, YAML or JSON) and flags that override it.
+
+    Args:
+        modality: text or images, which have data flags of their own.
+        argv: what follows the name of the script.
+        prog: what `--help` calls the script; its own name by default.
+
+    Raises:
+        ExitConfigurationError: a recipe that is not there, or a flag or recipe key that is not known.
+    """
+    recipe = None
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        recipe, argv = argv[0], argv[1:]
+    given = [*read_recipe(recipe), *argv] if recipe else list(argv)
+    # `--method=boosted` is the same as `--method boosted`.
+    given = [part for word in given for part in (word.split("=", 1) if word.startswith("--method=") else [word])]
+    method = next(
+        (given[i + 1] for i in reversed(range(len(given) - 1)) if given[i] == "--method"),
+        EarlyExitTrainingArguments.method,
+    )
+    scheme_class = get_scheme(method)  # imports the module of a scheme from elsewhere, which then has flags
+    schemes = scheme_arguments()
+    common = [ModelArguments, modality.data_arguments, EarlyExitTrainingArguments, CalibrationArguments]
+    parser = HfArgumentParser([*common, *schemes], prog=prog)
+    _refuse_unknown(parser, given, argv, recipe)
+    try:
+        parsed = parser.parse_args_into_dataclasses(given)
+    except ExitConfigurationError:
+        raise
+    except ValueError as error:  # of transformers
+        raise ExitConfigurationError(str(error)) from error
+    for part in parsed:
+        refuse_nan(vars(part))
+    model, data, training, calibration = parsed[: len(common)]
+    calibration.exit_criterion = find_criterion(calibration.exit_criterion)
+    own = dict(zip(schemes, parsed[len(common) :], strict=True)).get(scheme_class.arguments_class)
+    return RunArguments(model, data, training, calibration, scheme=own)
+
+
+def _refuse_unknown(parser: HfArgumentParser, given: list[str], argv: list[str], recipe: str | None) -> None:
+    """Raise ExitConfigurationError for a flag or recipe key that the parser does not know, with those most like it."""
+    flags = sorted(option for action in parser._actions for option in action.option_strings)
+    for word in given:
+        name = word.split("=", 1)[0]
+        if name.startswith("--") and name not in flags and name.replace("-", "_").replace("__", "--", 1) not in flags:
+            near = difflib.get_close_matches(name, flags, n=3)
+            where = f"recipe {recipe}: key {name[2:]!r}" if recipe and word not in argv else f"flag {name}"
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; see --help."
+            raise ExitConfigurationError(f"Unknown {where}{hint}")
+
+
+def read_recipe(path: str) -> list[str]:
+    """The flags of a recipe, as they would be given on the command line.
+
+    Raises:
+        ExitConfigurationError: a file that is not there or cannot be read, or that is no mapping.
+    """
+    if not os.path.exists(path):
+        raise ExitConfigurationError(f"Recipe {path} is not there; recipes of this project are in recipes/.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ExitConfigurationError(f"Recipe {path} cannot be read: {in_one_line(error)}") from error
+    if not isinstance(recipe, dict):
+        raise ExitConfigurationError(f"Recipe {path} must be a mapping of flags to values.")
+    flags = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *map(str, values)]
+    return flags

@@ -1,0 +1,117 @@
+"""What a run refuses before any work, and where it may start."""
+
+from transformers.utils import logging
+
+from ..data.task import Modality
+from ..evaluation import check_risk
+from ..evaluation.calibration import rows_in_words, rows_needed
+from ..models import ExitConfigurationError
+from ..training.history import RUN_FILE, read_run
+from ..training.trainer import last_whole_checkpoint
+from .arguments import RunArguments
+from .costs import fitting_criterion
+from .model import LoadedModel
+from .rows import RunRows, has_labels
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_flags(modality: Modality, args: RunArguments) -> None:
+    """Raise ExitConfigurationError for flags that do nothing together, or cannot be had together."""
+    training, wanted = args.training, args.calibration
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise ExitConfigurationError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+    if wanted.measure_speed and modality.main_input_name != "input_ids":
+        raise ExitConfigurationError("--measure_speed is for text; benchmarks/inference.py times images.")
+    if wanted.measure_speed and not training.do_eval:
+        raise ExitConfigurationError("--measure_speed times the evaluation rows: add --do_eval.")
+    if not args.data.streaming:
+        return
+    if training.do_train and training.max_steps <= 0:
+        raise ExitConfigurationError("--streaming needs --max_steps: a stream has no length.")
+    for flag, value in (
+        ("train_val_split", args.data.train_val_split),
+        ("calibration_samples", wanted.calibration_samples),
+    ):
+        if value is not None:
+            raise ExitConfigurationError(f"--{flag} cuts the training rows, which --streaming does not hold.")
+
+
+def find_start(args: RunArguments) -> str | None:
+    """The checkpoint to resume from, or `None` for a fresh start.
+
+    A run that ended before its first checkpoint leaves nothing to continue from, and its folder free.
+
+    Raises:
+        ExitConfigurationError: the folder belongs to a finished run, to a run with other settings, or to neither.
+    """
+    folder = args.folder
+    if not args.training.do_train:
+        return None
+    checkpoint, last = args.training.resume_from_checkpoint, last_whole_checkpoint(folder)
+    before = read_run(folder) if (folder / RUN_FILE).exists() else None
+    if last is None and not (folder / "config.json").exists() and not (before and before["finished"]):
+        return checkpoint
+    if before is None:
+        raise ExitConfigurationError(
+            f"--output_dir {folder} holds a model or checkpoints of something else: give another --output_dir."
+        )
+    now = args.settings()
+    names = [name for name in now if before["settings"].get(name, now[name]) != now[name]]
+    if names:
+        changes = ", ".join(f"--{n} was {before['settings'][n]!r}, is {now[n]!r}" for n in names)
+        raise ExitConfigurationError(
+            f"--output_dir {folder} holds a run with other arguments ({changes}): give another --output_dir, "
+            "or remove that folder."
+        )
+    if before["finished"]:
+        raise ExitConfigurationError(
+            f"--output_dir {folder} holds a finished run: give another --output_dir, or remove that folder to "
+            "train again."
+        )
+    return checkpoint or last
+
+
+def check_calibration(args: RunArguments, loaded: LoadedModel, rows: RunRows, chosen_by: str | None) -> None:
+    """Refuse, before training, what calibration could not do after it; warn of a risk that cannot be certified.
+
+    Args:
+        args: of the run.
+        loaded: its model.
+        rows: its rows.
+        chosen_by: what the calibration rows chose already (`rows_chose`).
+    """
+    wanted, asked = args.calibration, args.asks_for_policy
+    if asked and not args.training.do_eval:
+        raise ExitConfigurationError("--target_cost and --max_risk calibrate on evaluated rows: add --do_eval.")
+    if not args.training.do_eval:
+        return
+    if rows.calibration is None and len(rows.splits["validation"]) < 2:
+        raise ExitConfigurationError(
+            "Half of the evaluation rows calibrates, but there is only one: give more, or --calibration_file."
+        )
+    kept = loaded.model.config.exit_policy is not None and not args.training.do_train
+    if wanted.measure_speed and not (asked or kept):
+        raise ExitConfigurationError("--measure_speed times a policy: add --target_cost or --max_risk.")
+    fitting_criterion(wanted.exit_criterion, rows.data.problem_type, required=asked)
+    if wanted.max_risk is None:
+        return
+    labelled = rows.calibration is None or has_labels(rows.calibration)
+    check_risk(wanted.risk and wanted.risk.value, rows.data.problem_type, labelled)
+    _warn_of_few_rows(wanted.max_risk, wanted.risk_confidence, rows)
+    if chosen_by is not None:
+        logger.warning(
+            f"No guarantee will go with --max_risk: the calibration rows also chose {chosen_by}. Give others: "
+            "--calibration_file."
+        )
+
+
+def _warn_of_few_rows(max_risk: float, confidence: float, rows: RunRows) -> None:
+    _, needed = rows_needed(max_risk, confidence)
+    found = len(rows.splits["validation"]) // 2 if rows.calibration is None else len(rows.calibration)
+    if found < needed:
+        logger.warning(
+            f"No early exit will be certified: --max_risk {max_risk:g} with --risk_confidence {confidence:g} takes at "
+            f"least {needed} calibration rows; {rows_in_words(found)}. Give more, or a larger --max_risk."
+        )

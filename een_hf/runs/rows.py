@@ -1,0 +1,105 @@
+"""The rows of a run as the model reads them: training, evaluation and calibration."""
+
+import os
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from ..data.streaming import EndlessStream
+from ..data.task import DataError, Modality, TaskData
+from ..models import ExitConfigurationError
+from .arguments import RunArguments
+from .model import LoadedModel
+
+
+@dataclass
+class RunRows:
+    """What a run trains on, evaluates and calibrates with.
+
+    Args:
+        data: the splits before the tokenizer or image processor.
+        splits: the same, encoded; `train` without the rows that calibrate.
+        calibration: encoded rows that only calibrate; `None` where half of the evaluation split does.
+    """
+
+    data: TaskData
+    splits: dict[str, Any]
+    calibration: Any | None
+
+    @property
+    def counted(self) -> Any:
+        """The rows whose mean length (or size) relative costs are counted at."""
+        return self.calibration or self.splits["validation"]
+
+
+def load_data(modality: Modality, args: RunArguments, like: TaskData | None) -> TaskData:
+    """The splits that the flags ask for.
+
+    Args:
+        modality: text or images.
+        args: of the run.
+        like: the labels of the checkpoint, which the data must fit (`labels_of_checkpoint`).
+    """
+    training = args.training
+    wanted = {
+        "train": training.do_train or args.calibration.calibration_samples,
+        "validation": training.do_eval or training.eval_strategy != "no",
+        "test": training.do_predict,
+    }
+    needed = [split for split in wanted if wanted[split]]
+    hub = {"cache_dir": args.model.cache_dir, "token": args.model.token}
+    return modality.load_data(args.data, splits_needed=needed, seed=training.seed, like=like, **hub)
+
+
+def encode_rows(modality: Modality, args: RunArguments, data: TaskData, loaded: LoadedModel) -> RunRows:
+    """The data as the model reads them, some of them set aside to calibrate.
+
+    Raises:
+        ExitConfigurationError: `--calibration_samples` or `--calibration_file` that cannot be had.
+    """
+    splits = modality.encode_data(data, loaded.processor, args.data, loaded.model.config)
+    path, count = args.calibration.calibration_file, args.calibration.calibration_samples
+    if path is not None:
+        return RunRows(data, splits, _rows_of_file(path, modality, args, data, loaded))
+    if count is None:
+        return RunRows(data, splits, None)
+    train = splits["train"]
+    if count >= len(train):
+        raise ExitConfigurationError(
+            f"--calibration_samples {count} leaves no training row: the training split has {len(train)}."
+        )
+    order = np.random.default_rng(args.training.seed).permutation(len(train))
+    kept = splits | {"train": train.select(np.sort(order[count:]))}
+    return RunRows(data, kept, train.select(order[:count]))
+
+
+def training_rows(modality: Modality, args: RunArguments, rows: RunRows, loaded: LoadedModel) -> Any | None:
+    """The rows that the trainer draws from, augmented or as a stream without end; `None` where nothing is trained."""
+    if not args.training.do_train:
+        return None
+    made_of = loaded.processor, args.data, loaded.model.config, args.training.seed
+    augmented = modality.augment(rows.splits["train"], *made_of)
+    return EndlessStream(augmented) if args.data.streaming else augmented
+
+
+def has_labels(rows: Any) -> bool:
+    """Whether encoded rows, text or images, carry labels."""
+    return "labels" in getattr(rows, "column_names", rows[0])
+
+
+def _rows_of_file(path: str, modality: Modality, args: RunArguments, data: TaskData, loaded: LoadedModel) -> Any:
+    """Encoded rows of a file (text) or a folder (images); labels are optional."""
+    if not os.path.exists(path):
+        raise ExitConfigurationError(f"--calibration_file {path} is not there.")
+    names = {field.name for field in fields(args.data)}
+    other = "dataset_name dataset_config_name partition_dir partition_id train_val_split max_predict_samples".split()
+    other += [f"{split}_{args.data.path_kind}" for split in ("train", "validation", "test")]
+    flag = f"test_{args.data.path_kind}"
+    data_args = replace(args.data, **(dict.fromkeys(names.intersection(other)) | {flag: path}))
+    try:
+        found = modality.load_data(data_args, splits_needed=["test"], seed=args.training.seed, like=data)
+        return modality.encode_data(found, loaded.processor, data_args, loaded.model.config)["test"]
+    except DataError as error:
+        message = str(error).replace(f"--{flag} ", "--calibration_file ").replace(", split 'test'", "")
+        raise DataError(message) from error
