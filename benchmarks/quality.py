@@ -30,9 +30,10 @@ import torch
 from common import add_results_argument, command_line, machine, pack_bits, ratio
 from transformers import AutoModel, EvalPrediction
 
+from een_hf.calibration import calibrate, policy_row
 from een_hf.data.glue import TEXT
 from een_hf.data.samples import model_source
-from een_hf.evaluation import calibrate, cost_inputs, measure_seconds, policy_row, relative_costs
+from een_hf.evaluation import cost_inputs, measure_seconds, relative_costs
 from een_hf.models import MODEL_CLASSES
 from een_hf.runs import Run, parse_arguments, run_experiment
 

@@ -21,6 +21,7 @@ MODULES = (
     "een_hf.serving",
     "een_hf.training",
     "een_hf.training.callbacks",
+    "een_hf.calibration",
     "een_hf.evaluation",
     "een_hf.data",
     "een_hf.runs",

@@ -31,7 +31,7 @@ _LAZY = {
     "ExitRunner": ".inference",
     "JointExitTrainer": ".training",
     "MetaWeightedExitTrainer": ".training",
-    "calibrate": ".evaluation",
+    "calibrate": ".calibration",
     "predict": ".inference",
     "register_scheme": ".training",
 }

@@ -17,7 +17,7 @@ def moved_module(old: str, new: str) -> None:
     sys.modules[old] = importlib.import_module(new)
 
 
-def moved_names(module: str, places: Mapping[str, str]) -> Callable[[str], object]:
+def moved_names(module: str, places: Mapping[str, str]) -> Callable[..., object]:
     """The `__getattr__` of a module from which names moved.
 
     Args:
@@ -25,11 +25,11 @@ def moved_names(module: str, places: Mapping[str, str]) -> Callable[[str], objec
         places: by name, the full path of the module that holds it now.
     """
 
-    def find(name: str) -> object:
+    def find(name: str, stacklevel: int = 2) -> object:
         if name not in places:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         message = f"{module}.{name} is deprecated: import it from {places[name]}."
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        warnings.warn(message, DeprecationWarning, stacklevel)
         return getattr(importlib.import_module(places[name]), name)
 
     return find

@@ -33,6 +33,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig, set_seed
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from ..calibration import rows_needed
 from ..data.glue import TEXT, TextDataArguments, encode_text_data, prepare_rows, text_columns
 from ..data.images import EvaluationTransform, decode_image, whole_images
 from ..data.samples import model_source
@@ -49,7 +50,6 @@ from ..evaluation import (
     stock_model,
     text_functions,
 )
-from ..evaluation.calibration import rows_needed
 from ..evaluation.results import LOGITS_NAME, _replacing
 from ..hub import public_settings
 from ..inference import pad_rows, predict

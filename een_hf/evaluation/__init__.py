@@ -5,18 +5,11 @@ Each module is imported on first use: measuring speed, for one, needs no data se
 
 import importlib
 
+from .._moved import moved_names
 from ..extras import named_extras
 
 
 _NAMES = {
-    "calibration": (
-        "CalibrationReport",
-        "budgeted_curve",
-        "calibrate",
-        "check_risk",
-        "check_target_cost",
-        "policy_row",
-    ),
     "cost": ("ExitCosts", "cost_inputs", "count_operations", "mean_length", "relative_costs"),
     "metrics": (
         "Accuracy",
@@ -51,6 +44,8 @@ _NAMES = {
         "text_functions",
     ),
 }
+_CALIBRATION = "CalibrationReport budgeted_curve calibrate check_risk check_target_cost policy_row".split()
+_moved = moved_names(__name__, dict.fromkeys(_CALIBRATION, "een_hf.calibration"))
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)
@@ -60,4 +55,4 @@ def __getattr__(name: str):
     if name in _MODULE_OF:
         with named_extras():
             return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _moved(name, stacklevel=3)

@@ -561,13 +561,14 @@ class EarlyExitTrainer(Trainer):
             calibration_data: rows as `evaluate` takes them.
             cost: `operations`, or `latency`, measured on the model's device.
             latency_batch_size: examples that run together where latency is measured.
-            **settings: of `een_hf.evaluation.calibrate`, for example `target_cost=0.5`, or `max_risk=0.02,
+            **settings: of `een_hf.calibrate`, for example `target_cost=0.5`, or `max_risk=0.02,
                 risk="consistency"`.
 
         Returns:
             a `CalibrationReport`; set its policy with `model.set_exit_policy(report.policy)`.
         """
-        from ..evaluation import calibrate, cost_inputs, relative_costs, relative_latencies
+        from ..calibration import calibrate
+        from ..evaluation import cost_inputs, relative_costs, relative_latencies
 
         unit, size = CostUnit(cost), cost_inputs(calibration_data)
         prediction = self.predict_exits(calibration_data, "calibration")

@@ -37,8 +37,9 @@ from transformers import (
     set_seed,
 )
 
+from een_hf.calibration import calibrate
 from een_hf.commands import main, retrofit
-from een_hf.evaluation import ExitCosts, calibrate, load_exit_logits
+from een_hf.evaluation import ExitCosts, load_exit_logits
 from een_hf.inference import predict
 from een_hf.models import EarlyExitBertForSequenceClassification, EarlyExitViTForImageClassification
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from een_hf.evaluation import BatchSeconds, ExitCosts, calibrate, latency_costs, relative_latencies
+from een_hf.calibration import calibrate
+from een_hf.evaluation import BatchSeconds, ExitCosts, latency_costs, relative_latencies
 from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification, ExitPolicy
 from een_hf.models.policies import NEVER
 

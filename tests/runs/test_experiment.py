@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+from een_hf.calibration import check_target_cost
 from een_hf.commands import COMMANDS
 from een_hf.commands import main as command_main
 from een_hf.commands.train import main
 from een_hf.data.arguments import DataArguments
 from een_hf.data.cifar import IMAGES
 from een_hf.data.glue import TEXT
-from een_hf.evaluation import check_target_cost
 from een_hf.models import ExitConfigurationError
 from een_hf.runs import parse_arguments, run_experiment
 from een_hf.runs.experiment import prepare

@@ -1,0 +1,25 @@
+"""Logits, labels and the right answers, as calibration reads them."""
+
+import numpy as np
+import scipy.special
+import torch
+
+
+def as_tensor(values) -> torch.Tensor:
+    """An array or a tensor of any device and precision, as float32 on the CPU."""
+    return torch.as_tensor(values).detach().cpu().float()
+
+
+def right_answers(last_answers: np.ndarray, labels: np.ndarray | None, problem_type: str) -> np.ndarray:
+    """The right answers, (num_rows, answers): the labels, or what the last exit answers."""
+    if labels is None:
+        return last_answers
+    soft = problem_type == "single_label_classification" and labels.ndim == 2
+    return (labels.argmax(-1) if soft else labels).reshape(last_answers.shape)
+
+
+def probability_of(targets: np.ndarray, logits: np.ndarray, problem_type: str) -> np.ndarray:
+    """The probability (num_rows, num_exits) of the right class, or, multi-label, the mean over the labels."""
+    if problem_type == "multi_label_classification":
+        return scipy.special.expit(np.where(targets[:, None] == 1, logits, -logits)).mean(-1)
+    return np.take_along_axis(scipy.special.softmax(logits, -1), targets[:, None], -1)[..., 0]

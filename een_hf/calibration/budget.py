@@ -1,0 +1,95 @@
+"""The best policy at an average cost."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..evaluation.cost import ExitCosts
+from ..models.configuration_een import ExitConfigurationError
+from ..models.policies import NEVER, ExitPolicy
+from .rows import CalibrationReport, ScoredRows, score_rows
+from .search import improve, rank
+from .thresholds import geometric_thresholds
+
+
+_SHARE_RATIOS = np.geomspace(1 / 30, 30, 61)  # q of the geometric split; below 1 most rows leave early
+
+
+def geometric_policy(
+    exit_logits: np.ndarray,
+    labels: np.ndarray | None,
+    costs: Sequence[float],
+    target_cost: float,
+    *,
+    criterion: str = "confidence",
+    params: dict | None = None,
+    problem_type: str = "single_label_classification",
+) -> ExitPolicy:
+    """The plain geometric split (MSDNet, Huang et al., ICLR 2018) of the best ratio that `target_cost` affords.
+
+    Of the scores with and without temperatures, whichever is better. The baseline that `calibrate` improves on;
+    arguments as there.
+    """
+    tempered = score_rows(exit_logits, labels, costs, criterion, params, problem_type).choices()
+    choices = [*tempered, *(choice.plain for choice in tempered)]
+    scored, thresholds = best_choice(choices, geometric_start, target_cost)
+    return scored.policy(thresholds, calibrated_for={"target_cost": float(target_cost)})
+
+
+def geometric_start(scored: ScoredRows, target_cost: float) -> np.ndarray:
+    """Thresholds (num_exits,) of the best affordable geometric split, or those at which everybody leaves at once."""
+    always = np.full(scored.num_exits, -NEVER)
+    splits = [always] + [geometric_thresholds(scored.scores, ratio) for ratio in _SHARE_RATIOS]
+    return max(splits, key=lambda candidate: rank(scored, candidate, target_cost))
+
+
+def check_target_cost(target_cost: float, costs: Sequence[float]) -> None:
+    """Raise ExitConfigurationError for a budget that not even the cheapest exit keeps, usually the first."""
+    alone = ExitCosts.of(costs).alone
+    cheapest = min(alone)  # by time, a decision may take more than it saves
+    if not target_cost >= cheapest:
+        which = "first" if cheapest == alone[0] else "cheapest"
+        raise ExitConfigurationError(
+            f"--target_cost {target_cost:g} is below the cost of the {which} exit, {cheapest:.4g}: no policy is so "
+            f"cheap. Give at least {math.ceil(cheapest * 1000) / 1000:g}, or an earlier first exit (--exit_layers)."
+        )
+
+
+def calibrate_cost(choices: list[ScoredRows], target_cost: float) -> CalibrationReport:
+    scored = choices[0]
+    check_target_cost(target_cost, scored.costs)
+    about = {"calibrated_for": {"target_cost": float(target_cost)}}
+    thresholds = np.full(scored.num_exits, NEVER)
+    if target_cost >= scored.cost_and_gain(thresholds)[0]:
+        message = f"A cost of {target_cost:g} pays for every layer: no row needs to leave early."
+        return scored.report(scored.policy(thresholds, **about), thresholds, message)
+
+    def find(scored: ScoredRows, target_cost: float) -> np.ndarray:
+        return improve(scored, geometric_start(scored, target_cost), target_cost)
+
+    scored, best = best_choice(choices, find, target_cost)
+    # Temperatures shift which exits rows leave at, and not always for the better: never worse than doing without.
+    plain = scored.plain
+    split = geometric_start(plain, target_cost)
+    if plain.cost_and_gain(split)[0] <= target_cost and plain.score(split) > scored.score(best):
+        scored, best = plain, find(plain, target_cost)
+    cost, _ = scored.cost_and_gain(best)
+    if cost > target_cost:
+        raise ExitConfigurationError(
+            f"--target_cost {target_cost:g} cannot be met: rows with NaN scores never leave early (cost {cost:.4g})."
+        )
+    name = "agreement with the last exit"
+    if scored.labels is not None:
+        name = {"regression": "score", "multi_label_classification": "accuracy over labels"}.get(
+            scored.problem_type, "accuracy"
+        )
+    score = scored.score(best)
+    message = f"At {cost:.3f} of the full cost: {name} {score:.4f} on {scored.num_rows} calibration rows."
+    return scored.report(scored.policy(best, **about), best, message)
+
+
+def best_choice(choices: list[ScoredRows], find: Callable, target_cost: float) -> tuple[ScoredRows, np.ndarray]:
+    """The best of what `find` makes of the rows under each setting of the criterion, with its thresholds."""
+    found = [(scored, find(scored, target_cost)) for scored in choices]
+    return max(found, key=lambda one: rank(*one, target_cost))

@@ -1,0 +1,166 @@
+"""The cheapest policy whose risk is certified."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import scipy.special
+import scipy.stats
+
+from ..models.configuration_een import ExitConfigurationError
+from ..models.policies import NEVER
+from .rows import CalibrationReport, ScoredRows
+from .thresholds import threshold_between, without_idle_exits
+
+
+RISKS = ("accuracy_gap", "consistency", "hamming")
+_BINARY_RISKS = ("accuracy_gap", "consistency")
+_MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS = 50, 500
+_PATH_LEVELS = 100
+
+
+def risk_p_value(losses: np.ndarray, limit: float, binary: bool = True) -> float:
+    """P-value of "the risk exceeds `limit`" from independent losses of rows.
+
+    Exact binomial, P(Bin(n, limit) <= sum of losses), for losses that can be only 0 or 1; else Hoeffding-Bentkus for
+    losses in [0, 1] (Learn then Test, Angelopoulos et al., 2021, proposition 1).
+
+    Args:
+        losses: (num_rows,).
+        limit: the risk to be disproved.
+        binary: what losses can be, not what these happen to be: a test that the data choose is no test.
+    """
+    num_rows, total = len(losses), float(np.sum(losses))
+    if binary:
+        return float(scipy.stats.binom.cdf(round(total), num_rows, limit))
+    mean = min(total / num_rows, limit)
+    divergence = scipy.special.rel_entr(mean, limit) + scipy.special.rel_entr(1 - mean, 1 - limit)
+    bentkus = math.e * scipy.stats.binom.cdf(math.ceil(total), num_rows, limit)
+    return float(min(1, math.exp(-num_rows * divergence), bentkus))
+
+
+def calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> CalibrationReport:
+    if not (0 < max_risk < 1 and 0 < confidence < 1):
+        raise ExitConfigurationError("--max_risk and --risk_confidence must lie between 0 and 1.")
+    risk = check_risk(risk, scored.problem_type, labelled=scored.labels is not None)
+    name = getattr(risk, "__name__", risk)
+    never = np.full(scored.num_exits, NEVER)
+    num_search = _num_search_rows(scored.num_rows)
+    num_certify = scored.num_rows - num_search
+    if (1 - max_risk) ** num_certify > 1 - confidence:
+        needed, total = rows_needed(max_risk, confidence)
+        message = (
+            f"No early exit: {rows_in_words(scored.num_rows)}. That cannot show a risk of at most {max_risk:g} with "
+            f"confidence {confidence:g}, whatever the policy: it takes at least {needed} rows that certify, so "
+            f"{total} calibration rows or more. Give more of them (--calibration_file, --calibration_samples), or a "
+            "larger --max_risk, or a lower --risk_confidence."
+        )
+        return scored.report(None, never, message)
+
+    order = np.random.default_rng(seed).permutation(scored.num_rows)
+    search = scored.select(order[:num_search])
+    if scored.regression:
+        choices = search.choices()
+        search = choices[len(choices) // 2]
+    certify = scored.select(order[num_search:], search.temperatures, search.params)
+    certified, cheapest = None, math.inf
+    for level in range(1, _PATH_LEVELS + 1):
+        leaving = round(level * num_search / _PATH_LEVELS)
+        thresholds = np.array([threshold_between(search.scores[:, k], leaving) for k in range(scored.num_exits)])
+        # Before the rows that certify are seen.
+        thresholds = without_idle_exits(thresholds, lambda candidate: -search.cost_and_gain(candidate)[0])
+        losses = risk_losses(risk, certify, certify.exits(thresholds))
+        p_value = risk_p_value(losses, max_risk, binary=risk in _BINARY_RISKS)
+        if p_value > 1 - confidence:
+            break
+        cost, _ = search.cost_and_gain(thresholds)
+        if cost <= cheapest:  # with exits left out, a later policy may be the dearer one
+            certified, cheapest = (thresholds, float(losses.sum()), p_value), cost
+    if certified is None:
+        message = (
+            f"No early exit: the least eager policy already shows {float(losses.sum()):g} errors in {num_certify} "
+            f"certifying rows, too many to certify a risk ({name}) of at most {max_risk:g}."
+        )
+        return scored.report(None, never, message)
+    thresholds, errors, p_value = certified
+    guarantee = {
+        "risk": name,
+        "limit": float(max_risk),
+        "confidence": float(confidence),
+        "num_rows": num_certify,
+        "errors": errors,
+        "p_value": p_value,
+        "seed": seed,
+    }
+    about = {"max_risk": float(max_risk), "risk": name, "risk_confidence": float(confidence)}
+    if chosen_by is not None:
+        about["no_guarantee"] = f"The calibration rows also chose {chosen_by}."
+    policy = search.policy(thresholds, calibrated_for=about, guarantee=None if chosen_by else guarantee)
+    cost, _ = certify.cost_and_gain(thresholds)
+    message = (
+        f"At {cost:.3f} of the full cost, risk ({name}) at most {max_risk:g} with confidence {confidence:g}: "
+        f"{errors:g} errors in {num_certify} certifying rows, p = {p_value:.3g}."
+        if chosen_by is None
+        else f"At {cost:.3f} of the full cost; no guarantee, because the calibration rows also chose {chosen_by}."
+    )
+    return certify.report(policy, thresholds, message)
+
+
+def check_risk(risk: str | Callable | None, problem_type: str, labelled: bool) -> str | Callable:
+    """The risk, or its default.
+
+    Raises:
+        ExitConfigurationError: an unknown risk, or one that does not fit the problem or needs labels.
+    """
+    if risk is None:
+        risk = "accuracy_gap" if labelled else "consistency"
+    if callable(risk):
+        return risk
+    if risk not in RISKS:
+        raise ExitConfigurationError(f"--risk {risk!r} is not one of: {', '.join(RISKS)}.")
+    if problem_type == "regression":
+        raise ExitConfigurationError(
+            f"--max_risk with --risk {risk} counts classes and does not fit regression: use --target_cost."
+        )
+    if risk == "hamming" and problem_type != "multi_label_classification":
+        raise ExitConfigurationError("--risk hamming counts the labels of a multi-label problem: use consistency.")
+    if risk == "accuracy_gap" and not labelled:
+        raise ExitConfigurationError("--risk accuracy_gap needs labels; without them use --risk consistency.")
+    return risk
+
+
+def rows_needed(max_risk: float, confidence: float) -> tuple[int, int]:
+    """The fewest certifying rows, and the fewest calibration rows, that can certify any policy (without an error)."""
+    needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_risk))
+    total = next(n for n in range(needed, needed + _MAX_SEARCH_ROWS + 1) if n - _num_search_rows(n) >= needed)
+    return needed, total
+
+
+def rows_in_words(num_rows: int) -> str:
+    """What calibration rows are used for: a sentence without its full stop."""
+    num_search = _num_search_rows(num_rows)
+    if num_search == num_rows:
+        return f"there are {num_rows} calibration rows, all of them search for a policy and none certifies it"
+    return (
+        f"there are {num_rows} calibration rows, {num_search} of them search for a policy and {num_rows - num_search} "
+        "certify it"
+    )
+
+
+def _num_search_rows(num_rows: int) -> int:
+    return min(num_rows, int(np.clip(num_rows // 5, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS)))
+
+
+def risk_losses(risk: str | Callable, scored: ScoredRows, exits: np.ndarray) -> np.ndarray:
+    """The loss in [0, 1] of each row, (num_rows,)."""
+    if callable(risk):
+        losses = np.asarray(risk(scored.logits.numpy(), exits, scored.labels), dtype=np.float64)
+        if losses.shape != exits.shape or not ((losses >= 0) & (losses <= 1)).all():
+            raise ExitConfigurationError("A risk function must give each row a loss in [0, 1], and no NaN.")
+        return losses
+    rows = np.arange(scored.num_rows)
+    if risk == "accuracy_gap":
+        right = scored.right == 1
+        return (right[:, -1] & ~right[rows, exits]).astype(np.float64)
+    differs = scored.predictions[rows, exits] != scored.predictions[:, -1]
+    return differs.mean(1) if risk == "hamming" else differs.any(1).astype(np.float64)

@@ -1,0 +1,136 @@
+"""Calibration rows under a criterion: their scores, their worth at each exit, and what thresholds do to them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..evaluation.cost import ExitCosts
+from ..evaluation.metrics import check_labels, predict_labels
+from ..models.configuration_een import ExitConfigurationError
+from ..models.policies import NEVER, ExitPolicy, get_criterion, resolve_problem_type
+from .arrays import as_tensor, probability_of, right_answers
+from .temperatures import fit_temperatures
+
+
+@dataclass
+class CalibrationReport:
+    """What calibration found, measured on the calibration rows.
+
+    Args:
+        policy: to be set with `model.set_exit_policy`; `None` means no early exit.
+        relative_cost: average over rows.
+        score: share of rows answered right (multi-label: of labels; regression: minus the mean squared error); without
+            labels, right means as the last exit.
+        exit_fractions: share of rows that leave at each exit.
+        message: one sentence for a person.
+    """
+
+    policy: ExitPolicy | None
+    relative_cost: float
+    score: float
+    exit_fractions: list[float]
+    message: str
+
+
+class ScoredRows:
+    """Calibration rows with their temperatures, scores (num_rows, num_exits) and gains (num_rows, num_exits).
+
+    `tempered` says whether the scores are of logits divided by the temperatures.
+    """
+
+    def __init__(self, logits, labels, costs, criterion, params, problem_type, temperatures=None, tempered=True):
+        self.logits, self.labels, self.costs = logits, labels, costs
+        self.criterion, self.params, self.problem_type = criterion, params, problem_type
+        self.regression = problem_type == "regression"
+        if temperatures is None and not self.regression:
+            temperatures = fit_temperatures(logits, labels, problem_type)
+        self.temperatures, self.tempered = temperatures, tempered and temperatures is not None
+        self.scores = get_criterion(criterion, params).scores(logits, temperatures if tempered else None).numpy()
+        self.num_rows, self.num_exits = self.scores.shape
+        # (num_rows, num_exits, answers): one answer for each label of a multi-label problem, else one.
+        self.predictions = predict_labels(logits.numpy(), problem_type).reshape(self.num_rows, self.num_exits, -1)
+        targets = right_answers(self.predictions[:, -1], labels, problem_type)
+        # What a row is worth at each exit: the share of its answers that are right, or minus the squared error.
+        if not self.regression:
+            self.right = (self.predictions == targets[:, None]).mean(-1)
+            # Of policies that are right equally often, the one that gives the targets more probability.
+            scaled = logits.numpy() / np.array(temperatures).reshape(1, -1, 1)
+            sureness = np.nan_to_num(probability_of(targets, scaled, problem_type))
+            self.gains = self.right + sureness / (2 * self.num_rows * targets.shape[1])
+        else:
+            # A broken answer is as bad as the worst whole one: a NaN would make all policies equal.
+            self.gains = -np.square(self.predictions.astype(np.float64)[..., 0] - targets)
+            whole = np.isfinite(self.gains)
+            self.gains[~whole] = self.gains[whole].min(initial=0.0)
+            self.right = self.gains
+
+    def select(self, rows: np.ndarray | slice, temperatures=None, params=None, tempered=True) -> "ScoredRows":
+        labels = None if self.labels is None else self.labels[rows]
+        settings = (self.criterion, self.params if params is None else params, self.problem_type)
+        return ScoredRows(self.logits[rows], labels, self.costs, *settings, temperatures, tempered)
+
+    def choices(self) -> list["ScoredRows"]:
+        """The same rows under each setting of the criterion that is worth trying, where none is given."""
+        tried = [{}] if self.params else get_criterion(self.criterion).choices(self.logits)
+        return [self if params == {} else self.select(slice(None), self.temperatures, params) for params in tried]
+
+    @cached_property
+    def plain(self) -> "ScoredRows":
+        """The same rows, scored without temperatures."""
+        if not get_criterion(self.criterion).scores_probabilities:
+            return self
+        return self.select(slice(None), self.temperatures, tempered=False)
+
+    def exits(self, thresholds: np.ndarray) -> np.ndarray:
+        """The 0-based exit, (num_rows,), that each row takes."""
+        return self.leaves(thresholds).argmax(1)
+
+    def leaves(self, thresholds: np.ndarray) -> np.ndarray:
+        """Whether each row is sure enough at each exit, (num_rows, num_exits); everybody is at the last."""
+        leaves = self.scores >= thresholds
+        leaves[:, -1] = True
+        return leaves
+
+    def costs_under(self, thresholds: np.ndarray) -> np.ndarray:
+        """What exiting at each exit costs, (num_exits,), where only the exits that rows can reach are evaluated."""
+        return self.costs.of_policy(ExitPolicy(self.criterion, thresholds, params=self.params))
+
+    def cost_and_gain(self, thresholds: np.ndarray) -> tuple[float, float]:
+        exits = self.exits(thresholds)
+        cost = self.shares(exits) @ self.costs_under(thresholds)
+        return float(cost), float(self.gains[np.arange(self.num_rows), exits].mean())
+
+    def shares(self, exits: np.ndarray) -> np.ndarray:
+        """The share of rows at each exit: by these, nobody exiting early costs exactly what the last exit does."""
+        return np.bincount(exits, minlength=self.num_exits) / self.num_rows
+
+    def policy(self, thresholds: np.ndarray, **about) -> ExitPolicy:
+        name = "temperatures" if self.tempered else "confidence_temperatures"
+        about = {**about, "params": self.params, name: self.temperatures}
+        policy = ExitPolicy(self.criterion, [*map(float, thresholds)], **about)
+        return ExitPolicy.from_dict(policy.to_dict())
+
+    def report(self, policy: ExitPolicy | None, thresholds: np.ndarray, message: str) -> CalibrationReport:
+        fractions = self.shares(self.exits(thresholds))
+        cost = float(fractions @ self.costs.of_policy(policy))
+        return CalibrationReport(policy, cost, self.score(thresholds), fractions.tolist(), message)
+
+    def score(self, thresholds: np.ndarray) -> float:
+        """Share of rows answered right, or minus the mean squared error."""
+        return float(self.right[np.arange(self.num_rows), self.exits(thresholds)].mean())
+
+
+def score_rows(exit_logits, labels, costs, criterion, params, problem_type) -> ScoredRows:
+    logits, params = as_tensor(exit_logits), params or {}
+    if logits.dim() != 3 or logits.shape[1] != len(costs) or len(logits) == 0:
+        raise ExitConfigurationError(
+            f"Calibration takes logits (rows, exits, labels) and one cost per exit, not {tuple(logits.shape)} and "
+            f"{len(costs)} costs."
+        )
+    num_rows, num_exits, num_labels = logits.shape
+    problem_type = resolve_problem_type(problem_type, num_labels)
+    ExitPolicy(criterion, [NEVER] * num_exits, params=params).validate(num_exits, problem_type, num_labels)
+    if labels is not None:
+        labels = check_labels(labels, num_rows, num_labels, problem_type)
+    return ScoredRows(logits, labels, ExitCosts.of(costs), criterion, params, problem_type)

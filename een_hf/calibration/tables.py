@@ -1,0 +1,70 @@
+"""What policies give on rows."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from transformers import EvalPrediction
+
+from ..evaluation.cost import ExitCosts
+from ..models.policies import NEVER, ExitPolicy
+from .arrays import as_tensor
+from .budget import calibrate_cost
+from .rows import score_rows
+
+
+def policy_row(
+    policy: ExitPolicy,
+    exit_logits: np.ndarray,
+    labels: np.ndarray,
+    costs: Sequence[float],
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+) -> dict:
+    """What a policy gives on rows: `relative_cost`, `metrics`, `exit_fractions`, and the policy's own keys."""
+    logits = as_tensor(exit_logits)
+    exits = policy.exits_of(logits).numpy()
+    answers = logits.numpy()[np.arange(len(exits)), exits]
+    fractions = np.bincount(exits, minlength=len(costs)) / len(exits)
+    return {
+        "relative_cost": float(fractions @ ExitCosts.of(costs).of_policy(policy)),
+        "metrics": compute_metrics(EvalPrediction(predictions=answers, label_ids=labels)),
+        "exit_fractions": fractions.tolist(),
+        **policy.to_dict(),
+    }
+
+
+def budgeted_curve(
+    calibration: tuple[np.ndarray, np.ndarray],
+    report: tuple[np.ndarray, np.ndarray],
+    costs: Sequence[float],
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+    *,
+    criterion: str = "confidence",
+    params: dict | None = None,
+    problem_type: str = "single_label_classification",
+    num_budgets: int = 9,
+) -> list[dict]:
+    """The best policy at each of a sweep of budgets: chosen on `calibration`, measured on `report`.
+
+    What each exit alone costs is a budget, and so are 25, 50 and 75 %: models of fewer layers are compared at equal
+    cost.
+
+    Args:
+        calibration: logits (num_rows, num_exits, num_labels) and labels (num_rows,).
+        report: the same of other rows.
+        costs: as in `calibrate`.
+        compute_metrics: called with the logits (num_rows, num_labels) that the policy answers with.
+        criterion: a registered exit criterion, with its `params`.
+        problem_type: as in transformers.
+        num_budgets: further budgets, evenly from the cheapest possible (the first exit's cost, unless NaN scores
+            keep rows from leaving) to the cost of no early exit.
+    """
+    scored = score_rows(*calibration, costs, criterion, params, problem_type)
+    choices = scored.choices()
+    cheapest, _ = scored.cost_and_gain(np.full(scored.num_exits, -NEVER))
+    full, _ = scored.cost_and_gain(np.full(scored.num_exits, NEVER))
+    named = [cost for cost in (0.25, 0.5, 0.75, *scored.costs.alone) if cheapest <= cost <= full]
+    rows = []
+    for target in np.unique([*named, *np.linspace(cheapest, full, num_budgets)]).tolist():
+        policy = calibrate_cost(choices, target).policy
+        rows.append({"target_cost": target, **policy_row(policy, *report, costs, compute_metrics)})
+    return rows
