@@ -13,16 +13,15 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoConfig
 
+from ..calibration import calibrate, policy_row
 from ..errors import in_one_line
 from ..evaluation import (
     METRICS,
     ExitCosts,
-    calibrate,
     format_exit_table,
     load_exit_logits,
     make_compute_metrics,
     plot_exit_curves,
-    policy_row,
     read_exit_results,
     write_exit_results,
 )

@@ -33,7 +33,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig, set_seed
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from ..calibration import rows_needed
+from ..calibration import calibrate, rows_needed
 from ..data.glue import TEXT, TextDataArguments, encode_text_data, prepare_rows, text_columns
 from ..data.images import EvaluationTransform, decode_image, whole_images
 from ..data.samples import model_source
@@ -41,7 +41,6 @@ from ..data.sources import limit_rows, load_files
 from ..data.task import DataError, TaskData
 from ..errors import is_full_disk
 from ..evaluation import (
-    calibrate,
     cost_inputs,
     measure_seconds,
     relative_costs,

@@ -2,9 +2,8 @@
 
 from transformers.utils import logging
 
+from ..calibration import check_risk, rows_in_words, rows_needed
 from ..data.task import Modality
-from ..evaluation import check_risk
-from ..evaluation.calibration import rows_in_words, rows_needed
 from ..models import ExitConfigurationError
 from ..training.history import RUN_FILE, read_run
 from ..training.trainer import last_whole_checkpoint

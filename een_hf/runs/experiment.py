@@ -8,8 +8,9 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.utils import logging
 
+from ..calibration import check_target_cost
 from ..data.task import Modality
-from ..evaluation import check_target_cost, make_compute_metrics
+from ..evaluation import make_compute_metrics
 from ..training.history import only_run_in, rows_chose, write_run
 from ..training.trainer import EarlyExitTrainer, get_scheme
 from .arguments import RunArguments

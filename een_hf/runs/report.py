@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from ..calibration import CalibrationReport
 from ..evaluation import (
     format_exit_table,
     measure_seconds,
@@ -14,7 +15,6 @@ from ..evaluation import (
     text_functions,
     write_exit_results,
 )
-from ..evaluation.calibration import CalibrationReport
 from ..hub import choose_examples, hub_name, write_examples, write_model_card
 from ..training.trainer import EarlyExitTrainer
 from .arguments import RunArguments

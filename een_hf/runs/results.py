@@ -5,15 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from ..evaluation import (
-    anytime_table,
-    budgeted_curve,
-    calibrate,
-    cost_inputs,
-    count_operations,
-    policy_row,
-)
-from ..evaluation.calibration import CalibrationReport
+from ..calibration import CalibrationReport, budgeted_curve, calibrate, policy_row
+from ..evaluation import anytime_table, cost_inputs, count_operations
 from ..training.trainer import EarlyExitTrainer
 from .arguments import RunArguments
 from .costs import RunCosts, fitting_criterion
