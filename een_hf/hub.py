@@ -27,6 +27,23 @@ _KINDS = {
     "input_ids": ("text-classification", "AutoModelForSequenceClassification", "AutoTokenizer"),
     "pixel_values": ("image-classification", "AutoModelForImageClassification", "AutoImageProcessor"),
 }
+_NETWORKS = {
+    "bert": "BERT",
+    "roberta": "RoBERTa",
+    "xlm-roberta": "XLM-RoBERTa",
+    "camembert": "CamemBERT",
+    "distilbert": "DistilBERT",
+    "electra": "ELECTRA",
+    "mpnet": "MPNet",
+    "modernbert": "ModernBERT",
+    "deberta": "DeBERTa",
+    "deberta-v2": "DeBERTa-v2",
+    "vit": "ViT",
+    "deit": "DeiT",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 (with registers)",
+    "beit": "BEiT",
+}
 _PAPERS = {
     "joint": "BranchyNet: Fast Inference via Early Exiting from Deep Neural Networks (ICPR 2016)",
     "boosted": "Boosted Dynamic Neural Networks (AAAI 2023)",
@@ -189,12 +206,13 @@ def _eval_results(results: dict, task: str, dataset_id: str | None, name: str) -
 
 def _introduction(results: dict, name: str | None, base_model: str | None) -> str:
     layers = results["exit_layers"]
-    network = {"bert": "BERT", "vit": "ViT"}.get(results["model_type"], results["model_type"])
+    network = _NETWORKS.get(results["model_type"], results["model_type"])
+    article = "An" if network[0] in "AEIOUaeiou" or network.startswith(("MP", "XLM")) else "A"
     origin = f", trained on {_text(name)}" if name else ""
     origin += f" from {_text(base_model)}" if name and base_model else ""
     return (
-        f"A {network} classifier with early exits{origin}. After {_numbers('layer', layers)} stands an exit: a "
-        "classifier on what the network knows by then. An easy input is answered at an early exit and the layers "
+        f"{article} {network} classifier with early exits{origin}. After {_numbers('layer', layers)} stands an exit: "
+        "a classifier on what the network knows by then. An easy input is answered at an early exit and the layers "
         "behind it do not run; only a hard one pays for the whole network. In a batch, rows that have left make room: "
         "the others go on in a smaller batch."
     )

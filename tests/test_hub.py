@@ -21,6 +21,7 @@ from test_callbacks import RESULTS as WHOLE_RESULTS
 
 from een_hf.evaluation import write_exit_results
 from een_hf.hub import (
+    _NETWORKS,
     choose_examples,
     guarantee_in_words,
     hub_name,
@@ -30,7 +31,7 @@ from een_hf.hub import (
     write_examples,
     write_model_card,
 )
-from een_hf.models import EarlyExitBertConfig, ExitConfigurationError, ExitPolicy
+from een_hf.models import MODEL_CLASSES, EarlyExitBertConfig, ExitConfigurationError, ExitPolicy
 from een_hf.training import EarlyExitTrainingArguments
 from een_hf.training.arguments import publishing
 
@@ -703,3 +704,16 @@ def test_images_of_the_card_are_the_rows(tmp_path):
         "examples/mistakes-2.png": 40
     }
     assert all((greys[name] == value).all() for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [("mpnet", "An MPNet classifier"), ("electra", "An ELECTRA classifier"), ("roberta", "A RoBERTa classifier")],
+)
+def test_a_card_calls_networks_by_their_names(tmp_path, model_type, words):
+    card = write_model_card(tmp_path, {**RESULTS, "model_type": model_type}, EarlyExitBertConfig()).read_text()
+    assert words in card
+
+
+def test_every_architecture_has_a_name():
+    assert {name for name in MODEL_CLASSES if "mobile" not in name} == set(_NETWORKS)

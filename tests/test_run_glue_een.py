@@ -665,6 +665,14 @@ BAD = {
     ),
     "missing split": (["--do_predict"], "--test_file"),
     "config field": (["--do_train", "--config_overrides=sise=3"], "sise"),
+    "config value": (
+        ["--do_train", "--config_overrides=hidden_size=abc"],
+        "^error: --config_overrides hidden_size=abc gives no EarlyExitBert[^\n]*$",
+    ),
+    "config values": (
+        ["--do_train", "--config_overrides=hidden_size=16,num_attention_heads=3"],
+        "^error: --config_overrides hidden_size=16,num_attention_heads=3 gives no EarlyExitBert[^\n]*3[^\n]*$",
+    ),
 }
 
 

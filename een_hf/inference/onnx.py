@@ -87,7 +87,10 @@ class _FirstSureExit(nn.Module):
 
             *kept, done = torch.cond(done, skip, run, (thresholds, done, *tensors, *kept))
             decisions.append(done)
-        exit_index = sum((~done).long() for done in decisions[:-1]) + torch.zeros_like(done).long()
+        if len(decisions) == 1:
+            exit_index = torch.zeros_like(done, dtype=torch.int64)
+        else:
+            exit_index = sum((~done).long() for done in decisions[:-1])
         if len(self.exits) < self.model.num_exits:
             exit_index = torch.tensor(self.exits)[exit_index]
         return kept[1], exit_index.expand(kept[1].shape[0])

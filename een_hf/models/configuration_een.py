@@ -276,6 +276,15 @@ class EarlyExitModernBertConfig(EarlyExitConfigMixin, ModernBertConfig):
     model_type = "een_modernbert"
     stock_model_type = "modernbert"
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for rope in self.rope_parameters.values():
+            if rope["rope_type"] in ("dynamic", "longrope"):
+                raise ExitConfigurationError(
+                    f"rope_parameters have rope_type {rope['rope_type']!r}, by which what a text gives depends on the "
+                    "longest text beside it, and so on which have exited: exits need another, such as 'yarn'."
+                )
+
     @property
     def stock_pooling(self) -> str:
         return self.classifier_pooling

@@ -72,6 +72,8 @@ class EarlyExitMixin:
     # accelerators.
     stack_heads: bool | None = None
     _policy: tuple = (None, None)  # what the config said, and the policy made of it
+    # Whether a text that is padded on the left has the same answer in a longer batch.
+    answers_left_padding = True
     # Names of the parameters that the loaded checkpoint did not bring, the last head's too where the checkpoint was
     # fine-tuned for something else; None: no checkpoint was loaded.
     newly_initialized: frozenset[str] | None = None

@@ -16,7 +16,24 @@ from .stages import Examples
 class DisentangledTextMixin(EarlyExitTextMixin):
     """`EarlyExitTextMixin` for both DeBERTa: the stock head, and layers that read relative positions."""
 
+    backbone_class: type[nn.Module]
     _can_record_outputs = {"hidden_states": LayerOutput, "attentions": LayerOutput}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.deberta = self.backbone_class(config)
+        self.pooler = ContextPooler(config)
+        self.classifier = nn.Linear(self.pooler.output_dim, config.num_labels)
+        self.dropout = nn.Dropout(config.exit_dropout)
+        self.layer_output = LayerOutput()
+        self.exit_heads = self.build_exit_heads()
+        self.post_init()
+
+    @property
+    def answers_left_padding(self) -> bool:
+        # A token of padding attends to all columns, so that its hidden state depends on how many there are.
+        return not any("cls" in pooling for pooling in (self.config.exit_pooling, self.config.last_exit_pooling))
 
     @property
     def backbone_layers(self) -> nn.ModuleList:
@@ -69,14 +86,4 @@ class EarlyExitDebertaForSequenceClassification(DisentangledTextMixin, DebertaPr
 
     config: EarlyExitDebertaConfig
     config_class = EarlyExitDebertaConfig
-
-    def __init__(self, config: EarlyExitDebertaConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.deberta = DebertaModel(config)
-        self.pooler = ContextPooler(config)
-        self.classifier = nn.Linear(self.pooler.output_dim, config.num_labels)
-        self.dropout = nn.Dropout(config.exit_dropout)
-        self.layer_output = LayerOutput()
-        self.exit_heads = self.build_exit_heads()
-        self.post_init()
+    backbone_class = DebertaModel

@@ -1,15 +1,9 @@
 """DeBERTa of the second and third version with early exits."""
 
 import torch
-from torch import nn
-from transformers.models.deberta_v2.modeling_deberta_v2 import (
-    ContextPooler,
-    DebertaV2Model,
-    DebertaV2PreTrainedModel,
-)
+from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Model, DebertaV2PreTrainedModel
 
 from .configuration_een import EarlyExitDebertaV2Config
-from .modeling_een import LayerOutput
 from .modeling_een_deberta import DisentangledTextMixin
 
 
@@ -18,17 +12,7 @@ class EarlyExitDebertaV2ForSequenceClassification(DisentangledTextMixin, Deberta
 
     config: EarlyExitDebertaV2Config
     config_class = EarlyExitDebertaV2Config
-
-    def __init__(self, config: EarlyExitDebertaV2Config):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.deberta = DebertaV2Model(config)
-        self.pooler = ContextPooler(config)
-        self.classifier = nn.Linear(self.pooler.output_dim, config.num_labels)
-        self.dropout = nn.Dropout(config.exit_dropout)
-        self.layer_output = LayerOutput()
-        self.exit_heads = self.build_exit_heads()
-        self.post_init()
+    backbone_class = DebertaV2Model
 
     def relative_positions(self, distances: torch.Tensor) -> torch.Tensor:
         """Distances as they are up to half of the buckets, on a logarithmic scale beyond.

@@ -113,9 +113,16 @@ def _new_model(modality: Modality, args: ModelArguments, data: TaskData, dtype: 
         raise ExitConfigurationError(
             f"--config_overrides {args.config_overrides} cannot be read: {in_one_line(error)}"
         ) from error
-    config = model_class.config_class(**overrides, **given)
-    _set_labels(config, _label_names(data))
-    return model_class(config).to(getattr(torch, dtype))
+    try:
+        config = model_class.config_class(**overrides, **given)
+        _set_labels(config, _label_names(data))
+        return model_class(config).to(getattr(torch, dtype))
+    except ExitConfigurationError:
+        raise
+    except Exception as error:  # numbers that do not go together raise nearly anything
+        raise ExitConfigurationError(
+            f"--config_overrides {args.config_overrides} gives no {model_class.__name__}: {in_one_line(error)}"
+        ) from error
 
 
 def _take_labels(config: PreTrainedConfig, args: ModelArguments, data: TaskData, fine_tuned: bool) -> None:

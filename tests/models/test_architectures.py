@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from een_hf.evaluation.speed import stock_model
 from een_hf.inference import ExitRunner, predict
 from een_hf.inference.onnx import export_onnx
+from een_hf.models import EarlyExitModernBertConfig, ExitConfigurationError
 
 
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
@@ -117,7 +118,10 @@ def test_dynamic_answers_are_the_anytime_answers(any_architecture, load_exits, a
             if criterion == "confidence":
                 found.append(predict(model, rows, batch_size=4))
                 # The stock head of DeBERTa reads the first token, and one of padding attends to all that is padding.
-                if not (padding == "left" and "deberta" in any_architecture.name):
+                if padding == "left" and "deberta" in any_architecture.name:
+                    with pytest.raises(ExitConfigurationError, match="pad on the right"):
+                        runner(**inputs)
+                else:
                     found.append(runner(**inputs))
             for logits, exit_index in ((each.logits, each.exit_index) for each in found):
                 assert exit_index.tolist() == first
@@ -224,3 +228,18 @@ def test_programs_answer_alike_and_look_at_no_number(any_architecture, load_exit
         for segment, _ in enumerate(lane.decisions.segments):
             with torch.no_grad(), _NoLook():
                 lane.compute(segment, 4)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rotary_tables_that_depend_on_the_batch_are_refused(rope_type):
+    """What breaks: an answer depends on which of the texts beside it have exited."""
+    rope = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 8}
+    rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0}
+    with pytest.raises(ExitConfigurationError, match=f"rope_parameters have rope_type '{rope_type}'"):
+        EarlyExitModernBertConfig(**shape, rope_parameters=rope)
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    assert (
+        EarlyExitModernBertConfig(**shape, rope_parameters={**rope, "full_attention": linear}).num_hidden_layers == 2
+    )
