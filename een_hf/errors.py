@@ -66,6 +66,26 @@ def in_one_line(error: Exception) -> str:
 
 
 @contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn whatever a library raises over the files of a model into one line.
+
+    Args:
+        what: the flag or argument that names the model, and its value.
+
+    Raises:
+        ExitConfigurationError: a file is missing, damaged, or does not fit the others.
+    """
+    try:
+        yield
+    except ExitConfigurationError:
+        raise
+    except Exception as error:
+        shapes = isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
+        cause = "weights have other shapes than its config.json says" if shapes else in_one_line(error)
+        raise ExitConfigurationError(f"{what} cannot be loaded: {cause}") from error
+
+
+@contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process with one line, instead of a traceback, on bad input and on a full disk."""
     try:

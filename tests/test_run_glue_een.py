@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForSequenceClassification,
     BertForTokenClassification,
     GPT2Config,
 )
@@ -370,6 +371,11 @@ def test_what_cannot_be_calibrated_is_refused_before_training(files, minilm_path
     with pytest.raises(SystemExit, match="--model_name_or_path .*nowhere cannot be loaded"):
         nowhere = f"--model_name_or_path={tmp_path / 'nowhere'}"
         main(TEXT, [*train, validation, nowhere, f"--output_dir={tmp_path / 'run'}"])
+    torn, shape = tmp_path / "torn", {name: int(size) for name, size in (pair.split("=") for pair in SHAPE.split(","))}
+    BertForSequenceClassification(BertConfig(**shape)).save_pretrained(torn)
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(SystemExit, match="^error: --model_name_or_path .*torn cannot be loaded: SafetensorError"):
+        main(TEXT, [*train, validation, f"--model_name_or_path={torn}", f"--output_dir={tmp_path / 'run'}"])
     with caplog.at_level("WARNING"):
         main(TEXT, tiny(minilm_path, *train, validation, "--max_risk=0.001", f"--output_dir={tmp_path / 'few'}"))
     assert re.search("No early exit will be certified: .* at least [0-9]+ calibration rows", caplog.text)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from ..errors import loading
 from ..inference.onnx import check_output, export_onnx
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
 
@@ -45,10 +46,8 @@ def load_model(name: str) -> EarlyExitMixin:
     Raises:
         ExitConfigurationError: there is no such model, it has no exits, or weights are missing.
     """
-    try:
+    with loading(f"MODEL {name}"):
         config, _ = PreTrainedConfig.get_config_dict(name)
-    except (OSError, ValueError) as error:
-        raise ExitConfigurationError(f"MODEL {name} cannot be loaded: {error}") from error
     if not config:
         raise ExitConfigurationError(f"MODEL {name} cannot be loaded: it holds no config.json.")
     found = config.get("model_type")
@@ -57,10 +56,8 @@ def load_model(name: str) -> EarlyExitMixin:
         raise ExitConfigurationError(
             f"MODEL {name} is of type {found!r} and has no exits: train some, or see `een-hf retrofit --help`."
         )
-    try:
+    with loading(f"MODEL {name}"):
         model = model_class.from_pretrained(name)
-    except OSError as error:
-        raise ExitConfigurationError(f"MODEL {name} cannot be loaded: {error}") from error
     if model.newly_initialized:
         raise ExitConfigurationError(f"MODEL {name} lacks weights, for example {min(model.newly_initialized)}.")
     return model

@@ -39,7 +39,7 @@ from ..data.images import EvaluationTransform, decode_image, whole_images
 from ..data.samples import model_source
 from ..data.sources import limit_rows, load_files
 from ..data.task import DataError, TaskData
-from ..errors import is_full_disk
+from ..errors import is_full_disk, loading
 from ..evaluation import (
     cost_inputs,
     measure_seconds,
@@ -267,10 +267,8 @@ def load_model(args) -> PreTrainedModel:
     Raises:
         ExitConfigurationError: there is no such model, or it is none that can be retrofitted.
     """
-    try:
+    with loading(f"MODEL {args.model}"):
         found, _ = PreTrainedConfig.get_config_dict(model_source(args.model))
-    except (OSError, ValueError) as error:
-        raise ExitConfigurationError(f"MODEL {args.model} cannot be loaded: {error}") from error
     model_class = model_class_of(found, f"MODEL {args.model}")
     if not is_classifier(found.get("architectures"), model_class.__name__):
         raise ExitConfigurationError(
@@ -285,15 +283,14 @@ def load_model(args) -> PreTrainedModel:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the exits' heads are missing is as it should be
     try:
-        model = model_class.from_pretrained(
-            model_source(args.model),
-            exit_layers=args.exit_layers,
-            exit_pooling=pooling,
-            exit_head=args.exit_head,
-            exit_policy=None,
-        ).eval()
-    except OSError as error:
-        raise ExitConfigurationError(f"MODEL {args.model} cannot be loaded: {error}") from error
+        with loading(f"MODEL {args.model}"):
+            model = model_class.from_pretrained(
+                model_source(args.model),
+                exit_layers=args.exit_layers,
+                exit_pooling=pooling,
+                exit_head=args.exit_head,
+                exit_policy=None,
+            ).eval()
     finally:
         logging.set_verbosity(verbosity)
     model.cuda_graphs = not args.no_cuda_graphs
@@ -302,6 +299,11 @@ def load_model(args) -> PreTrainedModel:
         raise ExitConfigurationError(
             f"MODEL {args.model} has no classifier of sequences or images: parameters of its last head are missing. "
             "Give a fine-tuned one."
+        )
+    missing = [name for name in sorted(model.newly_initialized) if not name.startswith("exit_heads.")]
+    if missing:
+        raise ExitConfigurationError(
+            f"MODEL {args.model} lacks weights, for example {missing[0]}: what it answers would be random."
         )
     if config.num_labels < 2 or config.problem_type not in (None, SINGLE_LABEL):
         raise ExitConfigurationError(
@@ -388,10 +390,7 @@ class TextRows(Rows):
         rows = limit_rows(splits["train"].select_columns(columns), args.max_train_samples)
         rows = prepare_rows(rows, columns, source, skip_empty=args.skip_empty)
         print(f"Columns read: {', '.join(columns)}")
-        try:
-            self.processor = TEXT.load_processor(model_source(args.model), settings, config)
-        except OSError as error:
-            raise DataError(f"MODEL {args.model} has no tokenizer ({error}): give --tokenizer_name.") from error
+        self.processor = TEXT.load_processor(model_source(args.model), settings, config)
         data = TaskData({"train": rows}, SINGLE_LABEL, None, columns, "", "", None, [])
         self.encoded = encode_text_data(data, self.processor, settings, max_length=config.max_input_length)["train"]
         self.texts = [rows[column] for column in columns]

@@ -234,12 +234,18 @@ def encode_text_data(
         keep_columns: columns of the data that stay beside the model's inputs.
 
     Raises:
-        DataError: a label that the model does not know.
+        DataError: a label that the model does not know, or no room for a token beside the special ones.
     """
     length = min(args.max_seq_length, tokenizer.model_max_length, max_length or args.max_seq_length)
     if length < args.max_seq_length:
         logger.warning(
             "--max_seq_length %d is more than the model takes; rows are cut to %d.", args.max_seq_length, length
+        )
+    least = tokenizer.num_special_tokens_to_add(len(data.input_columns) > 1) + len(data.input_columns)
+    if length < least:
+        raise DataError(
+            f"--max_seq_length {length} leaves no token of a text: with this tokenizer's special tokens it must be at "
+            f"least {least}."
         )
     ids = None if data.label_names is None else model_label_ids(data, label2id)
     num_labels = max(data.num_labels, len(label2id or ()))
@@ -455,8 +461,12 @@ def _load_tokenizer(name: str | None, args: TextDataArguments, config: Any, **hu
         raise DataError("A model from scratch (--model_type) has no tokenizer: give --tokenizer_name.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
-    except ValueError as error:  # one that is code of its own, or damaged
-        raise DataError(f"{name}: the tokenizer cannot be read: {in_one_line(error)}") from error
+    except Exception as error:  # there is none, it is code of its own, or damaged
+        raise DataError(
+            f"{name}: the tokenizer cannot be read ({in_one_line(error)}): give --tokenizer_name."
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made from nothing: every text would be the same
+        raise DataError(f"{name} holds no tokenizer: give --tokenizer_name.")
     if len(tokenizer) > config.vocab_size:
         raise DataError(
             f"The tokenizer {name} has {len(tokenizer)} words, the model {config.vocab_size}: give --config_overrides "

@@ -173,7 +173,9 @@ class EarlyExitConfigMixin:
             config_dict = cls.cut_to_layers(config_dict, num_layers)
         try:
             return super().from_dict({**config_dict, **overrides}, **kwargs)
-        except StrictDataclassError as error:
+        except ExitConfigurationError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
             raise ExitConfigurationError(f"The config cannot be read: {' '.join(str(error).split())[:300]}") from error
 
     @classmethod

@@ -285,6 +285,9 @@ class ExitPolicy:
         guarantee: what is certified of the policy, or `None`.
         confidence_temperatures: one per exit, for what people read as confidence, where `temperatures` is `None`
             because the plain scores were better to decide by.
+
+    Raises:
+        ExitConfigurationError: a criterion or parameter that is not known, or no thresholds.
     """
 
     criterion: str
@@ -296,8 +299,8 @@ class ExitPolicy:
     confidence_temperatures: list[float] | None = None
 
     def __post_init__(self):
+        get_criterion(self.criterion, self.params)
         if self.thresholds is None:
-            get_criterion(self.criterion)
             raise ExitConfigurationError(
                 f"ExitPolicy({self.criterion!r}) needs thresholds, one per exit; `calibrate` finds them, and "
                 "ExitPolicy.from_results(path, target_cost=0.5) reads those of a run."

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from ..data.labels import REGRESSION, model_label_ids
 from ..data.samples import model_source
 from ..data.task import Modality, TaskData
-from ..errors import in_one_line
+from ..errors import in_one_line, loading
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.auto import model_class_of
 from ..models.configuration_een import is_classifier
@@ -70,14 +70,15 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData, trains:
         return _new_model(modality, args, data, dtype, given)
     model_class, config, fine_tuned = _read_config(modality, args, **given)
     _take_labels(config, args, data, fine_tuned)
-    return model_class.from_pretrained(
-        model_source(args.model_name_or_path),
-        config=config,
-        ignore_mismatched_sizes=args.ignore_mismatched_sizes or not fine_tuned,
-        attn_implementation=args.attn_implementation,
-        dtype=dtype,
-        **_hub(args),
-    )
+    with loading(f"--model_name_or_path {args.model_name_or_path}"):
+        return model_class.from_pretrained(
+            model_source(args.model_name_or_path),
+            config=config,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes or not fine_tuned,
+            attn_implementation=args.attn_implementation,
+            dtype=dtype,
+            **_hub(args),
+        )
 
 
 def labels_of_checkpoint(modality: Modality, args: ModelArguments) -> TaskData | None:
@@ -142,10 +143,8 @@ def _take_labels(config: PreTrainedConfig, args: ModelArguments, data: TaskData,
 def _read_config(modality: Modality, args: ModelArguments, **given) -> tuple[type, PreTrainedConfig, bool]:
     """The class for a checkpoint, its config with what is `given`, and whether it is a fine-tuned classifier."""
     name = args.model_name_or_path
-    try:
+    with loading(f"--model_name_or_path {name}"):
         found, _ = PreTrainedConfig.get_config_dict(model_source(name), **_hub(args))
-    except (OSError, ValueError) as error:
-        raise ExitConfigurationError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
     model_class = model_class_of(found, f"--model_name_or_path {name}", modality.main_input_name)
     config_class = model_class.config_class
     if found.get("model_type") != config_class.model_type:  # a stock checkpoint, for which the defaults hold

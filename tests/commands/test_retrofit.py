@@ -18,6 +18,7 @@ import scipy.stats
 import torch
 from datasets import load_dataset
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -580,6 +581,10 @@ def _change_config(folder, **values):
         (lambda folder, config: _change_type(folder, config), "of type 'gpt2'; exits exist for: bert, .*vit.*'Add an"),
         (lambda folder, config: _save_regression(folder, config), "regression"),
         (lambda folder, config: _save_multi_label(folder, config), "multi_label"),
+        (lambda folder, config: _change_weights(folder, config, layer=1), "lacks weights, for example bert.encoder"),
+        (lambda folder, config: _change_weights(folder, config, head_size=5), "cannot be loaded: weights have other"),
+        (lambda folder, config: _change_weights(folder, config, torn=True), "cannot be loaded: SafetensorError"),
+        (lambda folder, config: BertForSequenceClassification(config).save_pretrained(folder), "holds no tokenizer"),
     ],
 )
 def test_models_that_cannot_be_retrofitted(sources, tmp_path, make, named):
@@ -593,6 +598,18 @@ def test_models_that_cannot_be_retrofitted(sources, tmp_path, make, named):
 def _change_type(folder, config):
     BertForSequenceClassification(config).save_pretrained(folder)
     _change_config(folder, model_type="gpt2")
+
+
+def _change_weights(folder, config, layer=None, head_size=None, torn=False):
+    """A classifier without a layer, with a head of another size than its config says, or cut short by a copy."""
+    BertForSequenceClassification(config).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    weights = {name: tensor for name, tensor in load_file(path).items() if f"layer.{layer}." not in name}
+    if head_size is not None:
+        weights["classifier.weight"] = torch.zeros(head_size, config.hidden_size)
+    save_file(weights, path, {"format": "pt"})
+    if torn:
+        path.write_bytes(path.read_bytes()[:-100])
 
 
 def _save_regression(folder, config):

@@ -338,6 +338,18 @@ def test_padding_and_kept_columns(load, write, tokenizer):
     assert {len(row["input_ids"]) for row in encoded} == {9} and encoded["idx"][:] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("task, columns, least", [("sst2", ["sentence"], 3), ("mrpc", ["sentence1", "sentence2"], 5)])
+def test_a_length_without_room_for_text(task, columns, least, load, write, tokenizer):
+    """Breaks if a model is trained on special tokens alone, or a length with room for a token is refused."""
+    rows = [{**dict.fromkeys(columns, "a b"), "label": label} for label in (0, 1)]
+    data = load(task_name=task, train_file=write("train.csv", rows))
+    args = TextDataArguments(task_name=task, max_seq_length=least)
+    assert len(encode_text_data(data, tokenizer, args)["train"][0]["input_ids"]) == least
+    args = TextDataArguments(task_name=task, max_seq_length=least - 1)
+    with pytest.raises(DataError, match=f"--max_seq_length {least - 1} leaves no token .* at least {least}"):
+        encode_text_data(data, tokenizer, args)
+
+
 def test_length_beyond_the_model_warns_and_is_cut(load, write, tokenizer, caplog):
     """Breaks if rows longer than the positions of the model reach it: it would fail in the middle of training."""
     data = load(train_file=write("train.csv", [{"text": "a " * 60, "label": "x"}, {"text": "a", "label": "y"}]))

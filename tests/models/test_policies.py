@@ -239,20 +239,33 @@ def test_wrong_keys_are_named(values, word):
         (ExitPolicy("confidence", "0.5"), ["exit_policy", "thresholds", "list"]),
         (ExitPolicy("confidence", [0.5] * 3, calibrated_for=[1]), ["calibrated_for", "dict"]),
         (ExitPolicy("confidence", [0.5] * 3, guarantee="yes"), ["guarantee", "dict"]),
-        (ExitPolicy(["confidence"], [0.5] * 3), ["--exit_criterion", *CRITERIA]),
-        (ExitPolicy("patience", [0.5] * 3, params=[1]), ["params", "dict"]),
-        *(
-            (ExitPolicy("patience", [0.5] * 3, params={"tolerance": tolerance}), ["tolerance", "above 0"])
-            for tolerance in ("0.5", None, math.nan, 0.0, -1, math.inf, True, 10**400)
-        ),
-        (ExitPolicy("certainty", [0.5] * 3), ["--exit_criterion", *CRITERIA]),
-        (ExitPolicy("patience", [0.5] * 3, params={"tolerence": 1}), ["tolerence", "tolerance"]),
     ],
 )
 def test_a_policy_that_does_not_fit_names_what_would(policy, words):
     """Too few thresholds, or one that is no number, would silently switch exits off."""
     with pytest.raises(ExitConfigurationError) as error:
         policy.validate(3, None, 4)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "params", "words"),
+    [
+        ("certainty", {}, ["--exit_criterion", *CRITERIA]),
+        (["confidence"], {}, ["--exit_criterion", *CRITERIA]),
+        ("patience", [1], ["params", "dict"]),
+        ("patience", {"tolerence": 1}, ["tolerence", "tolerance"]),
+        *(
+            ("patience", {"tolerance": tolerance}, ["tolerance", "above 0"])
+            for tolerance in ("0.5", None, math.nan, 0.0, -1, math.inf, True, 10**400)
+        ),
+    ],
+)
+def test_an_unknown_criterion_is_refused_where_it_is_written(criterion, params, words):
+    """A misspelt name that is first looked at in use is answered far from where it was written."""
+    with pytest.raises(ExitConfigurationError) as error:
+        ExitPolicy(criterion, [0.5] * 3, params=params)
     for word in words:
         assert word in str(error.value)
 

@@ -65,6 +65,16 @@ def test_a_file_imports_nothing(bert, outside):
     assert outside not in sys.modules
 
 
+def test_a_policy_names_a_criterion_that_is_known(bert, outside):
+    """A policy is checked where it is written; a model's file may name what is registered after loading."""
+    with pytest.raises(ExitConfigurationError, match="exit criterion.*'squared'; it must be one of"):
+        ExitPolicy("squared", [0.5, 0.0])
+    config = bert.config_class(num_hidden_layers=2, exit_policy={"criterion": "squared", "thresholds": [0.5, 0.0]})
+    model = AutoEarlyExitModel.from_pretrained(None, config=config, state_dict={})
+    find_criterion(f"{outside}:SquaredConfidence")
+    assert model.get_exit_policy() == ExitPolicy("squared", [0.5, 0.0])
+
+
 def test_a_run_with_outside_parts(outside, stock_folders, minilm_path, tmp_path):
     """The whole way: flags, training, calibration, files, and the folder again."""
     with (tmp_path / "rows.csv").open("w", newline="") as file:
