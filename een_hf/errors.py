@@ -66,6 +66,24 @@ def in_one_line(error: Exception) -> str:
 
 
 @contextmanager
+def refused(flags: str) -> Iterator[None]:
+    """Turn what a library raises over settings that it does not take into one line.
+
+    Args:
+        flags: the flags that set them, and their values.
+
+    Raises:
+        ExitConfigurationError: with the library's own sentence.
+    """
+    try:
+        yield
+    except ExitConfigurationError:
+        raise
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise ExitConfigurationError(f"{flags}: {in_one_line(error)}") from error
+
+
+@contextmanager
 def loading(what: str) -> Iterator[None]:
     """Turn whatever a library raises over the files of a model into one line.
 

@@ -198,18 +198,20 @@ def check_labels(labels, num_rows: int, num_labels: int, problem_type: str) -> n
         labels = labels.detach().cpu()
         labels = (labels.float() if labels.is_floating_point() else labels).numpy()
     labels = np.asarray(labels)
+    if labels.dtype == bool:
+        labels = labels.astype(np.int64)
     if labels.ndim == 0 or len(labels) != num_rows:
         raise ExitConfigurationError(
             f"{num_rows} rows need as many labels, not {len(labels) if labels.ndim else labels}."
         )
     vectors = labels.ndim == 2 and labels.shape[1] == num_labels
-    numbers = labels.dtype.kind in "iufb"
+    numbers = labels.dtype.kind in "iuf"
     if problem_type == "single_label_classification":
         wanted = f"class indices from 0 to {num_labels - 1}"
         if numbers and vectors and num_labels > 1:
             wanted = f"soft labels, {num_labels} numbers from 0 that sum to 1"
             valid = (labels >= 0).all(1) & (np.abs(labels.sum(1, dtype=np.float64) - 1) < 1e-2)
-        elif labels.dtype.kind in "iub" and labels.ndim == 1:
+        elif labels.dtype.kind in "iu" and labels.ndim == 1:
             valid = (labels >= 0) & (labels < num_labels)
         else:
             valid = None
@@ -235,7 +237,8 @@ def check_labels(labels, num_rows: int, num_labels: int, problem_type: str) -> n
 def make_compute_metrics(names: Sequence[str], problem_type: str) -> Callable[[EvalPrediction], dict[str, float]]:
     """A `compute_metrics` for a `Trainer` whose predictions are logits (num_rows, num_labels).
 
-    More than one metric adds `combined_score`, their mean, as run_glue does.
+    More than one metric adds `combined_score`, their mean, as run_glue does. What it gives stands in its attribute
+    `metric_names`.
 
     Raises:
         ValueError: an unknown metric or problem type, or a metric that does not fit the problem.
@@ -256,6 +259,7 @@ def make_compute_metrics(names: Sequence[str], problem_type: str) -> Callable[[E
             values["combined_score"] = math.fsum(values.values()) / len(values)
         return values
 
+    compute_metrics.metric_names = [*names, *(["combined_score"] if len(names) > 1 else [])]
     return compute_metrics
 
 

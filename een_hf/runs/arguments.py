@@ -92,8 +92,8 @@ def parse_arguments(modality: Modality, argv: list[str], prog: str | None = None
         parsed = parser.parse_args_into_dataclasses(given)
     except ExitConfigurationError:
         raise
-    except ValueError as error:  # of transformers
-        raise ExitConfigurationError(str(error)) from error
+    except (ImportError, OSError, TypeError, ValueError) as error:  # of transformers
+        raise ExitConfigurationError(" ".join(str(error).split())) from error
     for part in parsed:
         refuse_nan(vars(part))
     model, data, training, calibration = parsed[: len(common)]

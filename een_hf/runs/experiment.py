@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..calibration import check_target_cost
 from ..data.task import Modality
+from ..errors import refused
 from ..evaluation import make_compute_metrics
 from ..training.history import only_run_in, rows_chose, write_run
 from ..training.trainer import EarlyExitTrainer, get_scheme
@@ -117,16 +118,16 @@ def _make_trainer(modality: Modality, args: RunArguments, rows: RunRows, loaded:
     if modality.main_input_name != "input_ids":
         training.remove_unused_columns = False  # rows carry what seeds their mixing
     trainer_class = get_scheme(training.method) if trains else Evaluator
-    return trainer_class(
-        model=loaded.model,
-        args=training,
-        scheme_args=args.scheme if trains else None,
-        compute_metrics=make_compute_metrics(rows.data.metrics, rows.data.problem_type),
-        train_dataset=training_rows(modality, args, rows, loaded),
-        eval_dataset=rows.splits.get("validation"),
-        processing_class=loaded.processor,
-        data_collator=modality.make_collator(loaded.processor, args.data, loaded.model.config),
-    )
+    settings = {
+        "scheme_args": args.scheme if trains else None,
+        "compute_metrics": make_compute_metrics(rows.data.metrics, rows.data.problem_type),
+        "train_dataset": training_rows(modality, args, rows, loaded),
+        "eval_dataset": rows.splits.get("validation"),
+        "processing_class": loaded.processor,
+        "data_collator": modality.make_collator(loaded.processor, args.data, loaded.model.config),
+    }
+    with refused("The trainer does not take these arguments"):
+        return trainer_class(model=loaded.model, args=training, **settings)
 
 
 def _names_of_data(args: RunArguments, rows: RunRows) -> list[str]:

@@ -24,7 +24,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, nested_numpify
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
-from ..errors import is_full_disk
+from ..errors import is_full_disk, refused
 from ..hub import CARD_NAME, is_run_card
 from ..inference import ExitPredictions, predict
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError
@@ -119,6 +119,9 @@ def _check_supported(args: EarlyExitTrainingArguments, optimizer, scheduler) -> 
     for name, (taken, reason) in _ONLY.items():
         if getattr(args, name, taken) != taken:
             raise ExitConfigurationError(f"--{name} must be {taken}: {reason}.")
+    unknown = sorted({*args.include_for_metrics} - {"inputs", "loss"})
+    if unknown:
+        raise ExitConfigurationError(f"--include_for_metrics takes `inputs` and `loss`, not {unknown[0]!r}.")
     if args.label_names not in (None, ["labels"]):
         raise ExitConfigurationError(f"--label_names {args.label_names}: rename that column to `labels`.")
     if optimizer is not None and args.head_learning_rate is not None:
@@ -298,6 +301,10 @@ class EarlyExitTrainer(Trainer):
                 f"--metric_for_best_model {name} needs compute_metrics: without it evaluation gives eval_loss and "
                 f"eval_exit1_loss to eval_exit{num_exits}_loss."
             )
+        known = getattr(self.task_metrics, "metric_names", None)
+        if known is not None and (of_exit[2] if of_exit else metric) not in ("loss", *known):
+            names = ", ".join(f"{kind}_{name}" for kind in ("eval", f"eval_exit1 to {num_exits}") for name in known)
+            raise ExitConfigurationError(f"--metric_for_best_model {name} is not one of: eval_loss, {names}.")
 
     # What a scheme may change
 
@@ -670,7 +677,8 @@ class EarlyExitTrainer(Trainer):
         """As in `Trainer`, with newly made heads in parameter groups of their own."""
         if self.optimizer is not None:
             return self.optimizer
-        optimizer = super().create_optimizer(model)
+        with refused(f"--optim {self.args.optim.value}, --optim_args {self.args.optim_args}"):
+            optimizer = super().create_optimizer(model)
         network = self.accelerator.unwrap_model(self.model if model is None else model)
         heads = nn.ModuleList([part for k in self.new_heads() for part in network.exit_head_modules(k)])
         new = {id(parameter) for parameter in heads.parameters()}
@@ -691,7 +699,9 @@ class EarlyExitTrainer(Trainer):
                 optimizer or self.optimizer, lambda step: 0.1 ** sum(step >= drop for drop in drops)
             )
             self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+        kind, settings = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs
+        with refused(f"--lr_scheduler_type {kind.value}, --lr_scheduler_kwargs {settings}"):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     # Checkpoints
 

@@ -88,3 +88,10 @@ def test_missing_and_impossible_labels_are_an_error(problem_type, spoil, named, 
         calibrate(
             logits, given, even_costs(4), criterion=criterion or "confidence", problem_type=problem_type, **settings
         )
+
+
+def test_truth_values_are_classes():
+    """Two classes are often kept as False and True; numpy takes these for a mask, not for indices."""
+    logits, labels = make_rows(100, num_labels=2)
+    reports = [calibrate(logits, given, even_costs(4), target_cost=0.5) for given in (labels, labels == 1)]
+    assert reports[0] == reports[1]

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -106,6 +107,13 @@ def test_nan_is_no_budget():
         ("optim", "adamant", "adamant"),
         ("eval_strategy", "sometimes", "sometimes"),
         ("dtype", "float8", "float32, bfloat16, float16"),
+        ("report_to", "nobody", "nobody is not supported"),
+        ("lr_scheduler_kwargs", '{"slope": 1}', "--lr_scheduler_type linear.*slope"),
+        ("accelerator_config", "nowhere.json", "nowhere.json"),
+        ("torch_compile_backend", "nothing", "NOTHING"),
+        ("optim", "galore_adamw", "--optim galore_adamw.*galore_torch"),
+        ("include_for_metrics", "input", "--include_for_metrics takes `inputs` and `loss`"),
+        ("metric_for_best_model", "f1", "--metric_for_best_model f1 is not one of: eval_loss, eval_accuracy"),
     ],
 )
 def test_a_wrong_setting_ends_in_one_line(flag, value, named, tmp_path, capsys):
@@ -113,7 +121,7 @@ def test_a_wrong_setting_ends_in_one_line(flag, value, named, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(IMAGES, [*TINY, f"--output_dir={tmp_path}", f"--{flag}", value])
     message = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err.splitlines()[-1]
-    assert named in message and "\n" not in message
+    assert re.search(named, message) and "\n" not in message
 
 
 # Folders
