@@ -488,6 +488,7 @@ def compute_features(model, rows: Rows, args) -> tuple[np.ndarray, np.ndarray]:
             found = _read_chunk(path, (len(chunk), *shape[1:]), args.feature_dtype)
             if found is None:
                 found = _compute_chunk(model, rows, chunk, args)
+                _check_finite(*found, start, args)
                 with _room_for(path), _replacing(path) as temporary, temporary.open("wb") as file:
                     np.savez(file, features=found[0], logits=found[1])
                     file.flush()
@@ -509,6 +510,17 @@ def _fingerprint(model, rows: Rows, args) -> str:
     for part in rows.fingerprint():
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]
+
+
+def _check_finite(features: np.ndarray, logits: np.ndarray, start: int, args) -> None:
+    """Refuse answers that exits cannot learn, and what they read where the disk's precision does not hold it."""
+    for values, cause in (
+        (logits, f"MODEL {args.model} answers with NaN or infinity: its weights, or their precision, do not do for"),
+        (features, f"--feature_dtype {args.feature_dtype} does not hold what exits read: give float32 for"),
+    ):
+        broken = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+        if len(broken):
+            raise ExitConfigurationError(f"{cause} row {start + broken[0]} (counted from 0).")
 
 
 def _read_chunk(path: Path, shape: tuple, dtype: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -536,7 +548,8 @@ def _compute_chunk(model, rows: Rows, chunk: range, args) -> tuple[np.ndarray, n
         logits.append(model.run_stage(model.num_exits - 1, examples, context)[1].float().cpu())
         features.append(torch.stack(read, 1).float().cpu())
     back = np.argsort(order)
-    return torch.cat(features).numpy()[back].astype(args.feature_dtype), torch.cat(logits).numpy()[back]
+    dtype = getattr(torch, args.feature_dtype)
+    return torch.cat(features).to(dtype).numpy()[back], torch.cat(logits).numpy()[back]
 
 
 def _batch(model, rows: list[dict]) -> dict[str, torch.Tensor]:

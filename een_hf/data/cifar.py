@@ -1,5 +1,6 @@
 """Image data sets: CIFAR-10 and CIFAR-100, the installed digits, Hub data sets and local folders."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -79,8 +80,8 @@ class ImageDataArguments(DataArguments):
         if not 0 < self.min_crop <= 1:
             raise DataError(f"--min_crop is a share of the image, above 0 and at most 1, not {self.min_crop}.")
         for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise DataError(f"--{name} must be 0 or more, not {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise DataError(f"--{name} must be finite, 0 or more, not {getattr(self, name)}.")
         if self.auto_augment is not None:
             try:
                 _check_auto_augment(self.auto_augment)

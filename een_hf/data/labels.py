@@ -20,6 +20,7 @@ SHUFFLE_BUFFER = 10_000  # rows of a stream
 _LISTS = (datasets.List, datasets.LargeList)
 # What tables write for a value that is not there.
 _NOTHING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}
+_NOTHING |= {sign + word for sign in ("", "+", "-") for word in ("inf", "infinity")}
 _LIST = re.compile(r"\[\s*\]|\[[\s\d.,+-]+\]|\[\s*(['\"]).*\1\s*\]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -379,8 +380,8 @@ def _check_classes(labels: set, where: str) -> None:
     others = {word for word in words if not _NUMBER.fullmatch(word)}
     if others and others < words and all(word.strip().lower() in _NOTHING for word in others):
         raise DataError(
-            f"{where} has the label {min(others)!r} among numbers: leave rows without a label out, or name the class "
-            "otherwise."
+            f"{where} has the label {min(others)!r} among numbers: leave rows without a label, or with one that is "
+            "not finite, out, or name the class otherwise."
         )
 
 

@@ -12,6 +12,7 @@ from transformers.pipelines.image_classification import ImageClassificationPipel
 from transformers.pipelines.text_classification import TextClassificationPipeline
 
 from ..models import EarlyExitMixin, ExitConfigurationError
+from .predict import in_eval_mode
 from .runner import runner_of, runs_graphs
 
 
@@ -55,10 +56,11 @@ class _ExitAnswers:
     def _forward(self, model_inputs) -> dict[str, Any]:
         if "input_ids" in model_inputs:
             self.model.config.check_input_length(model_inputs["input_ids"].shape[1], "A text, or one beside it,")
-        if runs_graphs(self.model, self.cuda_graphs):
-            outputs = runner_of(self.model)(**model_inputs)
+        model = in_eval_mode(self.model)
+        if model is self.model and runs_graphs(model, self.cuda_graphs):
+            outputs = runner_of(model)(**model_inputs)
         else:
-            outputs = super()._forward(model_inputs)
+            outputs = model(**model_inputs)
         answers, policy = {"logits": outputs.logits}, self.model.get_exit_policy()
         if policy is not None:
             answers["exit_index"] = outputs.exit_index

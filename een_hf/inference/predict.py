@@ -87,7 +87,7 @@ def predict(
     text = model.main_input_name == "input_ids"
     window = (window or (64 * batch_size if total is None else max(total, 1))) if text else batch_size
     progress = (total is None or total >= 1000) if progress is None else progress
-    graphs, given, model = runs_graphs(model, cuda_graphs), model, _in_eval_mode(model)
+    graphs, given, model = runs_graphs(model, cuda_graphs), model, in_eval_mode(model)
     policy, none = model.get_exit_policy(), torch.empty(0, dtype=torch.int64)
     answers = [(none, torch.empty(0, model.config.num_labels), none)]
     if graphs:
@@ -178,7 +178,7 @@ def _ahead(batches: Iterator[tuple], device: torch.device, depth: int = 2) -> It
         thread.join()
 
 
-def _in_eval_mode(model: EarlyExitMixin) -> EarlyExitMixin:
+def in_eval_mode(model: EarlyExitMixin) -> EarlyExitMixin:
     """The model, or, of one in training mode, other modules in eval mode on the same tensors.
 
     Switching the model's own modules would switch off the dropout of whoever trains it meanwhile, and switching them

@@ -389,7 +389,8 @@ class EarlyExitMixin:
         ]
         if recording:
             logger.warning_once(f"{' and '.join(recording)} needs every layer: no compute is saved by early exit.")
-        self.check_mask(examples.attention_mask, dynamic=policy is not None and not recording)
+        dynamic = policy is not None and not recording
+        self.check_mask(examples.attention_mask, dynamic, examples.hidden.shape[:2])
         if not torch.compiler.is_compiling():
             examples = examples.unpadded()
         exit_index = None
@@ -422,13 +423,28 @@ class EarlyExitMixin:
             policy = self.get_exit_policy() if early_exit and not self.training else None
         return policy
 
-    def check_mask(self, attention_mask: torch.Tensor | None, dynamic: bool) -> None:
+    def check_mask(
+        self, attention_mask: torch.Tensor | None, dynamic: bool, shape: tuple[int, ...] | None = None
+    ) -> None:
         """Refuse a mask that the exits cannot read.
 
+        Args:
+            attention_mask: as it was given.
+            dynamic: whether examples can exit.
+            shape: (batch, length) of what is masked, where it is known.
+
         Raises:
-            ExitConfigurationError: it is not 2-D where examples can exit or an exit reads the mean of the tokens.
+            ExitConfigurationError: it is not 2-D where examples can exit or an exit reads the mean of the tokens, or
+                it is the mask of another batch.
         """
-        if attention_mask is None or attention_mask.dim() == 2:
+        if attention_mask is None:
+            return
+        if attention_mask.dim() == 2:
+            if shape is not None and not torch.compiler.is_compiling() and attention_mask.shape != shape:
+                raise ExitConfigurationError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, the inputs {tuple(shape)}: give each "
+                    "token of the batch its place in the mask."
+                )
             return
         poolings = {self.config.last_exit_pooling, self.config.exit_pooling if self.num_exits > 1 else "cls"}
         if dynamic or poolings != {"cls"}:

@@ -33,9 +33,7 @@ def exit_loss_weights(weights: list[str] | str, num_exits: int) -> torch.Tensor:
         raise ExitConfigurationError(
             f"--exit_loss_weights has {len(numbers)} numbers, but the model has {num_exits} exits; give one per exit."
         )
-    if not all(0 <= number < float("inf") for number in numbers) or not any(numbers):
-        raise ExitConfigurationError("--exit_loss_weights must be finite, not negative, and not all zero.")
-    return torch.tensor(numbers)
+    return _checked_weights("exit_loss_weights", numbers)
 
 
 def class_weights(weights: list[str] | str, num_labels: int, rows) -> torch.Tensor:
@@ -66,9 +64,15 @@ def class_weights(weights: list[str] | str, num_labels: int, rows) -> torch.Tens
         raise ExitConfigurationError(
             f"--class_weights has {len(numbers)} numbers, but there are {num_labels} labels; give one per label."
         )
-    if not all(0 <= number < float("inf") for number in numbers) or not any(numbers):
-        raise ExitConfigurationError("--class_weights must be finite, not negative, and not all zero.")
-    return torch.tensor(numbers)
+    return _checked_weights("class_weights", numbers)
+
+
+def _checked_weights(flag: str, numbers: list[float]) -> torch.Tensor:
+    """Numbers in float32, where they are weights there too: 1e39 is infinite, 1e-50 is zero."""
+    weights = torch.tensor(numbers, dtype=torch.float32)
+    if not ((weights >= 0) & weights.isfinite()).all() or not weights.any():
+        raise ExitConfigurationError(f"--{flag} must be finite, not negative, and not all zero (in float32).")
+    return weights
 
 
 def _labels_of(rows) -> torch.Tensor:

@@ -442,7 +442,8 @@ class EarlyExitTrainer(Trainer):
             rows = self._rows_of_batch()
             where = "the batch" if rows is None else "the training data"
             named = ", ".join(str(place if rows is None else rows[place]) for place in places)
-            cause = f"rows {named} (counted from 0) of {where}: look for NaN or infinity in their inputs and labels"
+            cause = f"rows {named} (counted from 0) of {where}: look for NaN or infinity in their inputs and labels, "
+            cause += "or lower --learning_rate"
         step = self.state.global_step + 1
         raise ExitConfigurationError(f"The loss of training step {step} is not finite for {cause}.")
 

@@ -595,18 +595,31 @@ def test_models_that_cannot_be_retrofitted(sources, tmp_path, make, named):
         main(words_of((str(folder), *sources["bert"][1:]), tmp_path / "out"))
 
 
+def test_answers_that_are_not_finite_are_no_lesson(sources, tmp_path):
+    """Fails if exits are trained on NaN, or on what float16 made of large numbers, and certified by rows of them."""
+    folder = tmp_path / "model"
+    _change_weights(folder, BertConfig.from_pretrained(sources["bert"][0]), head_value=np.nan)
+    flags = {"tokenizer_name": sources["bert"][0], "exit_layers": "1"}
+    with pytest.raises(SystemExit, match=r"MODEL .*model answers with NaN.* row 0 \(counted from 0\)"):
+        main(words_of((str(folder), *sources["bert"][1:]), tmp_path / "out", **flags))
+    _change_weights(folder, BertConfig.from_pretrained(sources["bert"][0]), norm_value=1e6)
+    with pytest.raises(SystemExit, match="--feature_dtype float16 does not hold.*float32 for row 0 "):
+        main(words_of((str(folder), *sources["bert"][1:]), tmp_path / "out", feature_dtype="float16", **flags))
+
+
 def _change_type(folder, config):
     BertForSequenceClassification(config).save_pretrained(folder)
     _change_config(folder, model_type="gpt2")
 
 
-def _change_weights(folder, config, layer=None, head_size=None, torn=False):
-    """A classifier without a layer, with a head of another size than its config says, or cut short by a copy."""
+def _change_weights(folder, config, layer=None, head_size=None, head_value=0.0, norm_value=None, torn=False):
+    """A classifier without a layer, with weights of another size or value, or cut short by a copy."""
     BertForSequenceClassification(config).save_pretrained(folder)
     path = folder / "model.safetensors"
     weights = {name: tensor for name, tensor in load_file(path).items() if f"layer.{layer}." not in name}
-    if head_size is not None:
-        weights["classifier.weight"] = torch.zeros(head_size, config.hidden_size)
+    weights["classifier.weight"] = torch.full((head_size or config.num_labels, config.hidden_size), head_value)
+    if norm_value is not None:
+        weights["bert.encoder.layer.0.output.LayerNorm.weight"] = torch.full((config.hidden_size,), norm_value)
     save_file(weights, path, {"format": "pt"})
     if torn:
         path.write_bytes(path.read_bytes()[:-100])

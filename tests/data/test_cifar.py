@@ -1,5 +1,7 @@
 """Image data sets: every source gives the same rows, columns and splits, and says what is wrong with it."""
 
+import math
+
 import datasets
 import numpy as np
 import pytest
@@ -204,6 +206,7 @@ def test_the_processor_gives_the_models_size(tmp_path, model):
         ({"dataset_name": "digits", "train_dir": "."}, "two sources"),
         ({"train_dir": "nowhere"}, "--train_dir nowhere is not there"),
         ({"dataset_name": "digits", "mixup": -1.0}, "--mixup"),
+        ({"dataset_name": "digits", "cutmix": math.inf}, "--cutmix must be finite"),
         ({"dataset_name": "digits", "random_erase": 2.0}, "--random_erase"),
         ({"dataset_name": "digits", "min_crop": 0.0}, "--min_crop"),
         ({"dataset_name": "digits", "image_size": 0}, "--image_size"),

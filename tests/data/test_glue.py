@@ -242,6 +242,7 @@ def test_problem_types_by_name(load, write, labels, problem_type, names, stored)
         (["[1, 0]", "[0, 1]"], None, "holds lists as text.*json or parquet"),
         (["['a', 'b']", "[]"], None, "holds lists as text"),
         (["1.5", "NA", "3"], None, "the label 'NA' among numbers"),
+        (["1.5", "-inf", "3"], None, "the label '-inf' among numbers"),
         ([[-1, 0], [1, 0]], None, "unclear meaning, for example .-1, 0"),
         ([[], []], None, "lists without any class"),
         (["x", "x"], None, "one class only, 'x': give rows of at least two"),

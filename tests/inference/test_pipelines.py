@@ -110,6 +110,20 @@ def test_early_exit_pipelines_say_where_each_input_left(kind, name, inputs, batc
         }
 
 
+@pytest.mark.parametrize("cuda_graphs", [None, True])
+@pytest.mark.parametrize("kind, name, inputs", CASES)
+def test_a_model_in_training_mode_answers_without_dropout(kind, name, inputs, cuda_graphs, request):
+    """A model is in training mode after `Trainer.train`: its policy would be ignored, and each answer be random."""
+    folder, model, batches = request.getfixturevalue(name)
+    own = pipeline(f"early-exit-{kind}-classification", model=str(folder), device="cpu")
+    own.cuda_graphs, own.model = cuda_graphs, own.model.train()
+    layers = model.config.exit_layers
+    expected = [(label, pytest.approx(score, abs=1e-5), layers[k]) for label, score, k in answers_of(model, batches)]
+    found = [own(given, top_k=1) for given in inputs]
+    assert [(each["label"], each["score"], each["exit_layer"]) for (each,) in found] == expected
+    assert all(module.training for module in own.model.modules())
+
+
 @pytest.mark.parametrize("name", ["temperatures", "confidence_temperatures"])
 @pytest.mark.parametrize("kind, model_name, inputs", CASES)
 def test_scores_are_the_probabilities_at_the_temperature_of_the_exit(kind, model_name, inputs, name, request):

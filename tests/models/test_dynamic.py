@@ -672,3 +672,14 @@ def test_a_mask_that_is_not_2d_is_refused_where_it_cannot_be_read(bert, load_exi
     assert reads_cls(**inputs, early_exit=False).exit_logits.shape == (6, 4, 3)
     with pytest.raises(ExitConfigurationError, match="4-D.*2-D"):
         _run(reads_cls, ExitPolicy("confidence", [0.5] * 4), inputs)
+
+
+@pytest.mark.parametrize("shape", [(6, 13), (6, 11), (1, 12), (12, 6)])
+@pytest.mark.parametrize("early_exit", [False, True])
+def test_the_mask_of_another_batch_is_refused(bert, load_exits, shape, early_exit):
+    """A mask of ones was dropped without a look at its shape; others ended in an error about tensors."""
+    model, inputs = load_exits(bert), bert.inputs()
+    model.set_exit_policy({"criterion": "confidence", "thresholds": [0.5] * 4})
+    inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+    with pytest.raises(ExitConfigurationError, match=rf"shape \({shape[0]}, {shape[1]}\), the inputs \(6, 12\)"):
+        model(**inputs, early_exit=early_exit)

@@ -567,6 +567,8 @@ def test_class_weights_in_every_scheme(tmp_path, scheme, kind):
         (["1", "2"], "2 numbers"),
         (["rare"], "balanced"),
         (["1", "nan", "1"], "finite"),
+        (["1", "1e39", "1"], "finite"),
+        (["1e-50", "0", "0"], "not all zero"),
         (["0", "0", "0"], "not all zero"),
         (["-1", "1", "1"], "not negative"),
     ],
