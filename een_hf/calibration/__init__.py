@@ -4,6 +4,7 @@
 - `rows`: scored calibration rows, with `arrays` (logits, labels) and `temperatures` (one per exit).
 - `budget`: the best policy at a cost, by `search` over the `thresholds` of each exit.
 - `risk`: the cheapest policy whose risk is certified.
+- `monitoring`: whether a certified risk still holds in service.
 - `tables`: a policy, or a curve of budgets, measured on other rows.
 
 Each module is imported on first use.
@@ -17,6 +18,7 @@ from ..extras import named_extras
 _NAMES = {
     "budget": ("check_target_cost", "geometric_policy"),
     "choose": ("calibrate",),
+    "monitoring": ("RiskMonitor", "disagreement"),
     "risk": ("check_risk", "risk_p_value", "rows_in_words", "rows_needed"),
     "rows": ("CalibrationReport",),
     "tables": ("budgeted_curve", "policy_row"),

@@ -15,7 +15,7 @@ import socket
 import torch
 
 from ..models import AutoEarlyExitModel, ExitConfigurationError
-from ..serving import AsyncExitEngine, PrometheusObserver, ServerLimits, create_app
+from ..serving import AsyncExitEngine, Auditor, PrometheusObserver, ServerLimits, create_app
 
 
 def add_arguments(parser) -> None:
@@ -35,6 +35,18 @@ def add_arguments(parser) -> None:
     parser.add_argument("--max_inputs", type=int, default=64, help="inputs of one request; default: 64")
     parser.add_argument("--max_body_bytes", type=int, default=2 << 20, help="of a request; default: 2 MiB")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds that a request may take; default: 30")
+    parser.add_argument(
+        "--audit_rate", type=float, help="share of the inputs that run on to the last exit, to watch the policy's risk"
+    )
+    parser.add_argument(
+        "--audit_limit", type=float, help="of answers that differ from the last exit's; default: the certified one"
+    )
+    parser.add_argument(
+        "--audit_confidence", type=float, default=0.95, help="that there is no false alarm; default: 0.95"
+    )
+    parser.add_argument(
+        "--on_alarm", choices=["log", "full"], default="log", help="full: no early exit after an alarm; default: log"
+    )
 
 
 def run(args) -> None:
@@ -46,6 +58,9 @@ def run(args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model, processor = _load(args.model, args.device, args.dtype)
+    auditor = None
+    if args.audit_rate is not None:
+        auditor = Auditor(model, args.audit_rate, args.audit_limit, args.audit_confidence, args.on_alarm)
     engine = AsyncExitEngine(
         model,
         processor,
@@ -54,6 +69,7 @@ def run(args) -> None:
         max_waiting=args.max_waiting,
         max_length=args.max_length,
         observer=PrometheusObserver(),
+        auditor=auditor,
     )
     limits = ServerLimits(args.max_body_bytes, args.max_inputs, args.timeout)
     serve(create_app(engine, name=args.model, limits=limits), listening, args.timeout)

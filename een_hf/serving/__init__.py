@@ -6,6 +6,7 @@ The server is imported on first use: it needs the extra `serve`, the engine does
 import importlib
 
 from ..extras import named_extras
+from .auditing import Auditor
 from .engine import AsyncExitEngine, EngineBusyError, EngineClosedError, ExitAnswers
 from .stages import EngineObserver
 
@@ -14,6 +15,7 @@ _LAZY = {"PrometheusObserver": "metrics", "ServerLimits": "server", "create_app"
 
 __all__ = [
     "AsyncExitEngine",
+    "Auditor",
     "EngineBusyError",
     "EngineClosedError",
     "EngineObserver",

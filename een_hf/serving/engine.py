@@ -16,6 +16,7 @@ from ..inference.predict import ExitPredictions
 from ..inference.runner import LENGTH_STEP
 from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from ..models.policies import answer_confidence
+from .auditing import Auditor
 from .reading import Reader
 from .stages import EngineObserver, Request, StageWorker
 
@@ -67,6 +68,7 @@ class AsyncExitEngine:
         length_step: texts whose lengths, rounded up to a multiple of this, are equal run together. Default: 16 on
             CUDA, else 4.
         observer: is told what happens.
+        auditor: watches the policy's risk on a share of the rows, whose answers it does not delay.
 
     Example:
         >>> async with AsyncExitEngine(model, tokenizer) as engine:
@@ -87,6 +89,7 @@ class AsyncExitEngine:
         max_pixels: int = 50_000_000,
         length_step: int | None = None,
         observer: EngineObserver | None = None,
+        auditor: Auditor | None = None,
     ):
         cuda = model.device.type == "cuda"
         max_rows = (64 if cuda else 8) if max_rows is None else max_rows
@@ -96,8 +99,8 @@ class AsyncExitEngine:
         if not max_wait_ms >= 0:
             raise ExitConfigurationError(f"max_wait_ms must be at least 0, not {max_wait_ms}.")
         self.model, self.max_waiting = model.eval(), max_waiting
-        self.observer = observer or EngineObserver()
-        self.worker = StageWorker(model, max_rows, max_wait_ms / 1000, self.observer)
+        self.observer, self.auditor = observer or EngineObserver(), auditor
+        self.worker = StageWorker(model, max_rows, max_wait_ms / 1000, self.observer, auditor)
         length_step = length_step or (LENGTH_STEP if cuda else 4)
         self.reader = Reader(model, processor, max_length, length_step, max_pixels, self._has_been_read)
         self._read: queue.SimpleQueue[tuple[Request, Exception | None] | None] = queue.SimpleQueue()
@@ -188,6 +191,8 @@ class AsyncExitEngine:
 
     def _policy_of(self, policy) -> tuple[ExitPolicy | None, bool]:
         if policy is None:
+            if self.auditor is not None and self.auditor.stops_exits:
+                return None, False
             return self.model.get_exit_policy(), True
         if policy is False:
             return None, False

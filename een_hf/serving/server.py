@@ -177,7 +177,12 @@ def create_app(engine: AsyncExitEngine, *, name: str = "", limits: ServerLimits 
     @app.get("/info")
     async def info() -> dict[str, Any]:
         """The model, its exits and policy, and the server's limits."""
-        return {**_model_info(engine.model), "model_id": name, "limits": vars(limits)}
+        return {
+            **_model_info(engine.model),
+            "model_id": name,
+            "limits": vars(limits),
+            "audits": engine.auditor and engine.auditor.summary(),
+        }
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:

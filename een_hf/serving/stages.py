@@ -5,6 +5,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,10 @@ from ..inference.programs import Decisions
 from ..models import EarlyExitMixin, ExitPolicy
 from ..models.policies import decide
 from ..models.stages import Examples
+
+
+if TYPE_CHECKING:
+    from .auditing import Auditor
 
 
 class EngineObserver:
@@ -90,8 +95,8 @@ class Row:
 
     @property
     def dropped(self) -> bool:
-        """Whether it need not run: its request is over, and no audit of its answer is under way."""
-        return self.request.dropped and (self.logits is None or not self.audited)
+        """Whether it need not run; audited rows do, since which ones take long is not independent of the outcome."""
+        return self.request.dropped and not self.audited
 
 
 @dataclass(eq=False, slots=True)
@@ -171,10 +176,19 @@ class StageWorker:
         max_rows: rows per step.
         max_wait: seconds.
         observer: is told what happens.
+        auditor: chooses rows that run on to the last exit; `None`: none does.
     """
 
-    def __init__(self, model: EarlyExitMixin, max_rows: int, max_wait: float, observer: EngineObserver):
+    def __init__(
+        self,
+        model: EarlyExitMixin,
+        max_rows: int,
+        max_wait: float,
+        observer: EngineObserver,
+        auditor: "Auditor | None" = None,
+    ):
         self.model, self.max_rows, self.max_wait, self.observer = model, max_rows, max_wait, observer
+        self.auditor = auditor
         self._text = model.main_input_name == "input_ids"
         self._lanes: dict[tuple, Lane] = {}
         self._known: tuple[ExitPolicy | None, Lane] | None = None
@@ -184,6 +198,8 @@ class StageWorker:
 
     def add(self, rows: list[Row]) -> None:
         """Let rows of one request wait before the first stage."""
+        if self.auditor is not None:
+            self.auditor.choose(rows)
         now = time.perf_counter()
         waiting = self._lane(rows[0].request.policy).waiting[0]
         for row in rows:
@@ -279,6 +295,9 @@ class StageWorker:
             elif row.logits is None or row.audited:
                 row.waits_since = now
                 left.append(place)
+        if last and self.auditor is not None:
+            for difference in self.auditor.settle():
+                self.observer.audited(difference, self.auditor.monitor.alarm)
         if left:
             part = Part(rows, examples).select(left)
             lane.waiting[stage + 1][rows[0].size].add(part)

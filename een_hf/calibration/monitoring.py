@@ -1,0 +1,158 @@
+"""Whether a certified risk still holds in service: a test that may be looked at after every audited example."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from ..models.configuration_een import ExitConfigurationError
+
+
+# Alternatives to the limit that are bet on at the same time, by the ratio of their odds to the limit's.
+_ODDS_RATIOS = np.array([1.25, 1.5, 2.0, 3.0, 5.0, 9.0])
+_MOST = 1e300
+AUDITED_RISKS = ("consistency", "hamming")
+
+
+class RiskMonitor:
+    """Raises an alarm when the mean of values in [0, 1] that come one by one exceeds a limit, and not before.
+
+    However often it is asked and however long it runs, the probability that there is ever an alarm is at most
+    `1 - confidence` where each value's expectation, given those before it, is at most the limit: exchangeable examples
+    of a policy whose risk is within its limit are such values.
+
+    The test is a bet against the limit. From a start s on, an alternative mean p > limit makes of a capital of 1 the
+    product over i = s..t of 1 + lambda * (x_i - limit), lambda = (p - limit) / (limit * (1 - limit)), which grows if
+    values average more than the limit and whose expectation never rises otherwise. Capital is spread over six
+    alternatives and over all starts (so that what came before a change does not hide it), and by Ville's inequality it
+    ever reaches `1 / (1 - confidence)` with a probability of at most `1 - confidence`.
+
+    Args:
+        limit: of the risk, between 0 and 1.
+        confidence: that there is no false alarm.
+
+    Raises:
+        ExitConfigurationError: numbers out of range.
+
+    References:
+        Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, JRSS B 86(1), 2024, section 4
+        (the capital process). Podkopaev and Ramdas, Tracking the risk of a deployed model and detecting harmful
+        distribution shifts, ICLR 2022 (its use in service). Shin, Ramdas and Rinaldo, E-detectors, NEJSDS 2(2), 2024
+        (the sum over starts).
+
+    Example:
+        >>> monitor = RiskMonitor(limit=0.02)
+        >>> monitor.update([0, 0, 1, 0])  # whether the policy differed from the last exit
+        False
+    """
+
+    def __init__(self, limit: float, confidence: float = 0.95):
+        for name, value in (("limit", limit), ("confidence", confidence)):
+            if not 0 < value < 1:
+                raise ExitConfigurationError(f"RiskMonitor: {name} must be between 0 and 1, not {value}.")
+        self.limit, self.confidence = float(limit), float(confidence)
+        self.num_values, self.total = 0, 0.0
+        self.alarm_at: int | None = None
+        self._bets = bets_against(self.limit)
+        self._capital = np.zeros(len(self._bets))
+
+    @classmethod
+    def of_guarantee(cls, guarantee: dict, confidence: float = 0.95) -> "RiskMonitor":
+        """The monitor of a certified policy, for values that need no labels.
+
+        Args:
+            guarantee: `ExitPolicy.guarantee`.
+            confidence: that there is no false alarm.
+
+        Raises:
+            ExitConfigurationError: the guarantee is about labels (`accuracy_gap`): give `RiskMonitor` a limit for what
+                you can observe.
+        """
+        if guarantee["risk"] not in AUDITED_RISKS:
+            raise ExitConfigurationError(
+                f"The guarantee is about {guarantee['risk']}, which needs labels; audits see how often the policy "
+                f"differs from the last exit. Name a limit for that, or certify --risk {AUDITED_RISKS[0]}."
+            )
+        return cls(guarantee["limit"], confidence)
+
+    def update(self, values: float | Iterable[float]) -> bool:
+        """Take in the next values, in the order in which their examples came; returns `alarm`.
+
+        Raises:
+            ExitConfigurationError: a value outside [0, 1].
+        """
+        values = np.atleast_1d(np.asarray(values, dtype=np.float64))
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ExitConfigurationError("RiskMonitor takes values in [0, 1].")
+        for value in values:
+            self.num_values += 1
+            self.total += value
+            self._capital = bet(self._capital, self._bets, value - self.limit, self.num_values)
+            if self.alarm_at is None and self.evidence >= 1 / (1 - self.confidence):
+                self.alarm_at = self.num_values
+        return self.alarm
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the limit is exceeded; it stays so. `alarm_at` is the number of the value that showed it."""
+        return self.alarm_at is not None
+
+    @property
+    def evidence(self) -> float:
+        """The capital: at most 1 on average while the limit holds, and an alarm at `1 / (1 - confidence)`."""
+        return float(evidence_of(self._capital, self.num_values))
+
+    @property
+    def mean(self) -> float:
+        """Of the values so far; NaN before the first."""
+        return self.total / self.num_values if self.num_values else math.nan
+
+    def expected_delay(self, risk: float, after: int = 0) -> int:
+        """About how many values it takes to an alarm, once the mean is `risk` after `after` values within the limit.
+
+        Raises:
+            ExitConfigurationError: a risk that does not exceed the limit.
+        """
+        if not self.limit < risk <= 1:
+            raise ExitConfigurationError(f"expected_delay: risk must be above the limit {self.limit}, not {risk}.")
+        growth = risk * np.log1p(self._bets * (1 - self.limit)) + (1 - risk) * np.log1p(-self._bets * self.limit)
+        needed = -math.log(1 - self.confidence) + math.log(len(self._bets)) - math.log(_start_weight(after + 1))
+        return math.ceil(needed / growth.max())
+
+
+def disagreement(answers: np.ndarray, last: np.ndarray, problem_type: str, risk: str = "consistency") -> np.ndarray:
+    """How far answers differ from the last exit's, (num_rows,) in [0, 1].
+
+    Args:
+        answers: logits (num_rows, num_labels) that were answered with.
+        last: logits (num_rows, num_labels) of the last exit.
+        problem_type: `single_label_classification` or `multi_label_classification`.
+        risk: `consistency`: 1 where any label differs; `hamming`: the share of labels that do.
+    """
+    if problem_type == "single_label_classification":
+        return (np.argmax(answers, -1) != np.argmax(last, -1)).astype(np.float64)
+    differs = (np.asarray(answers) > 0) != (np.asarray(last) > 0)
+    return differs.mean(-1) if risk == "hamming" else differs.any(-1).astype(np.float64)
+
+
+def bets_against(limit: float) -> np.ndarray:
+    """The lambda (num_bets,) of each alternative to the limit."""
+    odds = _ODDS_RATIOS * limit / (1 - limit)
+    alternatives = odds / (1 + odds)
+    return (alternatives - limit) / (limit * (1 - limit))
+
+
+def _start_weight(number: int) -> float:
+    """The capital that starts with this value, counted from 1; later ones share 1 / log2(number + 2)."""
+    return 1 / math.log2(number + 1) - 1 / math.log2(number + 2)
+
+
+def bet(capital: np.ndarray, bets: np.ndarray, surplus: float | np.ndarray, number: int) -> np.ndarray:
+    """The capital (..., num_bets) after a value, counted from 1, that exceeds the limit by `surplus` (...)."""
+    growth = 1 + bets * np.asarray(surplus)[..., None]
+    return np.minimum((capital + _start_weight(number)) * growth, _MOST)
+
+
+def evidence_of(capital: np.ndarray, number: int) -> np.ndarray:
+    """What the capital (..., num_bets) amounts to after so many values, with what later starts will be given."""
+    return capital.mean(-1) + 1 / math.log2(number + 2)

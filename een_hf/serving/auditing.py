@@ -1,0 +1,108 @@
+"""A random share of the rows runs on to the last exit after it was answered: what the certified risk is watched by."""
+
+import logging
+import random
+from collections import deque
+
+from ..calibration.monitoring import AUDITED_RISKS, RiskMonitor, disagreement
+from ..models import EarlyExitMixin, ExitConfigurationError
+from ..models.policies import resolve_problem_type
+from .stages import Row
+
+
+logger = logging.getLogger(__name__)
+
+
+class Auditor:
+    """Chooses rows, compares their answers with those of the last exit, and tells a monitor.
+
+    Args:
+        model: whose own policy is audited.
+        rate: share of the rows.
+        limit: of the disagreement with the last exit; `None`: the one that the policy's guarantee certifies.
+        confidence: that there is no false alarm.
+        on_alarm: `log`: one line in the log; `full`: besides, no early exit from then on.
+        seed: of the choice; `None`: another one each time.
+
+    Raises:
+        ExitConfigurationError: there is no limit, or nothing that can be audited.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitMixin,
+        rate: float,
+        limit: float | None = None,
+        confidence: float = 0.95,
+        on_alarm: str = "log",
+        seed: int | None = None,
+    ):
+        policy = model.get_exit_policy()
+        self.problem_type = resolve_problem_type(model.config.problem_type, model.config.num_labels)
+        if not 0 < rate <= 1:
+            raise ExitConfigurationError(f"audit_rate must be between 0 and 1, not {rate}.")
+        if on_alarm not in ("log", "full"):
+            raise ExitConfigurationError(f"on_alarm is log or full, not {on_alarm!r}.")
+        if policy is None:
+            raise ExitConfigurationError("audit_rate: the model has no exit policy that could be audited.")
+        if self.problem_type == "regression":
+            raise ExitConfigurationError("audit_rate counts other answers and does not fit regression.")
+        guarantee = policy.guarantee or {}
+        self.risk = guarantee.get("risk") if guarantee.get("risk") in AUDITED_RISKS else AUDITED_RISKS[0]
+        if limit is None and not guarantee:
+            raise ExitConfigurationError(
+                "audit_rate: the policy certifies nothing. Give audit_limit, the share of answers that may differ "
+                "from the last exit's, or certify a policy: --max_risk with --risk consistency."
+            )
+        self.rate, self.on_alarm = rate, on_alarm
+        self.monitor = RiskMonitor.of_guarantee(guarantee, confidence) if limit is None else None
+        self.monitor = self.monitor or RiskMonitor(limit, confidence)
+        self._random, self._open = random.Random(seed), deque()
+
+    @property
+    def stops_exits(self) -> bool:
+        """Whether there has been an alarm after which nobody exits early."""
+        return self.monitor.alarm and self.on_alarm == "full"
+
+    def summary(self) -> dict:
+        """What has been seen, ready for JSON."""
+        monitor = self.monitor
+        return {
+            "risk": self.risk,
+            "limit": monitor.limit,
+            "rate": self.rate,
+            "audited": monitor.num_values,
+            "disagreement": monitor.mean if monitor.num_values else None,
+            "alarm": monitor.alarm,
+            "early_exit": not self.stops_exits,
+        }
+
+    def choose(self, rows: list[Row]) -> None:
+        """Mark those of new rows that are audited."""
+        for row in rows:
+            if row.request.own_policy and self._random.random() < self.rate:
+                row.audited = True
+                self._open.append(row)
+
+    def settle(self) -> list[float]:
+        """The disagreement of audited rows that have reached the last exit, in the order of their requests.
+
+        In that order whatever was finished first: agreement may take less time than disagreement.
+        """
+        settled = []
+        while self._open and (not self._open[0].audited or self._open[0].last_logits is not None):
+            row = self._open.popleft()
+            if row.audited:
+                pair = (row.logits[None].numpy(), row.last_logits[None].numpy())
+                settled.append(float(disagreement(*pair, self.problem_type, self.risk)[0]))
+                self._tell(settled[-1])
+        return settled
+
+    def _tell(self, value: float) -> None:
+        before = self.monitor.alarm
+        if self.monitor.update(value) and not before:
+            logger.warning(
+                "The exit policy differs from the last exit more often than its limit of %g: %.4f of %d audited rows. "
+                "Calibrate again on data as they are now.",
+                self.monitor.limit, self.monitor.mean, self.monitor.num_values,
+            )  # fmt: skip
