@@ -8,7 +8,7 @@ python run_cifar_een.py --help
 """
 
 from een_hf.commands.train import main
-from een_hf.data.cifar import IMAGES
+from een_hf.data.images import IMAGES
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ python run_glue_een.py --help
 """
 
 from een_hf.commands.train import main
-from een_hf.data.glue import TEXT
+from een_hf.data.text import TEXT
 
 
 if __name__ == "__main__":

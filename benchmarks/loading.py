@@ -16,7 +16,8 @@ from common import add_results_argument, summarize, write_results
 from torch.utils.data import DataLoader
 
 from een_hf import EarlyExitViTConfig, EarlyExitViTForImageClassification
-from een_hf.data.cifar import IMAGES, ImageDataArguments
+from een_hf.data.image_arguments import ImageDataArguments
+from een_hf.data.images import IMAGES
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from common import RESULTS, write_results
 
-from een_hf.data.glue import TEXT
+from een_hf.data.text import TEXT
 from een_hf.runs import parse_arguments, run_experiment
 from een_hf.training import register_scheme
 from een_hf.training.l2w import MetaWeightedExitTrainer

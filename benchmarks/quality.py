@@ -31,8 +31,8 @@ from common import add_results_argument, command_line, machine, pack_bits, ratio
 from transformers import AutoModel, EvalPrediction
 
 from een_hf.calibration import calibrate, policy_row
-from een_hf.data.glue import TEXT
 from een_hf.data.samples import model_source
+from een_hf.data.text import TEXT
 from een_hf.evaluation import cost_inputs, measure_seconds, relative_costs
 from een_hf.models import MODEL_CLASSES
 from een_hf.runs import Run, parse_arguments, run_experiment
@@ -242,7 +242,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     modality = TEXT
     if args.images:
-        from een_hf.data.cifar import IMAGES as modality
+        from een_hf.data.images import IMAGES as modality
     if args.cell:
         method, seed, file = args.cell
         Path(file).write_text(json.dumps(run_cell(modality, args.recipe, method, int(seed), flags, args.runs)))

@@ -469,7 +469,7 @@ def write_examples(
         shutil.rmtree(Path(folder, name), ignore_errors=True)
     path = Path(folder, SHARED_EXAMPLES if shared else PRIVATE_EXAMPLES)
     path.mkdir()
-    from .data.images import standard_image  # brings timm
+    from .data.decoding import standard_image
 
     told = {kind: [] for kind in examples}
     for kind, chosen in examples.items():

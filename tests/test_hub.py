@@ -45,7 +45,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Au
 from transformers import BertTokenizer, ViTImageProcessor
 
 import een_hf
-from een_hf.data.cifar import IMAGES
+from een_hf.data.images import IMAGES
 from een_hf.hub import write_model_card
 from een_hf.commands.train import main
 from test_callbacks import RESULTS
@@ -337,7 +337,7 @@ def test_no_token_and_no_folder_leaves_the_machine(hub):
 TEXT_RUN = """
 import sys
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
-from een_hf.data.glue import TEXT
+from een_hf.data.text import TEXT
 from een_hf.commands.train import main
 
 folder = sys.argv[1]

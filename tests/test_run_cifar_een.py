@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from een_hf.commands.train import main
-from een_hf.data.cifar import IMAGES
+from een_hf.data.images import IMAGES
 from een_hf.data.samples import load_digits
 from een_hf.training.checkpoints import last_whole_checkpoint
 from een_hf.training.history import RUN_FILE

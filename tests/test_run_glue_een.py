@@ -30,8 +30,9 @@ from transformers import (
 
 from een_hf.commands import main as command_main
 from een_hf.commands.train import main
-from een_hf.data.cifar import IMAGES
-from een_hf.data.glue import GLUE_TASKS, TEXT, load_text_data
+from een_hf.data.glue import GLUE_TASKS
+from een_hf.data.images import IMAGES
+from een_hf.data.text import TEXT, load_text_data
 from een_hf.evaluation import ExitCosts
 from een_hf.models import ExitPolicy
 from een_hf.runs import parse_arguments

@@ -34,11 +34,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..calibration import calibrate, rows_needed
-from ..data.glue import TEXT, TextDataArguments, encode_text_data, prepare_rows, text_columns
-from ..data.images import EvaluationTransform, decode_image, whole_images
+from ..data.decoding import decode_image, whole_images
 from ..data.samples import model_source
 from ..data.sources import limit_rows, load_files
 from ..data.task import DataError, TaskData
+from ..data.text import TEXT, encode_text_data
+from ..data.text_arguments import TextDataArguments
+from ..data.text_rows import prepare_rows, text_columns
+from ..data.transforms import EvaluationTransform
 from ..errors import is_full_disk, loading
 from ..evaluation import (
     cost_inputs,

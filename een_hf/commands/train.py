@@ -12,9 +12,9 @@ a recipe; flags after it override it. een-hf train text --help lists the flags.
 import argparse
 import sys
 
-from ..data.cifar import IMAGES
-from ..data.glue import TEXT
+from ..data.images import IMAGES
 from ..data.task import Modality
+from ..data.text import TEXT
 from ..errors import one_line_errors
 from ..runs import parse_arguments, run_experiment
 

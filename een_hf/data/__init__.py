@@ -4,10 +4,11 @@ from ..extras import named_extras
 
 
 with named_extras():
-    from .glue import TextDataArguments, encode_text_data, load_text_data
     from .partition import load_partition, partition_indices
     from .samples import load_bbc_news, load_digits, sample_model_path
     from .task import DataError, TaskData
+    from .text import encode_text_data, load_text_data
+    from .text_arguments import TextDataArguments
 
 __all__ = [
     "DataError",

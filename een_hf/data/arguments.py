@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import refuse_nan
-from .labels import PROBLEM_TYPES
+from .label_values import PROBLEM_TYPES
 from .partition import partition_labels
+from .sources import check_paths
 from .task import DataError
 
 
@@ -62,10 +63,7 @@ class DataArguments:
             raise DataError("--partition_dir and files or folders of rows are two sources of data: give one.")
         if self.partition_dir is not None and self.streaming:
             raise DataError("--streaming reads a data set from its start: it has no parts (--partition_dir).")
-        exists = os.path.isfile if self.path_kind == "file" else os.path.isdir
-        for split, path in paths.items():
-            if not exists(path):
-                raise DataError(f"--{split}_{self.path_kind} {path} is not there.")
+        check_paths(paths, self.path_kind)
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise DataError(f"--problem_type {self.problem_type!r} is not one of: {', '.join(PROBLEM_TYPES)}.")
         self.check_positive(*LIMITS.values())
@@ -84,6 +82,10 @@ class DataArguments:
         """The files or folders given for single splits."""
         paths = {split: getattr(self, f"{split}_{self.path_kind}") for split in LIMITS}
         return {split: path for split, path in paths.items() if path is not None}
+
+    def hub_name(self) -> tuple[str | None, str | None]:
+        """Name and configuration of the data set, where neither files nor folders nor a partition alone hold it."""
+        return self.dataset_name, self.dataset_config_name
 
     def part_labels(self, column: str) -> tuple[str, ...] | None:
         """All label names of the partition whose part is trained on; `None` without one, or for another column."""

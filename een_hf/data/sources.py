@@ -2,19 +2,122 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
 from datasets.exceptions import DatasetsError
 
 from .csv_files import check_text_file, csv_settings
+from .samples import load_bbc_news, load_digits
 from .task import DataError
 
 
+HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+# One fixed split each: a checkpoint evaluated under another --seed must not meet its training rows.
+SAMPLES = {"bbc_news": load_bbc_news, "digits": load_digits}
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ROW_ID = "idx"
 _LOAD_ERRORS = (OSError, ValueError, DatasetsError)
+
+
+def load_named(
+    name: str,
+    config: str | None,
+    source: str,
+    *,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    streaming: bool = False,
+    images: bool = True,
+    only: Sequence[str] | None = None,
+) -> dict:
+    """All splits of a data set: a local folder, an installed sample, a short name, or a name of the Hub.
+
+    Args:
+        name: what `--dataset_name` says.
+        config: configuration of it.
+        source: what it is called in messages.
+        cache_dir: where downloads are kept.
+        token: for private Hub repositories.
+        streaming: do not hold the rows.
+        images: whether a folder without parquet files may hold images, in one folder per class.
+        only: splits that must be there; of parquet files no others are read. `None`: all that there are.
+
+    Raises:
+        DataError: there is no such data set, or it cannot be read.
+    """
+    if os.path.isdir(name):
+        folder = Path(name)
+        if images and config is None and any(folder.iterdir()) and not any(folder.rglob("*.parquet")):
+            return load_image_folder(name, source, cache_dir, streaming)
+        files = _parquet_files_below(folder, config, source)
+        if only is not None:
+            check_splits(files, only, {}, source)
+            files = {split: files[split] for split in only}
+        return load_files(files, source, cache_dir, streaming)
+    if name in SAMPLES:
+        return dict(SAMPLES[name]())
+    return load_hub(HUB_NAMES.get(name, name), config, source, cache_dir, token, streaming)
+
+
+def load_paths(
+    paths: dict[str, str],
+    kind: str,
+    *,
+    cache_dir: str | None = None,
+    streaming: bool = False,
+    text_columns: Sequence[str] = (),
+) -> dict:
+    """Rows of a file or folder for each split.
+
+    Args:
+        paths: by split.
+        kind: `file` (csv, json, jsonl or parquet) or `dir` (images, one folder per class but in `test`).
+        cache_dir: where what is read is kept.
+        streaming: do not hold the rows.
+        text_columns: columns that are text, whatever a csv file has in them.
+    """
+    if kind == "file":
+        return {
+            split: load_files({split: [path]}, f"--{split}_file {path}", cache_dir, streaming, text_columns)[split]
+            for split, path in paths.items()
+        }
+    source = " ".join(f"--{split}_dir {path}" for split, path in paths.items())
+    return {
+        split: load_image_folder(path, source, cache_dir, streaming, labelled=split != "test")["train"]
+        for split, path in paths.items()
+    }
+
+
+def check_paths(paths: dict[str, str], kind: str) -> None:
+    """Raise DataError for a file (`kind` `file`) or folder (`dir`) of a split that is not there, or of no format."""
+    for split, path in paths.items():
+        if kind == "file" and Path(path).suffix not in FILE_FORMATS:
+            raise DataError(f"--{split}_file {path} must end in one of: {', '.join(sorted(FILE_FORMATS))}.")
+        if not (os.path.isfile if kind == "file" else os.path.isdir)(path):
+            raise DataError(f"--{split}_{kind} {path} is not there.")
+
+
+def check_splits(splits: dict, needed: Iterable[str], hints: dict[str, str], source: str) -> None:
+    """Raise DataError for a needed split that is missing, naming what would provide it."""
+    for split in needed:
+        if split not in splits:
+            there = ", ".join(sorted(splits)) or "none"
+            raise DataError(f"{source} has no {split} split (there: {there}): {hints.get(split, 'give other data')}.")
+
+
+def _parquet_files_below(folder: Path, config: str | None, source: str) -> dict[str, list[str]]:
+    """Parquet files by split, in the folder, as the Hub nests them, or in the only folder below it that has any."""
+    try:
+        return parquet_files(folder, config, source)
+    except DataError:
+        folders = sorted({path.parent for path in folder.rglob("*.parquet")})
+        if not folders or config is not None:
+            raise
+    if len(folders) > 1:
+        raise DataError(f"{source} holds several data sets ({', '.join(map(str, folders))}): give one of them.")
+    return parquet_files(folders[0], None, source)
 
 
 def load_hub(

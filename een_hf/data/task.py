@@ -1,12 +1,13 @@
 """What a data set is to the rest of the package, text or images."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 
+from .._moved import moved_names
 from ..models import MODEL_CLASSES, ExitConfigurationError
 
 
@@ -82,24 +83,6 @@ class Modality:
         return {name: kind for name, kind in MODEL_CLASSES.items() if kind.main_input_name == self.main_input_name}
 
 
-def cut_validation_split(splits: dict, share: float, label_column: str, seed: int) -> dict:
-    """Cut a seeded `validation` split from `train`, stratified where the labels are classes of enough rows."""
-    if not 0 < share < 1:
-        raise DataError(f"--train_val_split is a share of the training split, between 0 and 1, not {share}.")
-    rows = splits["train"]
-    by_class = None
-    if isinstance(rows.features[label_column], datasets.ClassLabel):
-        counts = np.unique(rows[label_column], return_counts=True)[1]
-        # Both parts must be able to hold every class.
-        if counts.min() >= 2 and len(counts) <= len(rows) * min(share, 1 - share):
-            by_class = label_column
-    parts = rows.train_test_split(share, seed=seed, stratify_by_column=by_class)
-    return {**splits, "train": parts["train"], "validation": parts["test"]}
-
-
-def check_splits(splits: dict, needed: Iterable[str], hints: dict[str, str], source: str) -> None:
-    """Raise DataError for a needed split that is missing, naming what would provide it."""
-    for split in needed:
-        if split not in splits:
-            there = ", ".join(sorted(splits)) or "none"
-            raise DataError(f"{source} has no {split} split (there: {there}): {hints[split]}.")
+__getattr__ = moved_names(
+    __name__, {"check_splits": "een_hf.data.sources", "cut_validation_split": "een_hf.data.splits"}
+)

@@ -112,7 +112,9 @@ class EarlyExitImageClassificationPipeline(_ExitAnswers, ImageClassificationPipe
     """
 
     def preprocess(self, image, timeout=None):
-        from ..data.images import EvaluationTransform, Image  # brings datasets
+        from PIL import Image
+
+        from ..data.transforms import EvaluationTransform
 
         if isinstance(image, str):
             image = _open_image(image, timeout)

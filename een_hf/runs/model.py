@@ -7,7 +7,8 @@ import torch
 import yaml
 from transformers import PreTrainedConfig
 
-from ..data.labels import REGRESSION, model_label_ids
+from ..data.label_ids import model_label_ids
+from ..data.label_values import REGRESSION
 from ..data.samples import model_source
 from ..data.task import Modality, TaskData
 from ..errors import in_one_line, loading

@@ -45,7 +45,8 @@ class Reader:
         self.max_length = min(filter(None, limits), default=None)
         if not self.text and processor is not None:
             with named_extras():
-                from ..data.images import EvaluationTransform, decode_image
+                from ..data.decoding import decode_image
+                from ..data.transforms import EvaluationTransform
 
             self._transform, self._decode = EvaluationTransform(processor, model.config.num_channels), decode_image
         self._pending: deque[Request] = deque()

@@ -9,7 +9,7 @@ from transformers import AutoConfig, BertTokenizer
 
 from een_hf.commands import main
 from een_hf.commands.calibrate import guarantee_in_words
-from een_hf.data.glue import TEXT
+from een_hf.data.text import TEXT
 from een_hf.evaluation import load_exit_logits
 from een_hf.runs import parse_arguments, run_experiment
 

@@ -11,7 +11,8 @@ from transformers import ViTForImageClassification, ViTImageProcessor
 
 from een_hf.commands import main as commands_main
 from een_hf.data import DataError, TextDataArguments, load_digits, load_partition, load_text_data
-from een_hf.data.cifar import IMAGES, ImageDataArguments, load_image_data
+from een_hf.data.image_arguments import ImageDataArguments
+from een_hf.data.images import IMAGES, load_image_data
 from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
 from een_hf.runs.model import labels_of_checkpoint
 from een_hf.training.arguments import ModelArguments

@@ -9,7 +9,8 @@ from PIL import Image
 
 from een_hf.commands import main as commands_main
 from een_hf.data import DataError, TextDataArguments, load_partition, load_text_data
-from een_hf.data.cifar import ImageDataArguments, load_image_data
+from een_hf.data.image_arguments import ImageDataArguments
+from een_hf.data.images import load_image_data
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ from transformers import ViTImageProcessor
 
 from een_hf.commands.retrofit import ImageRows as RetrofitRows
 from een_hf.data import DataError, load_partition
-from een_hf.data.cifar import IMAGES, ImageDataArguments, load_image_data
-from een_hf.data.images import EvaluationTransform, standard_image
+from een_hf.data.decoding import standard_image
+from een_hf.data.image_arguments import ImageDataArguments
+from een_hf.data.images import IMAGES, load_image_data
 from een_hf.data.partition import LabelledRows, write_partition
+from een_hf.data.transforms import EvaluationTransform
 from een_hf.hub import write_examples
 from een_hf.inference.pipelines import EarlyExitImageClassificationPipeline
 from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser
 
 from een_hf import EarlyExitBertConfig
 from een_hf.data import DataError, TextDataArguments, encode_text_data, load_text_data
-from een_hf.data.glue import GLUE_TASKS, TEXT
+from een_hf.data.glue import GLUE_TASKS
+from een_hf.data.text import TEXT
 
 
 # The Hub's own schema of each task: text columns and labels in the order of their ids.

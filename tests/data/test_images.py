@@ -11,15 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from een_hf.data import DataError
-from een_hf.data.cifar import ImageDataArguments
-from een_hf.data.images import (
-    EvaluationTransform,
-    ImageCollator,
-    ImageRows,
-    TrainingTransform,
-    seeded,
-    whole_images,
-)
+from een_hf.data.decoding import whole_images
+from een_hf.data.image_arguments import ImageDataArguments
+from een_hf.data.image_rows import ImageRows
+from een_hf.data.transforms import EvaluationTransform, ImageCollator, TrainingTransform, seeded
 
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]

@@ -15,9 +15,11 @@ from transformers import AutoTokenizer
 
 from een_hf.commands.train import main
 from een_hf.data import DataError
-from een_hf.data.cifar import IMAGES, ImageDataArguments, load_image_data
-from een_hf.data.glue import TEXT, TextDataArguments, encode_text_data, load_text_data
+from een_hf.data.image_arguments import ImageDataArguments
+from een_hf.data.images import IMAGES, load_image_data
 from een_hf.data.samples import load_digits
+from een_hf.data.text import TEXT, encode_text_data, load_text_data
+from een_hf.data.text_arguments import TextDataArguments
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +228,7 @@ def test_a_run_that_stops_within_a_pass_counts_too(spoilt_folder, caplog):
 
 def test_each_worker_counts_its_own(spoilt_folder, tmp_path):
     """What breaks: what a worker leaves out stays in its process, unsaid."""
-    handler, logger = logging.FileHandler(tmp_path / "log"), logging.getLogger("een_hf.data.images")
+    handler, logger = logging.FileHandler(tmp_path / "log"), logging.getLogger("een_hf.data.decoding")
     logger.addHandler(handler)
     try:
         rows = image_rows(spoilt_folder, True, skip_corrupt=True)["train"]

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, MobileBertConfig, MobileBertForSequenceClassification
 
 from een_hf.commands.train import main
-from een_hf.data.glue import TEXT
+from een_hf.data.text import TEXT
 from een_hf.training import ModelArguments
 
 

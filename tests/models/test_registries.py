@@ -11,7 +11,7 @@ import torch
 
 from een_hf import AutoEarlyExitModel
 from een_hf.commands.train import main
-from een_hf.data.glue import TEXT
+from een_hf.data.text import TEXT
 from een_hf.models import ExitConfigurationError, policies
 from een_hf.models.exits import EXIT_HEADS, POOLINGS, find_exit_head, find_pooling
 from een_hf.models.policies import ExitPolicy, find_criterion, get_criterion

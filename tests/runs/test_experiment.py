@@ -16,8 +16,8 @@ from een_hf.commands import COMMANDS
 from een_hf.commands import main as command_main
 from een_hf.commands.train import main
 from een_hf.data.arguments import DataArguments
-from een_hf.data.cifar import IMAGES
-from een_hf.data.glue import TEXT
+from een_hf.data.images import IMAGES
+from een_hf.data.text import TEXT
 from een_hf.models import ExitConfigurationError
 from een_hf.runs import parse_arguments, run_experiment
 from een_hf.runs.experiment import prepare

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from een_hf.data.images import ImageCollator
+from een_hf.data.transforms import ImageCollator
 from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
 from een_hf.training import EarlyExitTrainingArguments, get_scheme
 from een_hf.training.boosted import BoostedArguments

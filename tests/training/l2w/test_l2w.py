@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from een_hf.data.images import ImageCollator
+from een_hf.data.transforms import ImageCollator
 from een_hf.models import (
     EarlyExitBertConfig,
     EarlyExitBertForSequenceClassification,

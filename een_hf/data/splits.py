@@ -1,0 +1,53 @@
+"""The splits that the data flags name, and a validation split cut from the training rows."""
+
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+
+from .arguments import DataArguments
+from .partition import load_partition
+from .sources import load_named, load_paths
+from .task import DataError
+
+
+def load_splits(
+    args: DataArguments, cache_dir: str | None, token: str | None, text_columns: Sequence[str] = ()
+) -> tuple[str, dict]:
+    """What the source is called in messages, and all its splits by name.
+
+    Args:
+        args: the flags; they name a partition, files or folders, or a data set.
+        cache_dir: where downloads are kept.
+        token: for private Hub repositories.
+        text_columns: columns that are text, whatever a csv file has in them.
+    """
+    name, config = args.hub_name()
+    if name is None and args.partition_dir is not None:
+        return f"--partition_dir {args.partition_dir}", dict(load_partition(args.partition_dir, args.partition_id))
+    settings = {"cache_dir": cache_dir, "streaming": args.streaming}
+    paths, kind = args.paths(), args.path_kind
+    if paths:
+        source = " ".join(f"--{split}_{kind} {path}" for split, path in paths.items())
+        splits = load_paths(paths, kind, text_columns=text_columns, **settings)
+    else:
+        source = f"--dataset_name {name}" if args.dataset_name else f"--task_name {config} ({name})"
+        splits = load_named(name, config, source, token=token, images=kind == "dir", **settings)
+    if args.partition_dir is not None:
+        splits = {**splits, "train": load_partition(args.partition_dir, args.partition_id)["train"]}
+    return source, splits
+
+
+def cut_validation_split(splits: dict, share: float, label_column: str, seed: int) -> dict:
+    """Cut a seeded `validation` split from `train`, stratified where the labels are classes of enough rows."""
+    if not 0 < share < 1:
+        raise DataError(f"--train_val_split is a share of the training split, between 0 and 1, not {share}.")
+    rows = splits["train"]
+    by_class = None
+    if isinstance(rows.features[label_column], datasets.ClassLabel):
+        counts = np.unique(rows[label_column], return_counts=True)[1]
+        # Both parts must be able to hold every class.
+        if counts.min() >= 2 and len(counts) <= len(rows) * min(share, 1 - share):
+            by_class = label_column
+    parts = rows.train_test_split(share, seed=seed, stratify_by_column=by_class)
+    return {**splits, "train": parts["train"], "validation": parts["test"]}
