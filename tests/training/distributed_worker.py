@@ -4,11 +4,10 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import set_seed
+from factory import NO_DROPOUT, make_trainer, tiny_model
 
 from een_hf.evaluation import make_compute_metrics
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
-from een_hf.training import EarlyExitTrainingArguments, get_scheme
+from een_hf.training import EarlyExitTrainingArguments
 
 
 GLOBAL_BATCH, NUM_STEPS = 8, 5
@@ -30,39 +29,20 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def main(folder: Path) -> None:
     for scheme in ("joint", "boosted"):
-        set_seed(0)
-        config = EarlyExitBertConfig(
-            vocab_size=60,
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=16,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            num_labels=3,
-        )
-        args = EarlyExitTrainingArguments(str(folder / scheme), use_cpu=True)
-        size = GLOBAL_BATCH // args.world_size
-        args = EarlyExitTrainingArguments(
-            str(folder / scheme),
+        size = GLOBAL_BATCH // EarlyExitTrainingArguments(str(folder / scheme), use_cpu=True).world_size
+        trainer = make_trainer(
+            folder / scheme,
+            tiny_model(**NO_DROPOUT),
+            scheme,
+            train_dataset=make_rows(64, seed=1),
+            eval_dataset=make_rows(13, seed=2),
+            data_collator=collate,
+            compute_metrics=make_compute_metrics(["accuracy"], "single_label_classification"),
             per_device_train_batch_size=size,
             # 13 rows in batches of 2 x 3: the last one is filled up with duplicates.
             per_device_eval_batch_size=3,
             max_steps=NUM_STEPS,
             learning_rate=1e-2,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-        )
-        trainer = get_scheme(scheme)(
-            model=EarlyExitBertForSequenceClassification(config),
-            args=args,
-            train_dataset=make_rows(64, seed=1),
-            eval_dataset=make_rows(13, seed=2),
-            data_collator=collate,
-            compute_metrics=make_compute_metrics(["accuracy"], "single_label_classification"),
         )
         trainer.train()
         evaluated = trainer.evaluate()
@@ -75,7 +55,7 @@ def main(folder: Path) -> None:
         answers = trainer.predict(trainer.eval_dataset)
         streamed = trainer.predict(iter(trainer.eval_dataset))
         found = {
-            "world_size": args.world_size,
+            "world_size": trainer.args.world_size,
             "parameters": trainer.model.state_dict(),
             "evaluated": {name: value for name, value in evaluated.items() if "accuracy" in name},
             "exit_logits": torch.from_numpy(exits.predictions),
@@ -86,7 +66,7 @@ def main(folder: Path) -> None:
             "streamed_labels": torch.from_numpy(streamed.label_ids),
             "thresholds": report.policy.thresholds,
         }
-        torch.save(found, folder / f"{scheme}-{args.process_index}.pt")
+        torch.save(found, folder / f"{scheme}-{trainer.args.process_index}.pt")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+import factory
 import torch
+from factory import QUIET, tiny_model
 
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
 from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer
 
 
@@ -39,30 +40,20 @@ class Collator:
 
 
 def make_trainer(folder: Path, strategy: str) -> JointExitTrainer:
-    settings = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    size = GLOBAL_BATCH // EarlyExitTrainingArguments(str(folder), **settings).world_size
-    args = EarlyExitTrainingArguments(
-        str(folder),
+    world_size = EarlyExitTrainingArguments(str(folder), **QUIET).world_size
+    return factory.make_trainer(
+        folder,
+        tiny_model(num_hidden_layers=2),
+        train_dataset=make_rows(),
+        data_collator=Collator(),
         train_sampling_strategy=strategy,
-        per_device_train_batch_size=size,
+        per_device_train_batch_size=GLOBAL_BATCH // world_size,
         num_train_epochs=NUM_EPOCHS,
         learning_rate=1e-2,
         save_strategy="steps",
         save_steps=2,
         remove_unused_columns=False,
-        **settings,
     )
-    torch.manual_seed(0)
-    config = EarlyExitBertConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-    )
-    model = EarlyExitBertForSequenceClassification(config)
-    return JointExitTrainer(model=model, args=args, train_dataset=make_rows(), data_collator=Collator())
 
 
 def differences(folder: Path, strategies: list[str], steps: list[int]) -> dict[str, dict[int, float]]:

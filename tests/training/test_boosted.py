@@ -1,13 +1,14 @@
 """The boosted scheme against its formulas, written out in double precision."""
 
+import factory
 import pytest
 import torch
 import torch.nn.functional as F
+from factory import NO_DROPOUT, tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from een_hf.models import MODEL_CLASSES, ExitConfigurationError
-from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer
-from een_hf.training.boosted import BoostedArguments, BoostedExitTrainer
+from een_hf.models import ExitConfigurationError
+from een_hf.training.boosted import BoostedArguments
 
 
 NUM_LAYERS, NUM_ROWS = 6, 5
@@ -15,25 +16,9 @@ EXIT_LAYERS = {2: [3, 6], 3: [1, 3, 6], 4: [1, 2, 5, 6], 5: [1, 2, 3, 5, 6], 6: 
 
 
 def make_model(model_type="bert", num_labels=3, exit_layers=None):
-    torch.manual_seed(1)
-    shape = {"vocab_size": 40, "max_position_embeddings": 10}
-    if model_type == "vit":
-        shape = {"image_size": 8, "patch_size": 4}
-    model_class = MODEL_CLASSES[model_type]
-    config = model_class.config_class(
-        hidden_size=12,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=2,
-        intermediate_size=24,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.3,  # far from the symmetric start, where many gradients vanish
-        num_labels=num_labels,
-        exit_pooling="cls",  # as `head_by_hand` reads
-        exit_layers=exit_layers,
-        **shape,
-    )
-    return model_class(config).double()
+    changes = {"num_labels": num_labels, "exit_layers": exit_layers, "exit_pooling": "cls"}  # as `head_by_hand` reads
+    changes |= {"initializer_range": 0.3}  # far from the symmetric start, where many gradients vanish
+    return tiny_model(model_type, seed=1, num_hidden_layers=NUM_LAYERS, **NO_DROPOUT, **changes).double()
 
 
 def make_inputs(model_type, num_labels):
@@ -48,8 +33,7 @@ def make_inputs(model_type, num_labels):
 
 
 def make_trainer(model, folder, **settings):
-    args = EarlyExitTrainingArguments(str(folder), report_to="none", use_cpu=True)
-    return BoostedExitTrainer(model=model, args=args, scheme_args=BoostedArguments(**settings))
+    return factory.make_trainer(folder, model, "boosted", scheme_args=BoostedArguments(**settings))
 
 
 def head_by_hand(model, k, hidden):
@@ -145,7 +129,7 @@ def test_another_scheme_takes_boosting_back(tmp_path):
     """Trained on with joint, every exit predicts by itself again."""
     model = make_model()
     make_trainer(model, tmp_path)
-    JointExitTrainer(model=model, args=EarlyExitTrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    factory.make_trainer(tmp_path, model, "joint")
     assert (model.config.exit_aggregation, model.config.gradient_rescale) == ("none", False)
 
 
@@ -161,21 +145,10 @@ def test_rescaling_acts_under_sgd_alone_and_a_warning_says_so(optimizer, tmp_pat
     trained = {}
     rows = [{name: value[row] for name, value in make_inputs("bert", 3).items()} for row in range(NUM_ROWS)]
     for rescale in (True, False):
-        args = EarlyExitTrainingArguments(
-            str(tmp_path),
-            optim=optimizer,
-            adam_epsilon=1e-13,
-            max_grad_norm=0.0,
-            learning_rate=1e-3,
-            max_steps=4,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-        )
         caplog.clear()
-        settings = BoostedArguments(gradient_rescale=rescale)
-        trainer = BoostedExitTrainer(model=make_model(), args=args, scheme_args=settings, train_dataset=rows)
+        settings = {"scheme_args": BoostedArguments(gradient_rescale=rescale), "train_dataset": rows}
+        settings |= {"adam_epsilon": 1e-13, "max_grad_norm": 0.0, "learning_rate": 1e-3, "max_steps": 4}
+        trainer = factory.make_trainer(tmp_path, make_model(), "boosted", optim=optimizer, **settings)
         trainer.train()
         assert ("--gradient_rescale does nothing under AdamW" in caplog.text) == (rescale and optimizer != "sgd")
         trained[rescale] = dict(trainer.model.named_parameters())

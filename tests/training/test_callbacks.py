@@ -9,17 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import factory
 import numpy as np
 import pytest
-import torch
+from factory import tiny_model, tiny_rows
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 
 from een_hf.evaluation import make_compute_metrics, plot_exit_curves
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
-from een_hf.training import EarlyExitTrainingArguments, get_scheme
 from een_hf.training.callbacks import (
     EarlyExitWandbCallback,
     ExitHistoryCallback,
@@ -75,37 +74,12 @@ class Recorder(TrainerCallback):
         self.found.append((state.global_step, dict(metrics)))
 
 
-def make_trainer(folder, scheme="joint", callbacks=(), **settings):
-    torch.manual_seed(0)
-    config = EarlyExitBertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-    )
-    ids = torch.randint(1, 50, (32, 8), generator=torch.Generator().manual_seed(1))
-    rows = [{"input_ids": row, "labels": int(row[0]) % 2} for row in ids]
-    args = EarlyExitTrainingArguments(
-        str(folder),
-        max_steps=4,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        **settings,
-    )
-    return get_scheme(scheme)(
-        model=EarlyExitBertForSequenceClassification(config),
-        args=args,
-        train_dataset=rows,
-        eval_dataset=rows[:16],
-        compute_metrics=make_compute_metrics(["accuracy"], "single_label_classification"),
-        callbacks=list(callbacks),
-    )
+def make_trainer(folder, scheme="joint", **settings):
+    rows = tiny_rows(count=32, learnable=True)
+    settings = {"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, **settings}
+    metrics = make_compute_metrics(["accuracy"], "single_label_classification")
+    settings |= {"train_dataset": rows, "eval_dataset": rows[:16], "compute_metrics": metrics}
+    return factory.make_trainer(folder, tiny_model(num_hidden_layers=2), scheme, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +156,6 @@ def test_never_two_callbacks_of_a_kind(tmp_path, given):
 WANDB_RUN = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
 from een_hf.evaluation import plot_exit_curves
 from test_callbacks import RESULTS, make_trainer
 folder, scheme = sys.argv[1:3]
@@ -250,11 +223,11 @@ def test_an_offline_wandb_run_reads_back(tmp_path, scheme):
         "WANDB_MODE": "offline",
         "WANDB_DIR": str(tmp_path),
         "WANDB_SILENT": "true",
+        "PYTHONPATH": ":".join([os.path.dirname(__file__), *sys.path]),
     }
     environment.pop("WANDB_PROJECT", None)
-    here = os.path.dirname(__file__)
     done = subprocess.run(
-        [sys.executable, "-c", WANDB_RUN, str(tmp_path), scheme, here], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", WANDB_RUN, str(tmp_path), scheme], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows, project, name, tables, panels = read_offline_run(tmp_path)

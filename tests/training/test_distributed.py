@@ -18,7 +18,7 @@ ACCELERATE += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_
 
 def run_worker(folder, launcher=()):
     folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launcher, str(WORKER), str(folder)], env=environment, capture_output=True, text=True
     )

@@ -4,34 +4,23 @@ import json
 import resource
 import shutil
 
+import factory
 import numpy as np
 import pytest
 import torch
 from damage import damaged, wrong_json
+from factory import assert_same_weights, tiny_model, tiny_rows
 from transformers import TrainerCallback
 
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification, ExitConfigurationError
-from een_hf.training import EarlyExitTrainingArguments, get_scheme
+from een_hf.models import ExitConfigurationError
 from een_hf.training.checkpoints import checkpoint_fault, is_whole_checkpoint, last_whole_checkpoint
 
 
-def make_trainer(folder, method="joint", **settings):
-    torch.manual_seed(0)
-    config = EarlyExitBertConfig(
-        vocab_size=500,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=16,
-    )
-    ids = torch.randint(1, 500, (32, 8), generator=torch.Generator().manual_seed(1))
-    rows = [{"input_ids": row, "labels": int(row[0]) % 2} for row in ids]
-    common = {"save_strategy": "steps", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    common |= {"save_steps": 2, "max_steps": 6, "per_device_train_batch_size": 8}
-    args = EarlyExitTrainingArguments(str(folder), **{**common, **settings})
-    model = EarlyExitBertForSequenceClassification(config)
-    return get_scheme(method)(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+def make_trainer(folder, scheme="joint", **settings):
+    rows = tiny_rows(count=32, learnable=True)
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, **settings}
+    model = tiny_model(vocab_size=500)  # whose weights do not fit into `FullDisk`
+    return factory.make_trainer(folder, model, scheme, train_dataset=rows, eval_dataset=rows, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +48,7 @@ def test_a_half_written_checkpoint_is_passed_over(damage, finished, tmp_path):
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-4")
     resumed = make_trainer(folder)
     resumed.train(resume_from_checkpoint=True)
-    for name, wanted in finished.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], wanted), name
+    assert_same_weights(resumed.model, finished.model)
     assert is_whole_checkpoint(newest)
 
 
@@ -93,8 +81,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(finished, tmp_pat
     file.write_bytes(file.read_bytes()[:-100])
     resumed = make_trainer(folder)
     resumed.train(resume_from_checkpoint=True)
-    for name, wanted in finished.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], wanted), name
+    assert_same_weights(resumed.model, finished.model)
     assert is_whole_checkpoint(folder / "checkpoint-6")
 
 
@@ -200,8 +187,7 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(finished, tmp_path):
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     resumed = make_trainer(tmp_path / "run", save_total_limit=1)
     resumed.train(resume_from_checkpoint=True)
-    for name, wanted in finished.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], wanted), name
+    assert_same_weights(resumed.model, finished.model)
 
 
 def test_a_repeated_step_leaves_nothing_of_the_old_checkpoint(finished, tmp_path):

@@ -3,51 +3,32 @@
 from collections import deque
 
 import datasets
+import factory
 import pytest
 import torch
+from factory import tiny_model, tiny_rows
 from transformers import TrainerCallback
 
-from een_hf.models import (
-    EarlyExitBertConfig,
-    EarlyExitBertForSequenceClassification,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
-    ExitConfigurationError,
-)
-from een_hf.training import EarlyExitTrainingArguments, get_scheme
+from een_hf.models import ExitConfigurationError
 
 
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 BAD_ROW = 13
+CHANGES = {"soft label": {"problem_type": "single_label_classification"}, "number": {"num_labels": 1}}
 
 
-def make_trainer(folder, kind="pixel", scheme="joint", rows=None, **settings):
+def make_trainer(folder, kind="pixel", scheme="joint", rows=list, **settings):
     """On 24 rows, of which one may hold NaN in its input or its label."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
+    model = tiny_model("vit" if kind == "pixel" else "bert", num_hidden_layers=2, **CHANGES.get(kind, {}))
+    made = tiny_rows("vit" if kind == "pixel" else "bert")
+    for place, row in enumerate(made):
+        label = torch.tensor(place % 3)
+        row["labels"] = {"soft label": torch.eye(3)[label], "number": label.float()}.get(kind, label)
     if kind == "pixel":
-        model = EarlyExitViTForImageClassification(
-            EarlyExitViTConfig(**SHAPE, image_size=8, patch_size=4, num_labels=3)
-        )
-        inputs, labels = torch.randn(24, 3, 8, 8, generator=generator), torch.arange(24) % 3
-        inputs[BAD_ROW, 0, 0, 0] = torch.nan
-    else:
-        settings_of = {"soft label": {"num_labels": 3, "problem_type": "single_label_classification"}}
-        settings_of = settings_of.get(kind, {"num_labels": 1 if kind == "number" else 3})
-        config = EarlyExitBertConfig(**SHAPE, **settings_of, vocab_size=60, max_position_embeddings=16)
-        model = EarlyExitBertForSequenceClassification(config)
-        inputs, labels = torch.randint(1, 60, (24, 8), generator=generator), torch.arange(24) % 3
-        if kind == "soft label":
-            labels = torch.nn.functional.one_hot(labels, 3).float()
-            labels[BAD_ROW, 0] = torch.nan
-        if kind == "number":
-            labels = labels.float()
-            labels[BAD_ROW] = torch.inf
-    made = [{model.main_input_name: value, "labels": label} for value, label in zip(inputs, labels, strict=True)]
+        made[BAD_ROW]["pixel_values"][0, 0, 0] = torch.nan
+    elif kind != "text":
+        made[BAD_ROW]["labels"].view(-1)[0] = torch.nan if kind == "soft label" else torch.inf
     settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, **settings}
-    common = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
-    args = EarlyExitTrainingArguments(str(folder), **{**common, **settings})
-    return get_scheme(scheme)(model=model, args=args, train_dataset=made if rows is None else rows(made))
+    return factory.make_trainer(folder, model, scheme, train_dataset=rows(made), **settings)
 
 
 class Weights(TrainerCallback):

@@ -34,7 +34,7 @@ def test_one_process(strategies, steps, tmp_path):
 @pytest.mark.parametrize(("strategies", "steps"), [ALL])
 def test_two_processes(strategies, steps, tmp_path):
     """What breaks: the epoch's number does not reach the sampler below accelerate's two wrappers."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [*TORCHRUN, str(WORKER), str(tmp_path), ",".join(strategies), ",".join(map(str, steps))]
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,14 +1,16 @@
 """Which rows make a batch, in what order they are read, and how often."""
 
 import datasets
+import factory
 import numpy as np
 import pytest
 import torch
+from factory import tiny_model
 from transformers import Trainer, TrainingArguments
 
 from een_hf.inference import predict
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification, ExitConfigurationError
-from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer
+from een_hf.models import ExitConfigurationError
+from een_hf.training import EarlyExitTrainingArguments
 from een_hf.training.trainer import EpochLengthGroupedSampler
 
 
@@ -60,30 +62,21 @@ class MapStyle(torch.utils.data.Dataset):
         return self.rows[index % len(self.rows)]
 
 
+def pad(rows):
+    return {
+        "input_ids": torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
 def make_trainer(folder, kind, **settings):
-    config = EarlyExitBertConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
     rows = [{"input_ids": [1] * length, "labels": row % 2} for row, length in enumerate(LENGTHS[:64])]
     if kind == "length column":
         rows = [{**row, "size": len(row["input_ids"])} for row in rows]
-        settings |= {"length_column_name": "size"}
-    settings = {"per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True, **settings}
-    args = EarlyExitTrainingArguments(str(folder), use_cpu=True, **settings)
-    return JointExitTrainer(
-        model=EarlyExitBertForSequenceClassification(config),
-        args=args,
-        train_dataset={"list": list, "map-style": MapStyle}.get(kind, datasets.Dataset.from_list)(rows),
-        data_collator=lambda rows: {
-            "input_ids": torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True),
-            "labels": torch.tensor([row["labels"] for row in rows]),
-        },
-    )
+        settings["length_column_name"] = "size"
+    rows = {"list": list, "map-style": MapStyle}.get(kind, datasets.Dataset.from_list)(rows)
+    settings = {"per_device_train_batch_size": 4, "data_collator": pad, **settings}
+    return factory.make_trainer(folder, tiny_model(max_position_embeddings=64), train_dataset=rows, **settings)
 
 
 def widths(trainer):
@@ -113,7 +106,7 @@ def test_by_default_rows_come_as_in_transformers(tmp_path):
 
 def test_rows_that_end_by_their_length_alone(tmp_path):
     """What breaks: `for row in rows` reads on for ever: in training, evaluation, calibration and prediction."""
-    trainer = make_trainer(tmp_path, "map-style", max_steps=2, save_strategy="no")
+    trainer = make_trainer(tmp_path, "map-style", max_steps=2)
     rows = trainer.train_dataset
     trainer.train()
     assert rows.reads <= 3 * 4  # two batches, and one that is fetched ahead

@@ -2,21 +2,16 @@
 
 import pytest
 import torch
+from factory import make_trainer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification, ExitConfigurationError
-from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer
+from een_hf.models import ExitConfigurationError
+from een_hf.training import EarlyExitTrainingArguments
 
 
 def test_drops_are_those_of_multi_step(tmp_path):
     """What breaks: the paper's CIFAR schedule drops at other steps, or for one parameter group alone."""
-    config = EarlyExitBertConfig(
-        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
-    )
-    args = EarlyExitTrainingArguments(
-        str(tmp_path), lr_milestones=[0.5, 0.75], learning_rate=0.1, optim="sgd", use_cpu=True, report_to="none"
-    )
-    trainer = JointExitTrainer(model=EarlyExitBertForSequenceClassification(config), args=args, train_dataset=[])
+    trainer = make_trainer(tmp_path, lr_milestones=[0.5, 0.75], learning_rate=0.1, optim="sgd")
     trainer.create_optimizer_and_scheduler(num_training_steps=20)
     twin = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     wanted = MultiStepLR(twin, [10, 15], gamma=0.1)

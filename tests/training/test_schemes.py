@@ -3,13 +3,15 @@
 import copy
 import itertools
 
+import factory
 import numpy as np
 import pytest
 import torch
+from factory import assert_same_weights, reads_text, tiny_model
 from transformers import TrainerCallback
 
 from een_hf.models import MODEL_CLASSES, ExitConfigurationError
-from een_hf.training import EarlyExitTrainer, EarlyExitTrainingArguments, get_scheme
+from een_hf.training import EarlyExitTrainer, get_scheme
 from een_hf.training.trainer import scheme_names
 
 
@@ -40,27 +42,15 @@ ACCUMULATION_SETTINGS = {"l2w": {"meta_learning_rate": 1e-30}}
 
 
 def make_model(model_type, problem_type, dropout=0.1):
-    torch.manual_seed(0)
-    model_class = MODEL_CLASSES[model_type]
-    shape = {"vocab_size": 60, "max_position_embeddings": 16, "pad_token_id": 0}
-    if model_class.main_input_name == "pixel_values":
-        shape = {"image_size": 8, "patch_size": 4}
-    config = model_class.config_class(
-        hidden_size=16,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=2,
-        intermediate_size=32,
-        **{name: dropout for name in DROPOUTS if hasattr(model_class.config_class, name)},
-        num_labels=NUM_LABELS[problem_type],
-        problem_type=problem_type,
-        **shape,
-    )
-    return model_class(config)
+    rates = {name: dropout for name in DROPOUTS if hasattr(MODEL_CLASSES[model_type].config_class, name)}
+    text = {"pad_token_id": 0} if reads_text(model_type) else {}
+    labels = {"num_labels": NUM_LABELS[problem_type], "problem_type": problem_type}
+    return tiny_model(model_type, num_hidden_layers=NUM_LAYERS, **rates, **text, **labels)
 
 
 def make_rows(model_type, problem_type):
     generator = torch.Generator().manual_seed(7)
-    if MODEL_CLASSES[model_type].main_input_name == "input_ids":
+    if reads_text(model_type):
         features = {"input_ids": torch.randint(1, 60, (NUM_ROWS, 10), generator=generator)}
         features["attention_mask"] = torch.ones(NUM_ROWS, 10, dtype=torch.int64)
     else:
@@ -76,27 +66,12 @@ def make_rows(model_type, problem_type):
 
 def make_trainer(scheme, model_type, problem_type, folder, dropout=0.1, scheme_settings=None, **settings):
     """A trainer of the scheme, or skip the test if the scheme refuses the problem before training."""
-    trainer_class = get_scheme(scheme)
-    args = {
-        "per_device_train_batch_size": 8,
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "method": scheme,
-        **settings,
-    }
-    scheme_args = trainer_class.arguments_class and trainer_class.arguments_class(**(scheme_settings or {}))
+    arguments_class, rows = get_scheme(scheme).arguments_class, make_rows(model_type, problem_type)
+    settings = {"per_device_train_batch_size": 8, "max_steps": 6, "learning_rate": 1e-2, **settings}
+    settings |= {"scheme_args": arguments_class and arguments_class(**(scheme_settings or {})), "method": scheme}
+    model = make_model(model_type, problem_type, dropout)
     try:
-        return trainer_class(
-            model=make_model(model_type, problem_type, dropout),
-            args=EarlyExitTrainingArguments(str(folder), **args),
-            scheme_args=scheme_args,
-            train_dataset=make_rows(model_type, problem_type),
-            eval_dataset=make_rows(model_type, problem_type),
-        )
+        return factory.make_trainer(folder, model, scheme, train_dataset=rows, eval_dataset=rows, **settings)
     except ExitConfigurationError as error:
         assert problem_type != "single_label_classification", f"{scheme} refuses classification: {error}"
         assert "--method" in str(error)
@@ -135,8 +110,7 @@ def test_resumed_is_uninterrupted(scheme, model_type, problem_type, tmp_path):
     resumed = make_trainer(scheme, model_type, problem_type, tmp_path / "cut", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
-    for name, wanted in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], wanted), name
+    assert_same_weights(resumed.model, whole.model)
 
 
 def test_accumulation_changes_nothing(scheme, model_type, problem_type, tmp_path):

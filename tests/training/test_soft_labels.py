@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
+from factory import NO_DROPOUT, make_trainer, tiny_model
 from torch.utils.data import DataLoader
 
 from een_hf.data.transforms import ImageCollator
-from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
-from een_hf.training import EarlyExitTrainingArguments, get_scheme
 from een_hf.training.boosted import BoostedArguments
 from een_hf.training.l2w import MetaWeightedArguments
 
@@ -21,24 +20,6 @@ SETTINGS = {
     "l2w": {"scheme_args": MetaWeightedArguments(wpn_hidden_size=5)},
 }
 MIXES = {"mixup": {"mixup": 0.8}, "cutmix": {"cutmix": 1.0}, "both": {"mixup": 0.8, "cutmix": 1.0}}
-
-
-def make_model():
-    torch.manual_seed(1)
-    config = EarlyExitViTConfig(
-        image_size=8,
-        patch_size=4,
-        hidden_size=12,
-        num_hidden_layers=NUM_EXITS,
-        num_attention_heads=2,
-        intermediate_size=24,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.3,
-        num_labels=NUM_LABELS,
-        problem_type="single_label_classification",
-    )
-    return EarlyExitViTForImageClassification(config).double()
 
 
 def mixed_batches(**mix):
@@ -71,12 +52,10 @@ def weights_by_hand(network, losses):
 @pytest.mark.parametrize("scheme", SETTINGS)
 def test_the_loss_of_mixed_batches(scheme, mix, tmp_path):
     """What breaks: labels taken as classes or as several labels, rows and exits mixed up, an odd last batch."""
-    model = make_model()
+    changes = {"num_labels": NUM_LABELS, "problem_type": "single_label_classification", "initializer_range": 0.3}
+    model = tiny_model("vit", **NO_DROPOUT, **changes).double()
     plain = copy.deepcopy(model).train()
-    args = EarlyExitTrainingArguments(
-        str(tmp_path), report_to="none", use_cpu=True, exit_loss_weights=["0.25", "0.5", "1"]
-    )
-    trainer = get_scheme(scheme)(model=model, args=args, **SETTINGS[scheme])
+    trainer = make_trainer(tmp_path, model, scheme, exit_loss_weights=["0.25", "0.5", "1"], **SETTINGS[scheme])
     batches = mixed_batches(**MIXES[mix])
     assert [len(batch["labels"]) for batch in batches] == [4, 3]
     assert sorted(batches[1]["labels"][-1].tolist()) == [0, 0, 0, 1]

@@ -7,60 +7,20 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from factory import QUIET, make_trainer, tiny_model, tiny_rows, tiny_stock_model
 from sklearn.metrics import accuracy_score
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 from een_hf.evaluation import make_compute_metrics
-from een_hf.models import (
-    EarlyExitBertConfig,
-    EarlyExitBertForSequenceClassification,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
-    ExitConfigurationError,
-)
-from een_hf.training import EarlyExitTrainer, EarlyExitTrainingArguments, JointExitTrainer, get_scheme
-
-
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
-TEXT = {**SHAPE, "vocab_size": 60, "max_position_embeddings": 16, "num_labels": 3}
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
-
-
-def scratch(kind="bert", **settings):
-    torch.manual_seed(0)
-    if kind == "vit":
-        return EarlyExitViTForImageClassification(
-            EarlyExitViTConfig(**SHAPE, image_size=8, patch_size=4, num_labels=3, **settings)
-        )
-    return EarlyExitBertForSequenceClassification(EarlyExitBertConfig(**TEXT, **settings))
+from een_hf.models import EarlyExitBertForSequenceClassification, ExitConfigurationError
+from een_hf.training import EarlyExitTrainer, JointExitTrainer, get_scheme
 
 
 @pytest.fixture
 def fine_tuned(tmp_path):
     """Folder of a stock classifier."""
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(**TEXT)).save_pretrained(tmp_path / "stock")
+    tiny_stock_model().save_pretrained(tmp_path / "stock")
     return tmp_path / "stock"
-
-
-def make_rows(kind="bert", count=24):
-    generator = torch.Generator().manual_seed(1)
-    if kind == "vit":
-        features = {"pixel_values": torch.randn(count, 3, 8, 8, generator=generator)}
-    else:
-        features = {"input_ids": torch.randint(1, 60, (count, 8), generator=generator)}
-    labels = torch.randint(0, 3, (count,), generator=generator)
-    return [
-        {**{name: column[row] for name, column in features.items()}, "labels": labels[row]} for row in range(count)
-    ]
-
-
-def trainer_on(model, folder, scheme="joint", compute_metrics=None, **settings):
-    args = EarlyExitTrainingArguments(str(folder), **{**QUIET, **settings})
-    rows = make_rows("vit" if model.main_input_name == "pixel_values" else "bert")
-    return get_scheme(scheme)(
-        model=model, args=args, train_dataset=rows, eval_dataset=rows, compute_metrics=compute_metrics
-    )
 
 
 # Loss
@@ -70,8 +30,8 @@ def trainer_on(model, folder, scheme="joint", compute_metrics=None, **settings):
 @pytest.mark.parametrize("weights", ["uniform", "linear", "0.5,0,2"])
 def test_the_loss_is_the_weighted_sum_over_exits(tmp_path, weights, smoothing):
     """In double precision, sample by sample: mean over samples, sum over exits."""
-    trainer = trainer_on(scratch().eval(), tmp_path, exit_loss_weights=weights, label_smoothing_factor=smoothing)
-    batch = {name: torch.stack([row[name] for row in make_rows()]) for name in ("input_ids", "labels")}
+    trainer = make_trainer(tmp_path, tiny_model().eval(), exit_loss_weights=weights, label_smoothing_factor=smoothing)
+    batch = {name: torch.stack([row[name] for row in tiny_rows()]) for name in ("input_ids", "labels")}
     with torch.no_grad():
         found, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     wanted_weights = {"uniform": [1, 1, 1], "linear": [1 / 3, 2 / 3, 1], "0.5,0,2": [0.5, 0, 2]}[weights]
@@ -86,14 +46,14 @@ def test_the_loss_is_the_weighted_sum_over_exits(tmp_path, weights, smoothing):
 @pytest.mark.parametrize("weights", [["1", "2"], ["often"], ["0", "0", "0"], ["-1", "1", "1"]])
 def test_weights_that_make_no_sense(tmp_path, weights):
     with pytest.raises(ExitConfigurationError, match="--exit_loss_weights"):
-        trainer_on(scratch(), tmp_path, exit_loss_weights=weights)
+        make_trainer(tmp_path, exit_loss_weights=weights)
 
 
 def test_the_loss_is_looked_at_after_the_backward_pass(tmp_path):
     """Before it, the device would wait for the host and the host for the device at every step."""
-    rows = make_rows("vit")
+    rows = tiny_rows("vit")
     rows[0]["pixel_values"][:] = torch.nan
-    trainer = trainer_on(scratch("vit"), tmp_path)
+    trainer = make_trainer(tmp_path, tiny_model("vit"))
     trainer.train_dataset = rows
     with pytest.raises(ExitConfigurationError, match="not finite"):
         trainer.train()
@@ -102,10 +62,10 @@ def test_the_loss_is_looked_at_after_the_backward_pass(tmp_path):
 
 def test_parameters_are_counted_once(tmp_path, monkeypatch):
     """At every step that takes milliseconds; what the run reports in the end is `Trainer`'s number."""
-    trainer, calls = trainer_on(scratch(), tmp_path, num_train_epochs=1), []
+    trainer, calls = make_trainer(tmp_path, num_train_epochs=1), []
     count = trainer.model.num_parameters
     monkeypatch.setattr(trainer.model, "num_parameters", lambda **kwargs: calls.append(1) or count(**kwargs))
-    batch = trainer.data_collator(make_rows())
+    batch = trainer.data_collator(tiny_rows())
     found = [trainer.floating_point_ops({"input_ids": batch["input_ids"][:, :length]}) for length in (8, 3)]
     assert len(calls) == 1
     assert found == [6 * 24 * length * count(exclude_embeddings=True) for length in (8, 3)]
@@ -133,7 +93,7 @@ def rates(trainer):
 def test_new_heads_learn_faster_on_a_pretrained_backbone(fine_tuned, tmp_path, settings, rate):
     """New heads of a fine-tuned model are the early exits' alone; every parameter is in one group, decay as stock."""
     model = EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned)
-    trainer = trainer_on(model, tmp_path, learning_rate=1e-4, weight_decay=0.1, **settings)
+    trainer = make_trainer(tmp_path, model, learning_rate=1e-4, weight_decay=0.1, **settings)
     found = rates(trainer)
     assert set(found) == {name for name, _ in model.named_parameters()}
     stock = Trainer(
@@ -147,8 +107,8 @@ def test_new_heads_learn_faster_on_a_pretrained_backbone(fine_tuned, tmp_path, s
         assert found[name] == (pytest.approx(rate), 0.0 if "bias" in name else 0.1)
 
 
-def test_one_rate_for_a_model_from_scratch(tmp_path):
-    assert {rate for rate, _ in rates(trainer_on(scratch(), tmp_path, learning_rate=1e-3)).values()} == {1e-3}
+def test_one_rate_for_a_model_from_tiny_model(tmp_path):
+    assert {rate for rate, _ in rates(make_trainer(tmp_path, learning_rate=1e-3)).values()} == {1e-3}
 
 
 # Frozen backbone
@@ -159,7 +119,7 @@ def test_a_frozen_backbone_stays_to_the_bit(fine_tuned, tmp_path):
     model = EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stock = BertForSequenceClassification.from_pretrained(fine_tuned).eval()
-    trainer = trainer_on(model, tmp_path, freeze_backbone=True, head_learning_rate=0.1, max_steps=3)
+    trainer = make_trainer(tmp_path, model, freeze_backbone=True, head_learning_rate=0.1, max_steps=3)
     seen = []
     model.bert.register_forward_pre_hook(lambda module, _: seen.append(module.training))
     model.bert.encoder.layer[0].register_forward_pre_hook(lambda module, _: seen.append(module.training))
@@ -167,7 +127,7 @@ def test_a_frozen_backbone_stays_to_the_bit(fine_tuned, tmp_path):
     assert seen and not any(seen)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) != name.startswith("exit_heads."), name
-    ids = torch.stack([row["input_ids"] for row in make_rows()])
+    ids = torch.stack([row["input_ids"] for row in tiny_rows()])
     with torch.no_grad():
         difference = model.eval()(ids, early_exit=False).logits - stock(ids).logits
     assert difference.abs().max() <= 1e-6
@@ -176,17 +136,17 @@ def test_a_frozen_backbone_stays_to_the_bit(fine_tuned, tmp_path):
 @pytest.mark.parametrize("scheme", ["boosted", "joint"])
 def test_freezing_what_cannot_be_frozen(fine_tuned, tmp_path, scheme):
     """Boosting changes what exit K predicts; without a fine-tuned head there is nothing to keep."""
-    model = EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned) if scheme == "boosted" else scratch()
+    model = EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned) if scheme == "boosted" else tiny_model()
     with pytest.raises(ExitConfigurationError):
-        trainer_on(model, tmp_path, scheme, freeze_backbone=True)
+        make_trainer(tmp_path, model, scheme, freeze_backbone=True)
 
 
 def test_a_boosted_model_cannot_be_frozen_as_a_plain_one(fine_tuned, tmp_path):
     """`joint` drops the boosted sum and so changes what the last exit says, which the flag promises to keep."""
-    trainer_on(scratch(), tmp_path, "boosted").save_model(str(tmp_path / "boosted"))
+    make_trainer(tmp_path, scheme="boosted").save_model(str(tmp_path / "boosted"))
     model = EarlyExitBertForSequenceClassification.from_pretrained(tmp_path / "boosted")
     with pytest.raises(ExitConfigurationError, match="--freeze_backbone keeps"):
-        trainer_on(model, tmp_path, "joint", freeze_backbone=True)
+        make_trainer(tmp_path, model, "joint", freeze_backbone=True)
 
 
 # Evaluation
@@ -195,12 +155,12 @@ def test_a_boosted_model_cannot_be_frozen_as_a_plain_one(fine_tuned, tmp_path):
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_metrics_of_every_exit(tmp_path, kind):
     """On the whole split, row by row, also when a policy is set: evaluation never leaves early."""
-    model = scratch(kind).eval()
+    model = tiny_model(kind).eval()
     metrics = make_compute_metrics(["accuracy"], "single_label_classification")
-    trainer = trainer_on(model, tmp_path, compute_metrics=metrics, per_device_eval_batch_size=5)
+    trainer = make_trainer(tmp_path, model, compute_metrics=metrics, per_device_eval_batch_size=5)
     model.set_exit_policy({"criterion": "confidence", "thresholds": [0.0, 0.0, 0.0]})
     found = trainer.evaluate()
-    rows, guesses, losses = make_rows(kind), [], []
+    rows, guesses, losses = tiny_rows(kind), [], []
     for row in rows:
         features = {name: value[None] for name, value in row.items() if name != "labels"}
         with torch.no_grad():
@@ -218,7 +178,7 @@ def test_metrics_of_every_exit(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_a_plain_trainer_with_ordinary_metrics(tmp_path, kind):
     """People's `compute_metrics` sees (rows, labels) logits of the last exit, and `loss` trains every exit."""
-    model, rows, shapes = scratch(kind), make_rows(kind), []
+    model, rows, shapes = tiny_model(kind), tiny_rows(kind), []
 
     def compute_metrics(prediction):
         shapes.append(np.shape(prediction.predictions))
@@ -237,16 +197,16 @@ def test_a_plain_trainer_with_ordinary_metrics(tmp_path, kind):
 
 def test_stock_arguments_are_answered_with_a_sentence(tmp_path):
     with pytest.raises(ExitConfigurationError, match="needs EarlyExitTrainingArguments.*not TrainingArguments"):
-        JointExitTrainer(model=scratch(), args=TrainingArguments(str(tmp_path), **QUIET), train_dataset=make_rows())
+        JointExitTrainer(model=tiny_model(), args=TrainingArguments(str(tmp_path), **QUIET), train_dataset=tiny_rows())
 
 
 def test_a_model_without_exits_is_refused(tmp_path):
     with pytest.raises(ExitConfigurationError, match="needs an early-exit model, not BertForSequenceClassification"):
-        JointExitTrainer(model=BertForSequenceClassification(BertConfig(**TEXT)))
+        JointExitTrainer(model=tiny_stock_model())
 
 
 def test_a_batch_without_labels_is_named(tmp_path):
-    trainer = trainer_on(scratch(), tmp_path)
+    trainer = make_trainer(tmp_path)
     with pytest.raises(ExitConfigurationError, match="needs `labels`.*input_ids"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.ones(2, 3, dtype=torch.int64)})
 
@@ -256,10 +216,10 @@ def test_a_batch_without_labels_is_named(tmp_path):
 
 def test_predictions_are_made_in_the_precision_of_the_evaluation(tmp_path):
     """Thresholds are calibrated under --bf16; answers in float32 would leave at other exits than these promise."""
-    model = scratch(initializer_range=0.5)
+    model = tiny_model(initializer_range=0.5)
     with torch.no_grad():
-        plain = model.eval()(torch.stack([row["input_ids"] for row in make_rows()])).logits.numpy()
-    trainer = trainer_on(model, tmp_path, bf16=True, per_device_eval_batch_size=8)
+        plain = model.eval()(torch.stack([row["input_ids"] for row in tiny_rows()])).logits.numpy()
+    trainer = make_trainer(tmp_path, model, bf16=True, per_device_eval_batch_size=8)
     every = trainer.predict_exits(trainer.eval_dataset).predictions
     assert np.abs(every[:, -1] - plain).max() > 1e-4  # bfloat16 shows
     assert np.array_equal(trainer.predict(trainer.eval_dataset).predictions, every[:, -1])
@@ -268,10 +228,10 @@ def test_predictions_are_made_in_the_precision_of_the_evaluation(tmp_path):
 @pytest.mark.parametrize("column", ["labels", "label"])
 def test_prediction_finds_labels_under_the_names_that_collators_know(tmp_path, column):
     """`label` is what most data sets call it; predict would report no metric."""
-    rows = {"input_ids": [row["input_ids"].tolist() for row in make_rows()]}
-    labels = [int(row["labels"]) for row in make_rows()]
+    rows = {"input_ids": [row["input_ids"].tolist() for row in tiny_rows()]}
+    labels = [int(row["labels"]) for row in tiny_rows()]
     metrics = make_compute_metrics(["accuracy"], "single_label_classification")
-    trainer = trainer_on(scratch(), tmp_path, compute_metrics=metrics)
+    trainer = make_trainer(tmp_path, compute_metrics=metrics)
     found = trainer.predict(datasets.Dataset.from_dict({**rows, column: labels}))
     assert found.label_ids.tolist() == labels
     assert found.metrics["test_accuracy"] == accuracy_score(labels, found.predictions.argmax(-1))
@@ -280,13 +240,13 @@ def test_prediction_finds_labels_under_the_names_that_collators_know(tmp_path, c
 def test_a_run_resumes_from_the_checkpoint_that_the_model_came_from(fine_tuned, tmp_path):
     """Loaded from it, no head is new any more; the optimizer's groups must be those of the interrupted run."""
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
-    whole = trainer_on(
-        EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned), tmp_path / "run", **settings
+    whole = make_trainer(
+        tmp_path / "run", EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned), **settings
     )
     whole.train()
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
     model = EarlyExitBertForSequenceClassification.from_pretrained(checkpoint)
-    again = trainer_on(model, tmp_path / "again", **settings)
+    again = make_trainer(tmp_path / "again", model, **settings)
     again.train(resume_from_checkpoint=checkpoint)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
@@ -306,8 +266,7 @@ def test_a_scheme_needs_no_registration_in_python(tmp_path):
         pass
 
     for trainer_class, method in ((OfItsOwn, f"{__name__}:{OfItsOwn.__qualname__}"), (OfJoint, "joint")):
-        args = EarlyExitTrainingArguments(str(tmp_path), **{**QUIET, "max_steps": 1})
-        trainer = trainer_class(model=scratch(), args=args, train_dataset=make_rows())
+        trainer = make_trainer(tmp_path, scheme=trainer_class, max_steps=1)
         trainer.train()
         assert trainer.model.config.training_scheme == method
 

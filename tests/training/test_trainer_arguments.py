@@ -1,32 +1,24 @@
 """Every argument of transformers' `Trainer`: honoured for each exit, refused by name, or none of our concern."""
 
 import dataclasses
+import functools
 import inspect
 from pathlib import Path
 
 import datasets
+import factory
 import numpy as np
 import pytest
 import torch
+from factory import NO_DROPOUT, QUIET, tiny_model, tiny_rows, tiny_stock_model
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from een_hf.evaluation import make_compute_metrics
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification, ExitConfigurationError
-from een_hf.training import EarlyExitTrainingArguments, get_scheme
+from een_hf.models import EarlyExitBertForSequenceClassification, ExitConfigurationError
 
 
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
-TEXT = {**SHAPE, "vocab_size": 60, "max_position_embeddings": 16, "num_labels": 3}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+make_trainer = functools.partial(factory.make_trainer, max_steps=2)
 ACCURACY = make_compute_metrics(["accuracy"], "single_label_classification")
 
 # Refused: the value that is.
@@ -168,29 +160,6 @@ NOT_CONCERNED = {
 }
 
 
-def scratch(**settings):
-    torch.manual_seed(0)
-    return EarlyExitBertForSequenceClassification(EarlyExitBertConfig(**{**TEXT, **settings}))
-
-
-def make_rows(count=24):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 60, (count, 8), generator=generator)
-    labels = torch.randint(0, 3, (count,), generator=generator)
-    return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
-
-
-def trainer_on(folder, model="scratch", scheme="joint", **settings):
-    """A trainer; of the settings those that its constructor names go there."""
-    names = inspect.signature(Trainer.__init__).parameters
-    own = {name: settings.pop(name) for name in list(settings) if name in names}
-    defaults = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "max_steps": 2}
-    args = EarlyExitTrainingArguments(str(folder), **{**defaults, **settings})
-    rows = make_rows()
-    model = scratch() if model == "scratch" else model
-    return get_scheme(scheme)(model=model, args=args, train_dataset=rows, eval_dataset=rows, **own)
-
-
 # The table
 
 
@@ -210,7 +179,7 @@ def test_the_table_is_complete():
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, name):
     with pytest.raises(ExitConfigurationError, match=f"--{name}"):
-        trainer_on(tmp_path, **{name: REFUSED[name]})
+        make_trainer(tmp_path, **{name: REFUSED[name]})
 
 
 TRIED = [name for name, value in NOT_CONCERNED.items() if value is not None]
@@ -246,7 +215,7 @@ def test_the_others_leave_exits_as_they_are(tmp_path, names):
     for name in names:
         if name in TrainingArguments.__dataclass_fields__:
             settings |= {**BESIDE.get(name, {}), name: NOT_CONCERNED[name]}
-    trainer = trainer_on(tmp_path, compute_metrics=ACCURACY, **settings)
+    trainer = make_trainer(tmp_path, compute_metrics=ACCURACY, **settings)
     trainer.train()
     found = trainer.evaluate()
     assert all(f"eval_exit{k}_accuracy" in found for k in (1, 2, 3))
@@ -267,21 +236,20 @@ def mean_loss(outputs, labels, num_items_in_batch=None):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loss_function_is_called_for_each_exit(tmp_path, accumulation):
     """With one exit the weights equal those of a stock model under `Trainer`; with three the losses add up."""
-    settings = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "max_steps": 3}
+    settings = {**QUIET, "max_steps": 3}
     settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation, "optim": "sgd"}
     settings |= {"learning_rate": 0.1, "logging_steps": 1}
-    torch.manual_seed(0)
-    stock = BertForSequenceClassification(BertConfig(**TEXT, **NO_DROPOUT))
+    stock = tiny_stock_model(**NO_DROPOUT)
     stock.save_pretrained(tmp_path / "stock")
     model = EarlyExitBertForSequenceClassification.from_pretrained(tmp_path / "stock", exit_layers=[3])
     trainers = [
         Trainer(
             model=stock,
             args=TrainingArguments(str(tmp_path), **settings),
-            train_dataset=make_rows(),
+            train_dataset=tiny_rows(),
             compute_loss_func=mean_loss,
         ),
-        trainer_on(tmp_path, model, compute_loss_func=mean_loss, **settings),
+        make_trainer(tmp_path, model, compute_loss_func=mean_loss, **settings),
     ]
     for trainer in trainers:
         trainer.train()
@@ -291,7 +259,7 @@ def test_a_loss_function_is_called_for_each_exit(tmp_path, accumulation):
     losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in trainers]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
-    three = trainer_on(tmp_path, scratch(**NO_DROPOUT), compute_loss_func=mean_loss, **settings)
+    three = make_trainer(tmp_path, tiny_model(**NO_DROPOUT), compute_loss_func=mean_loss, **settings)
     three.train()
     log = next(log for log in three.state.log_history if "loss" in log)
     assert log["loss"] == pytest.approx(sum(log[f"exit{k}_loss"] for k in (1, 2, 3)), rel=1e-4)
@@ -309,7 +277,7 @@ def test_a_loss_function_is_called_for_each_exit(tmp_path, accumulation):
 )
 def test_what_a_loss_function_does_not_go_with(tmp_path, scheme, settings, named):
     with pytest.raises(ExitConfigurationError, match=named):
-        trainer_on(tmp_path, scheme=scheme, compute_loss_func=mean_loss, **settings)
+        make_trainer(tmp_path, scheme=scheme, compute_loss_func=mean_loss, **settings)
 
 
 @pytest.mark.parametrize("policy", [None, {"criterion": "confidence", "thresholds": [0.0, 0.0, 0.0]}])
@@ -327,13 +295,13 @@ def test_metrics_get_what_they_ask_for(tmp_path, policy):
         shapes.append((tuple(logits.shape), tuple(labels.shape)))
         return logits.argmax(-1)
 
-    trainer = trainer_on(
+    trainer = make_trainer(
         tmp_path,
         compute_metrics=metrics,
         preprocess_logits_for_metrics=preprocess,
         include_for_metrics=["inputs", "loss"],
     )
-    rows = make_rows()
+    rows = tiny_rows()
     ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
     with torch.no_grad():
         exit_logits = trainer.model.eval()(ids, early_exit=False).exit_logits
@@ -361,19 +329,19 @@ def test_a_model_for_each_training(tmp_path, scheme):
     made = []
 
     def model_init():
-        made.append(scratch(**NO_DROPOUT))
+        made.append(tiny_model(**NO_DROPOUT))
         return made[-1]
 
     settings = {"learning_rate": 1e-2, "train_sampling_strategy": "sequential", "no_cuda_graphs": True}
-    trainer = trainer_on(tmp_path, None, scheme, model_init=model_init, **settings)
-    given = trainer_on(tmp_path, scratch(**NO_DROPOUT), scheme, **settings)
+    trainer = make_trainer(tmp_path, scheme=scheme, model_init=model_init, **settings)
+    given = make_trainer(tmp_path, tiny_model(**NO_DROPOUT), scheme, **settings)
     for attempt in (trainer, trainer, given):
         attempt.train()
     assert len(made) == 3 and not any(model.cuda_graphs for model in made)
     for one, other, wanted in zip(*(model.parameters() for model in (*made[1:], given.model)), strict=True):
         assert torch.equal(one, other) and torch.equal(one, wanted)
     with pytest.raises(ExitConfigurationError, match="needs an early-exit model, not BertForSequenceClassification"):
-        trainer_on(tmp_path, None, model_init=lambda: BertForSequenceClassification(BertConfig(**TEXT)))
+        make_trainer(tmp_path, model_init=lambda: tiny_stock_model())
 
 
 @pytest.mark.parametrize("scheme", ["joint", "l2w"])
@@ -384,12 +352,12 @@ def test_hyperparameter_search(tmp_path, scheme):
 
     def model_init(trial):
         layers = [3] if trial is None else [1, 3] if trial.number else [1, 2, 3]
-        model = scratch(exit_layers=layers)
+        model = tiny_model(exit_layers=layers)
         model.register_forward_hook(lambda module, _, __: counts.append(module.num_exits))
         return model
 
-    trainer = trainer_on(
-        tmp_path, None, scheme, model_init=model_init, compute_metrics=ACCURACY, eval_strategy="epoch", max_steps=2
+    trainer = make_trainer(
+        tmp_path, scheme=scheme, model_init=model_init, compute_metrics=ACCURACY, eval_strategy="epoch", max_steps=2
     )
 
     def space(trial):
@@ -407,7 +375,7 @@ def test_early_stopping_at_one_exit(tmp_path):
     """Exit 1 learns nothing at rate 0, so that the run ends after the first epoch without improvement."""
     stop = EarlyStoppingCallback(early_stopping_patience=1)
     settings = {"eval_strategy": "epoch", "metric_for_best_model": "eval_exit1_loss", "learning_rate": 0.0}
-    trainer = trainer_on(tmp_path, callbacks=[stop], max_steps=-1, num_train_epochs=5, **settings)
+    trainer = make_trainer(tmp_path, callbacks=[stop], max_steps=-1, num_train_epochs=5, **settings)
     trainer.train()
     assert trainer.state.epoch == 2
 
@@ -424,13 +392,13 @@ def test_early_stopping_at_one_exit(tmp_path):
 def test_a_metric_that_no_evaluation_gives(tmp_path, metric, metrics, named):
     """What breaks: the run fails after its first epoch, or early stopping is switched off by a warning."""
     with pytest.raises(ExitConfigurationError, match=f"--metric_for_best_model {metric}.*{named}"):
-        trainer_on(tmp_path, metric_for_best_model=metric, compute_metrics=metrics, eval_strategy="epoch")
+        make_trainer(tmp_path, metric_for_best_model=metric, compute_metrics=metrics, eval_strategy="epoch")
 
 
 def test_the_best_model_by_one_exit(tmp_path):
     """The weights that are left are those of the step at which exit 2 was best, not the last ones."""
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
-    trainer = trainer_on(
+    trainer = make_trainer(
         tmp_path,
         load_best_model_at_end=True,
         metric_for_best_model="exit2_loss",
@@ -454,24 +422,24 @@ def test_the_best_model_by_one_exit(tmp_path):
 
 def test_an_optimizer_of_ones_own(tmp_path):
     """It is used as it is; what cannot reach it is refused."""
-    model = scratch()
+    model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    trainer = trainer_on(tmp_path, model, optimizers=(optimizer, schedule))
+    trainer = make_trainer(tmp_path, model, optimizers=(optimizer, schedule))
     trainer.train()
     assert trainer.optimizer.optimizer is optimizer and optimizer.param_groups[0]["lr"] == 0.1
     with pytest.raises(ExitConfigurationError, match="--head_learning_rate"):
-        trainer_on(tmp_path, model, optimizers=(optimizer, None), head_learning_rate=0.1)
+        make_trainer(tmp_path, model, optimizers=(optimizer, None), head_learning_rate=0.1)
     with pytest.raises(ExitConfigurationError, match="--lr_milestones"):
-        trainer_on(tmp_path, model, optimizers=(optimizer, schedule), lr_milestones=[0.5])
+        make_trainer(tmp_path, model, optimizers=(optimizer, schedule), lr_milestones=[0.5])
 
 
 @pytest.mark.parametrize(("kind", "factor"), [(torch.optim.AdamW, 20), (torch.optim.SGD, 1)])
 def test_new_heads_follow_the_rate_of_an_optimizer_class(tmp_path, kind, factor):
     """What breaks: heads take their rate from --learning_rate and --optim, which such a run does not use."""
-    BertForSequenceClassification(BertConfig(**TEXT)).save_pretrained(tmp_path / "stock")
+    tiny_stock_model().save_pretrained(tmp_path / "stock")
     model = EarlyExitBertForSequenceClassification.from_pretrained(tmp_path / "stock")
-    trainer = trainer_on(tmp_path, model, optimizer_cls_and_kwargs=(kind, {"lr": 0.01}))
+    trainer = make_trainer(tmp_path, model, optimizer_cls_and_kwargs=(kind, {"lr": 0.01}))
     rates = {group["lr"] for group in trainer.create_optimizer().param_groups}
     assert sorted(rates) == pytest.approx(sorted({0.01, 0.01 * factor}))
 
@@ -479,8 +447,8 @@ def test_new_heads_follow_the_rate_of_an_optimizer_class(tmp_path, kind, factor)
 def test_noise_on_embeddings_reaches_every_exit(tmp_path):
     losses = []
     for alpha in (None, 50.0):
-        model = scratch(**NO_DROPOUT, initializer_range=0.5)
-        trainer = trainer_on(tmp_path, model, neftune_noise_alpha=alpha, logging_steps=1)
+        model = tiny_model(**NO_DROPOUT, initializer_range=0.5)
+        trainer = make_trainer(tmp_path, model, neftune_noise_alpha=alpha, logging_steps=1)
         trainer.train()
         log = trainer.state.log_history[0]
         losses.append([log[f"exit{k}_loss"] for k in (1, 2, 3)])
@@ -490,7 +458,7 @@ def test_noise_on_embeddings_reaches_every_exit(tmp_path):
 def test_evaluation_drops_no_row(tmp_path):
     """What breaks: the last rows of the evaluation split count in no metric, and predictions lack them."""
     settings = {"dataloader_drop_last": True, "per_device_eval_batch_size": 5, "per_device_train_batch_size": 5}
-    trainer = trainer_on(tmp_path, compute_metrics=ACCURACY, max_steps=-1, num_train_epochs=1, **settings)
+    trainer = make_trainer(tmp_path, compute_metrics=ACCURACY, max_steps=-1, num_train_epochs=1, **settings)
     trainer.train()
     assert trainer.state.global_step == 4  # the last 4 of 24 rows make no batch of 5
     exits = trainer.predict_exits(trainer.eval_dataset)
@@ -502,10 +470,7 @@ def test_evaluation_drops_no_row(tmp_path):
 def test_a_tokenizer_pads_batches_and_is_saved(tmp_path, minilm_path):
     rows = [{"input_ids": [1] * length, "labels": length % 3} for length in range(3, 11)]
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)
-    trainer = trainer_on(tmp_path, processing_class=tokenizer)
-    trainer = type(trainer)(
-        model=trainer.model, args=trainer.args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
-    )
+    trainer = make_trainer(tmp_path, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
     trainer.train()
     assert len(trainer.predict(rows).predictions) == len(trainer.predict_exits(rows).predictions) == 8
     trainer.save_model(tmp_path / "saved")
@@ -514,13 +479,10 @@ def test_a_tokenizer_pads_batches_and_is_saved(tmp_path, minilm_path):
 
 @pytest.mark.parametrize("metric", ["eval_long_exit1_loss", "long_exit3_loss"])
 def test_the_best_model_by_one_exit_on_one_of_several_sets(tmp_path, metric):
-    rows = make_rows()
+    rows = tiny_rows()
     sets = {"short": rows[:8], "long": rows}
-    args = EarlyExitTrainingArguments(
-        str(tmp_path), eval_strategy="steps", eval_steps=1, max_steps=2, save_strategy="no", use_cpu=True
-    )
-    args.metric_for_best_model, args.greater_is_better = metric, False
-    trainer = get_scheme("joint")(model=scratch(), args=args, train_dataset=rows, eval_dataset=sets)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": metric, "greater_is_better": False}
+    trainer = make_trainer(tmp_path, train_dataset=rows, eval_dataset=sets, **settings)
     trainer.train()
     assert trainer.state.best_metric is not None
 
@@ -532,7 +494,7 @@ class Predicted(TrainerCallback):
 
 def test_prediction_is_told_to_callbacks(tmp_path):
     callback = Predicted()
-    trainer = trainer_on(tmp_path, compute_metrics=ACCURACY, callbacks=[callback])
+    trainer = make_trainer(tmp_path, compute_metrics=ACCURACY, callbacks=[callback])
     assert trainer.predict(trainer.eval_dataset).metrics == callback.metrics
 
 
@@ -543,10 +505,10 @@ def test_prediction_is_told_to_callbacks(tmp_path):
 @pytest.mark.parametrize("scheme", ["joint", "boosted", "l2w"])
 def test_class_weights_in_every_scheme(tmp_path, scheme, kind):
     """Each example's loss is the weight of its class times its cross-entropy, in training alone."""
-    trainer = trainer_on(tmp_path, scratch(**NO_DROPOUT), scheme, class_weights="balanced")
     labels = [0] * 20 + [1] * 3 + [2]
-    rows = [{"input_ids": row["input_ids"].tolist(), "labels": y} for row, y in zip(make_rows(), labels, strict=True)]
-    trainer = type(trainer)(model=trainer.model, args=trainer.args, train_dataset=kind(rows))
+    rows = [{"input_ids": row["input_ids"].tolist(), "labels": y} for row, y in zip(tiny_rows(), labels, strict=True)]
+    model = tiny_model(**NO_DROPOUT)
+    trainer = make_trainer(tmp_path, model, scheme, class_weights="balanced", train_dataset=kind(rows))
     wanted = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     np.testing.assert_allclose(trainer.class_weights, wanted, rtol=1e-6)
     logits, targets = torch.randn(24, 3, 3), torch.tensor(labels)
@@ -575,17 +537,16 @@ def test_class_weights_in_every_scheme(tmp_path, scheme, kind):
 )
 def test_class_weights_that_make_no_sense(tmp_path, weights, named):
     with pytest.raises(ExitConfigurationError, match=f"--class_weights.*{named}"):
-        trainer_on(tmp_path, class_weights=weights)
+        make_trainer(tmp_path, class_weights=weights)
 
 
 def test_class_weights_where_there_are_no_classes(tmp_path):
-    trainer = trainer_on(tmp_path, scratch(num_labels=1), class_weights=["2"])
+    trainer = make_trainer(tmp_path, tiny_model(num_labels=1), class_weights=["2"])
     with pytest.raises(ExitConfigurationError, match="--class_weights is for single-label"):
         trainer.train()
 
 
 def test_balanced_needs_labels_that_can_be_counted(tmp_path):
-    stream = datasets.Dataset.from_list(make_rows()).to_iterable_dataset()
-    args = EarlyExitTrainingArguments(str(tmp_path), class_weights="balanced", max_steps=1, use_cpu=True)
+    stream = datasets.Dataset.from_list(tiny_rows()).to_iterable_dataset()
     with pytest.raises(ExitConfigurationError, match="--class_weights balanced.*one number per label"):
-        get_scheme("joint")(model=scratch(), args=args, train_dataset=stream)
+        make_trainer(tmp_path, class_weights="balanced", train_dataset=stream)

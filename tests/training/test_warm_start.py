@@ -2,32 +2,20 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from factory import NO_DROPOUT, QUIET, make_trainer, tiny_rows, tiny_stock_model
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from een_hf.models import EarlyExitBertForSequenceClassification, ExitConfigurationError
-from een_hf.training import EarlyExitTrainingArguments, get_scheme
+from een_hf.training import EarlyExitTrainingArguments
 
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 16,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 COMMON = {
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-2,
     "num_train_epochs": 2,
     "lr_scheduler_type": "constant",
     "train_sampling_strategy": "sequential",
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
+    "max_grad_norm": 0,
 }
 
 
@@ -41,33 +29,23 @@ class Snapshots(TrainerCallback):
 
 @pytest.fixture
 def plain_folder(tmp_path):
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(tmp_path / "plain")
+    tiny_stock_model(**NO_DROPOUT).save_pretrained(tmp_path / "plain")
     return tmp_path / "plain"
-
-
-def make_rows():
-    ids = torch.randint(1, 60, (32, 6), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": int(row[0]) % 2} for row in ids]
 
 
 @pytest.mark.parametrize("scheme", ["joint", "l2w"])
 def test_the_first_epoch_is_plain_fine_tuning_and_the_second_is_not(plain_folder, tmp_path, scheme):
     """What breaks: exits pull at the backbone from the first step, or never join."""
-    stock = Snapshots()
+    rows, stock, warm = tiny_rows(count=32, learnable=True), Snapshots(), Snapshots()
     Trainer(
         model=BertForSequenceClassification.from_pretrained(plain_folder),
-        args=TrainingArguments(str(tmp_path / "stock"), max_grad_norm=0, **COMMON),
-        train_dataset=make_rows(),
+        args=TrainingArguments(str(tmp_path / "stock"), **QUIET, **COMMON),
+        train_dataset=rows,
         callbacks=[stock],
     ).train()
-    warm = Snapshots()
-    get_scheme(scheme)(
-        model=EarlyExitBertForSequenceClassification.from_pretrained(plain_folder),
-        args=EarlyExitTrainingArguments(str(tmp_path / scheme), warm_start_epochs=1, max_grad_norm=0, **COMMON),
-        train_dataset=make_rows(),
-        callbacks=[warm],
-    ).train()
+    model = EarlyExitBertForSequenceClassification.from_pretrained(plain_folder)
+    settings = {"train_dataset": rows, "callbacks": [warm], "warm_start_epochs": 1, **COMMON}
+    make_trainer(tmp_path / scheme, model, scheme, **settings).train()
     for name, wanted in stock.epochs[0].items():
         torch.testing.assert_close(warm.epochs[0][name], wanted, rtol=0, atol=1e-5, msg=name)
     moved = [name for name, tensor in stock.epochs[1].items() if (warm.epochs[1][name] - tensor).abs().max() > 1e-3]

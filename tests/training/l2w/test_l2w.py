@@ -7,22 +7,18 @@ import os
 import resource
 from fractions import Fraction
 
+import factory
 import pytest
 import torch
+from factory import tiny_model
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from een_hf.data.transforms import ImageCollator
-from een_hf.models import (
-    EarlyExitBertConfig,
-    EarlyExitBertForSequenceClassification,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
-    ExitConfigurationError,
-)
-from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer, get_scheme
+from een_hf.models import ExitConfigurationError
+from een_hf.training import EarlyExitTrainingArguments, get_scheme
 from een_hf.training.l2w import (
     LookAhead,
     MetaWeightedArguments,
@@ -38,40 +34,20 @@ from een_hf.training.l2w.look_ahead import halve
 
 NUM_LABELS = 4
 VOCABULARY = 30_000
+WIDE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": NUM_LABELS}
 most_confident_first = charging.most_confident_first
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9"}
 ADAMW = {"optim": "adamw_torch"}
 
 
-def bert(vocab_size=200, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    config = EarlyExitBertConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        num_labels=NUM_LABELS,
-        **{"exit_pooling": "cls", **kwargs},
-    )
-    return EarlyExitBertForSequenceClassification(config)
+def bert(vocab_size=200, seed=0, **changes):
+    changes = {"max_position_embeddings": 32, "exit_pooling": "cls", **changes}
+    return tiny_model("bert", seed=seed, vocab_size=vocab_size, **WIDE, **changes)
 
 
 def vit(seed=0, dropout=0.1):
-    torch.manual_seed(seed)
-    config = EarlyExitViTConfig(
-        image_size=16,
-        patch_size=4,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        num_labels=NUM_LABELS,
-    )
-    return EarlyExitViTForImageClassification(config)
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return tiny_model("vit", seed=seed, image_size=16, **WIDE, **dropouts)
 
 
 def text_batch(size, seed, low=1, high=200, length=10):
@@ -104,20 +80,11 @@ class Rows(Dataset):
         return {name: column[row] for name, column in self.columns.items()}
 
 
-def make_trainer(model, folder, scheme=MetaWeightedExitTrainer, scheme_args=None, size=40, **kwargs):
-    settings = {
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.01,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 2,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    args = EarlyExitTrainingArguments(str(folder), **{**settings, **kwargs})
-    scheme_args = {"scheme_args": MetaWeightedArguments(**scheme_args)} if scheme_args else {}
-    return scheme(model=model, args=args, train_dataset=Rows(size), **scheme_args)
+def make_trainer(model, folder, scheme="l2w", scheme_args=None, size=40, **settings):
+    common = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.01, "logging_steps": 2}
+    if scheme_args:
+        settings["scheme_args"] = MetaWeightedArguments(**scheme_args)
+    return factory.make_trainer(folder, model, scheme, **{"train_dataset": Rows(size), **common, **settings})
 
 
 def warmed_up(model, folder, batches, **kwargs):
@@ -566,9 +533,8 @@ def test_what_the_optimizer_does_not_hold_stays(tmp_path, method):
     """What breaks: theta' of parameters in no group is whatever memory held; their gradient still counts in c."""
     model = bert().double().train()
     heads = list(model.exit_heads.parameters())
-    args = EarlyExitTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_grad_norm=0.05)
     # SGD's step is linear in c; AdamW's first one hardly shows it.
-    trainer = MetaWeightedExitTrainer(model=model, args=args, optimizers=(torch.optim.SGD(heads, lr=1e-2), None))
+    trainer = make_trainer(model, tmp_path, max_grad_norm=0.05, optimizers=(torch.optim.SGD(heads, lr=1e-2), None))
     trainer.scheme_args.meta_gradient = method
     before, seen = [parameter.detach().clone() for parameter in model.parameters()], record_ahead(trainer)
     train, meta = text_batch(6, 1), text_batch(6, 2)
@@ -616,8 +582,8 @@ def test_epsilon_0_is_joint_to_the_last_bit(tmp_path, constraint, kwargs):
     # Any trace of the look-ahead would show: a random number drawn, a parameter or buffer not put back, a gradient.
     records, logs = [], []
     for scheme, scheme_args in (
-        (JointExitTrainer, None),
-        (MetaWeightedExitTrainer, {"meta_epsilon": 0.0, "meta_constraint": constraint, "meta_input": "both"}),
+        ("joint", None),
+        ("l2w", {"meta_epsilon": 0.0, "meta_constraint": constraint, "meta_input": "both"}),
     ):
         trainer = make_trainer(bert(), tmp_path, scheme, scheme_args, size=33, logging_steps=1, max_steps=7, **kwargs)
         records.append(Record())
@@ -631,7 +597,7 @@ def test_epsilon_0_is_joint_to_the_last_bit(tmp_path, constraint, kwargs):
 
 
 def test_weights_change_the_training_and_w_learns(tmp_path):
-    joint, weighted = make_trainer(bert(), tmp_path, JointExitTrainer), make_trainer(bert(), tmp_path)
+    joint, weighted = make_trainer(bert(), tmp_path, "joint"), make_trainer(bert(), tmp_path)
     before = copy.deepcopy(weighted.weight_network.state_dict())
     joint.train()
     weighted.train()
@@ -948,9 +914,8 @@ def test_what_cannot_be_trained_is_refused_before_training(tmp_path):
         torch.optim.AdamW(model.parameters(), amsgrad=True),
         torch.optim.SGD(model.parameters(), maximize=True),
     ):
-        args = EarlyExitTrainingArguments(str(tmp_path), use_cpu=True)
         with pytest.raises(ExitConfigurationError, match="--optim"):
-            MetaWeightedExitTrainer(model=model, args=args, optimizers=(optimizer, None))
+            make_trainer(model, tmp_path, optimizers=(optimizer, None))
     trainer = make_trainer(bert(), tmp_path)
     trainer.train_dataset.columns["labels"] = torch.rand(40, NUM_LABELS)  # inferred as multi-label
     with pytest.raises(ExitConfigurationError, match="--method l2w"):
