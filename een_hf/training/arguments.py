@@ -141,6 +141,13 @@ class EarlyExitTrainingArguments(TrainingArguments):
             "20 x --learning_rate with AdamW on a pretrained backbone, equal to it with SGD or from scratch."
         },
     )
+    standardize_heads: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first step, scale and shift the first layer of new heads on a pretrained backbone, "
+            "so that its numbers have mean 0 and variance 1 on that step's examples: heads learn in fewer steps."
+        },
+    )
     freeze_backbone: bool = field(
         default=False,
         metadata={"help": "Train exits 1..K-1 of a fine-tuned model only; backbone and last head stay to the bit."},

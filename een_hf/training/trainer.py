@@ -40,6 +40,7 @@ from .checkpoints import (
     reading_checkpoint,
     write_checksums,
 )
+from .head_init import standardize_heads
 from .losses import LABEL_COLUMNS, class_weights, exit_loss_weights
 
 
@@ -666,6 +667,23 @@ class EarlyExitTrainer(Trainer):
             network = self.accelerator.unwrap_model(self.model)
             self._new_heads = [k for k in range(network.num_exits) if network.is_new_head(k)]
         return self._new_heads
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in `Trainer`; before the first step new heads are fitted to its examples (`--standardize_heads`)."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        network = self.accelerator.unwrap_model(self.model)
+        if self.args.standardize_heads and not self.state.global_step and network.newly_initialized is not None:
+
+            def run():
+                training = network.training
+                network.eval()
+                for batch in map(self._prepare_inputs, batches):
+                    network(**{**batch, "labels": None, "early_exit": False})
+                network.train(training)
+
+            heads = [network.exit_head_modules(k) for k in self.new_heads()]
+            standardize_heads(heads, run, lambda sums: self.accelerator.reduce(sums, "sum"))
+        return batches, num_items_in_batch
 
     def head_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> float:
         """Learning rate of newly made heads: `--head_learning_rate`, or its default where the others have `rate`."""

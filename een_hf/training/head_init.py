@@ -1,0 +1,55 @@
+"""A start for new heads that fits what they read: data-dependent initialization."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def standardize_heads(
+    heads: list[list[nn.Module]],
+    run: Callable[[], None],
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+) -> None:
+    """Scale and shift the first layer of new heads: on some examples it gives mean 0 and, all in all, variance 1.
+
+    Mean-pooled hidden states of a pretrained encoder are nearly one vector: what tells examples apart is a few percent
+    of it. A head that starts from small random weights spends hundreds of steps on that common part, the last one the
+    most where the encoder was trained by comparing texts. Shapes and formulas of the heads do not change.
+
+    A layer is new where its bias is zero, as it is made; heads of a single linear layer are left as they are.
+
+    Args:
+        heads: the modules of each head, as `exit_head_modules` gives them.
+        run: runs the heads on the examples.
+        reduce: sums a tensor over the processes.
+
+    References:
+        Kraehenbuehl et al., Data-dependent Initializations of Convolutional Neural Networks (ICLR 2016); Salimans and
+        Kingma, Weight Normalization (NeurIPS 2016), section 3.
+    """
+    layers = [[part for module in head for part in module.modules() if isinstance(part, nn.Linear)] for head in heads]
+    outputs: dict[nn.Linear, list[torch.Tensor]] = {}  # in the order of calls
+
+    def record(layer: nn.Linear, _, output: torch.Tensor) -> None:
+        outputs.setdefault(layer, []).append(output.flatten(0, -2).float())
+
+    hooks = [layer.register_forward_hook(record) for of_head in layers for layer in of_head]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for of_head in layers:
+        first, *later = (layer for layer in outputs if layer in of_head)
+        if not later or first.bias is None or first.bias.any():
+            continue
+        found = torch.cat(outputs[first])
+        sums = reduce(torch.cat([found.sum(0), found.square().sum().view(1), found.new_tensor([len(found)])]))
+        mean = sums[:-2] / sums[-1]
+        variance = sums[-2] / sums[-1] / len(mean) - mean.square().mean()
+        if variance > 0:
+            scale = variance.rsqrt()
+            first.weight.copy_(first.weight * scale)
+            first.bias.copy_(-mean * scale)

@@ -1,0 +1,111 @@
+"""New heads start from layers that fit what they read."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, BertConfig, BertForSequenceClassification, BertModel
+
+from een_hf.models import MODEL_CLASSES, AutoEarlyExitModel
+from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer
+from een_hf.training.head_init import standardize_heads
+
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {**SHAPE, "vocab_size": 60, "max_position_embeddings": 16}
+# The first layer of the last head, where it has one that is new.
+LAST = {"mpnet": "classifier.dense", "distilbert": "pre_classifier", "deberta": "pooler.dense"}
+SHAPES = {
+    "distilbert": {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 24, "vocab_size": 60},
+    "vit": {**SHAPE, "image_size": 8, "patch_size": 4},
+}
+
+
+def backbone(folder, model_type):
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.for_model(model_type, **SHAPES.get(model_type, TEXT))).save_pretrained(folder)
+    return folder
+
+
+def inputs(count=12, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(8) < torch.randint(2, 9, (count, 1), generator=generator)
+    return {"input_ids": torch.randint(2, 60, (count, 8), generator=generator), "attention_mask": mask.long()}
+
+
+def standardize(model, *batches):
+    model.eval()
+    standardize_heads([model.exit_head_modules(k) for k in range(3)], lambda: [model(**batch) for batch in batches])
+
+
+def mean_of_tokens(hidden, mask):
+    return torch.stack([row[keep.bool()].mean(0) for row, keep in zip(hidden.double(), mask, strict=True)])
+
+
+@pytest.mark.parametrize("model_type", LAST)
+def test_first_layers_have_mean_0_and_variance_1(model_type, tmp_path):
+    """By hand, from the hidden states: each number has mean 0, all together have variance 1; in two batches or one."""
+    model = AutoEarlyExitModel.from_pretrained(backbone(tmp_path, model_type), num_labels=3)
+    before = copy.deepcopy(model)
+    batch = inputs()
+    standardize(model, *({name: part[rows] for name, part in batch.items()} for rows in (slice(5), slice(5, 12))))
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states
+    for k, name in enumerate(["exit_heads.1.dense", "exit_heads.2.dense", LAST[model_type]]):
+        layer, old = model.get_submodule(name), before.get_submodule(name)
+        numbers = (
+            mean_of_tokens(states[k + 1], batch["attention_mask"]) @ layer.weight.double().T + layer.bias.double()
+        )
+        assert numbers.mean(0).abs().max() < 1e-5 and abs(numbers.square().mean() - 1) < 1e-5
+        ratio = layer.weight / old.weight
+        assert ratio.std() < 1e-5 * ratio.mean()  # the directions stay
+    changed = {name for name, old in before.state_dict().items() if not torch.equal(old, model.state_dict()[name])}
+    assert len(changed) == 6
+
+
+def test_what_a_checkpoint_brings_stays(tmp_path):
+    """The pretrained pooler and fine-tuned heads, and heads of one layer, whose numbers are logits."""
+    torch.manual_seed(0)
+    stock = BertForSequenceClassification(BertConfig(**TEXT, num_labels=3))
+    nn.init.normal_(stock.bert.pooler.dense.bias)
+    stock.save_pretrained(tmp_path / "stock")
+    model = AutoEarlyExitModel.from_pretrained(tmp_path / "stock")
+    standardize(model, inputs())
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    assert model.exit_heads["1"].dense.bias.any()
+    images = AutoEarlyExitModel.from_pretrained(backbone(tmp_path / "vit", "vit"), num_labels=3)
+    before = copy.deepcopy(images.state_dict())
+    standardize(images, {"pixel_values": torch.randn(4, 3, 8, 8)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in images.state_dict().items())
+
+
+def trained(model, folder, **settings):
+    rows = [
+        dict(zip(inputs(16), row, strict=True), labels=i % 3)
+        for i, row in enumerate(zip(*inputs(16).values(), strict=True))
+    ]
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "max_steps": 2}
+    trainer = JointExitTrainer(
+        model=model,
+        args=EarlyExitTrainingArguments(str(folder), **{**quiet, "learning_rate": 0.0, **settings}),
+        train_dataset=rows,
+    )
+    trainer.train()
+    return model
+
+
+def test_the_trainer_does_it_once(tmp_path):
+    """At rate 0 nothing else moves; a second training, which finds trained heads, must not scale them again."""
+    folder = backbone(tmp_path / "bert", "bert")
+    BertModel(BertConfig(**TEXT), add_pooling_layer=False).save_pretrained(folder)
+    made = AutoEarlyExitModel.from_pretrained(folder, num_labels=3)
+    left = trained(copy.deepcopy(made), tmp_path, standardize_heads=False)
+    assert all(torch.equal(tensor, made.state_dict()[name]) for name, tensor in left.state_dict().items())
+    once = trained(copy.deepcopy(made), tmp_path)
+    assert all(once.get_submodule(name).bias.any() for name in ("exit_heads.1.dense", "bert.pooler.dense"))
+    twice = trained(copy.deepcopy(once), tmp_path, seed=1)
+    assert all(torch.equal(tensor, once.state_dict()[name]) for name, tensor in twice.state_dict().items())
+    scratch = MODEL_CLASSES["bert"](made.config)
+    assert not trained(scratch, tmp_path).exit_heads["1"].dense.bias.any()
