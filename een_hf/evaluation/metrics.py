@@ -4,16 +4,20 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 
-import datasets
-import evaluate
 import numpy as np
-import scipy.special
-import scipy.stats
-import sklearn.metrics
 import torch
 from transformers import EvalPrediction
 
+from ..extras import named_extras
 from ..models.configuration_een import ExitConfigurationError
+
+
+with named_extras():
+    import datasets
+    import evaluate
+    import scipy.special
+    import scipy.stats
+    import sklearn.metrics
 
 
 _MULTI_LABEL = "multilabel"

@@ -6,9 +6,14 @@ from itertools import cycle
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+
+from ..extras import named_extras
+
+
+with named_extras():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
 
 _BLUE, _ORANGE, _RED, _GREY = "#2f5d9b", "#e08a1e", "#c0392b", "#707070"
