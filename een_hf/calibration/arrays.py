@@ -1,8 +1,13 @@
 """Logits, labels and the right answers, as calibration reads them."""
 
 import numpy as np
-import scipy.special
 import torch
+
+from ..extras import named_extras
+
+
+with named_extras():
+    import scipy.special
 
 
 def as_tensor(values) -> torch.Tensor:

@@ -4,13 +4,17 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import scipy.special
-import scipy.stats
 
+from ..extras import named_extras
 from ..models.configuration_een import ExitConfigurationError
 from ..models.policies import NEVER
 from .rows import CalibrationReport, ScoredRows
 from .thresholds import threshold_between, without_idle_exits
+
+
+with named_extras():
+    import scipy.special
+    import scipy.stats
 
 
 RISKS = ("accuracy_gap", "consistency", "hamming")

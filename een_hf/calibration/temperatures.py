@@ -3,10 +3,14 @@
 import math
 
 import numpy as np
-import scipy.optimize
 
 from ..evaluation.metrics import check_labels, predict_labels
+from ..extras import named_extras
 from .arrays import as_tensor
+
+
+with named_extras():
+    import scipy.optimize
 
 
 def fit_temperatures(

@@ -4,9 +4,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import scipy.special
 
+from ..extras import named_extras
 from ..models.policies import NEVER
+
+
+with named_extras():
+    import scipy.special
 
 
 def threshold_between(scores: np.ndarray, num_leaving: int) -> float:
