@@ -15,6 +15,41 @@ TEXT = {"vocab_size": 60, "max_position_embeddings": 16}
 IMAGE = {"image_size": 8, "patch_size": 4}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+# `exit_results.json` of a run with two exits.
+RESULTS = {
+    "method": "joint",
+    "model_type": "bert",
+    "dataset": "words",
+    "task_name": None,
+    "metric": "accuracy",
+    "exit_layers": [1, 2],
+    "num_eval_samples": 16,
+    "num_calibration_samples": 8,
+    "anytime": [
+        {"exit": 1, "layer": 1, "relative_cost": 0.5, "loss": 0.7, "metrics": {"accuracy": 0.5}, "ece": 0.1},
+        {"exit": 2, "layer": 2, "relative_cost": 1.0, "loss": 0.3, "metrics": {"accuracy": 0.9}, "ece": 0.2},
+    ],
+    "anytime_report": [],
+    "budgeted": [
+        {
+            "target_cost": cost,
+            "relative_cost": cost - 0.01,
+            "metrics": {"accuracy": cost},
+            "thresholds": [0.8, 0.0],
+            "exit_fractions": [1 - cost, cost],
+        }
+        for cost in (0.6, 0.8)
+    ],
+    "policy": {
+        "criterion": "confidence",
+        "thresholds": [0.75, 0.0],
+        "calibrated_for": {"target_cost": 0.7},
+        "guarantee": None,
+        "relative_cost": 0.68,
+        "metrics": {"accuracy": 0.88},
+        "exit_fractions": [0.6, 0.4],
+    },
+}
 
 
 def reads_text(kind: str) -> bool:

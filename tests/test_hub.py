@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from factory import RESULTS as WHOLE_RESULTS
 from hub_server import header_errors
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
-from test_callbacks import RESULTS as WHOLE_RESULTS
 
 from een_hf.evaluation import write_exit_results
 from een_hf.hub import (
@@ -48,7 +48,7 @@ import een_hf
 from een_hf.data.images import IMAGES
 from een_hf.hub import write_model_card
 from een_hf.commands.train import main
-from test_callbacks import RESULTS
+from factory import RESULTS
 
 folder = sys.argv[1]
 torch.manual_seed(0)

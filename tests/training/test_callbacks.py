@@ -12,7 +12,7 @@ from pathlib import Path
 import factory
 import numpy as np
 import pytest
-from factory import tiny_model, tiny_rows
+from factory import RESULTS, tiny_model, tiny_rows
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from transformers import Trainer, TrainerCallback
@@ -26,42 +26,6 @@ from een_hf.training.callbacks import (
     exit_curves,
     plot_history,
 )
-
-
-RESULTS = {
-    "method": "joint",
-    "model_type": "bert",
-    "dataset": "words",
-    "task_name": None,
-    "metric": "accuracy",
-    "exit_layers": [1, 2],
-    "num_eval_samples": 16,
-    "num_calibration_samples": 8,
-    "anytime": [
-        {"exit": 1, "layer": 1, "relative_cost": 0.5, "loss": 0.7, "metrics": {"accuracy": 0.5}, "ece": 0.1},
-        {"exit": 2, "layer": 2, "relative_cost": 1.0, "loss": 0.3, "metrics": {"accuracy": 0.9}, "ece": 0.2},
-    ],
-    "anytime_report": [],
-    "budgeted": [
-        {
-            "target_cost": cost,
-            "relative_cost": cost - 0.01,
-            "metrics": {"accuracy": cost},
-            "thresholds": [0.8, 0.0],
-            "exit_fractions": [1 - cost, cost],
-        }
-        for cost in (0.6, 0.8)
-    ],
-    "policy": {
-        "criterion": "confidence",
-        "thresholds": [0.75, 0.0],
-        "calibrated_for": {"target_cost": 0.7},
-        "guarantee": None,
-        "relative_cost": 0.68,
-        "metrics": {"accuracy": 0.88},
-        "exit_fractions": [0.6, 0.4],
-    },
-}
 
 
 class Recorder(TrainerCallback):
@@ -157,7 +121,8 @@ WANDB_RUN = """
 import json, sys
 from pathlib import Path
 from een_hf.evaluation import plot_exit_curves
-from test_callbacks import RESULTS, make_trainer
+from factory import RESULTS
+from test_callbacks import make_trainer
 folder, scheme = sys.argv[1:3]
 trainer = make_trainer(Path(folder) / "out", scheme, report_to="wandb", project="words")
 trainer.train()
