@@ -184,7 +184,10 @@ class AsyncExitEngine:
         self._idle.clear()
         self._requests.add(request)
         try:
-            self.reader.submit(request)
+            if self._num_waiting == count:
+                self._read.put((request, None))  # nobody else is there: the worker reads it itself, a thread less
+            else:
+                self.reader.submit(request)
             return await asyncio.wait_for(request.future, timeout)
         finally:
             self._requests.discard(request)
@@ -234,7 +237,9 @@ class AsyncExitEngine:
                 self._loop.call_soon_threadsafe(self._fail_all, error)
 
     def _accept(self, request: Request, error: Exception | None) -> None:
-        if error is not None:
+        if error is None and request.examples is not None:
+            self.reader.read([request])
+        elif error is not None:
             self.worker.finished.append((request, error))
             self.worker.num_through += len(request.examples)
         elif request.dropped:

@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,7 @@ class Reader:
                 from ..data.transforms import EvaluationTransform
 
             self._transform, self._decode = EvaluationTransform(processor, model.config.num_channels), decode_image
+        self._one_at_a_time = threading.Lock()
         self._pending: deque[Request] = deque()
         self._threads = ThreadPoolExecutor(1 if self.text else min(4, os.cpu_count() or 1), "een_hf reader")
 
@@ -68,9 +70,10 @@ class Reader:
             except IndexError:  # another thread took it
                 break
         if requests:
-            self._read(requests)
+            self.read(requests)
 
-    def _read(self, requests: list[Request]) -> None:
+    def read(self, requests: list[Request]) -> None:
+        """Read requests in this thread."""
         try:
             examples = [example for request in requests for example in request.examples]
             rows = iter(self._encode(examples))
@@ -81,7 +84,7 @@ class Reader:
                 self.done(requests[0], error)
                 return
             for request in requests:  # the others are not to blame
-                self._read([request])
+                self.read([request])
             return
         for request in requests:
             request.examples = None
@@ -94,7 +97,8 @@ class Reader:
         if raw and self.processor is None:
             raise ExitConfigurationError("The engine has no tokenizer or image processor: give rows of model inputs.")
         if raw and self.text:
-            columns = self._tokenize([examples[place] for place in raw])
+            with self._one_at_a_time:
+                columns = self._tokenize([examples[place] for place in raw])
             for number, place in enumerate(raw):
                 encoded[place] = {name: values[number] for name, values in columns.items()}
         elif raw:
