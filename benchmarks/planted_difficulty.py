@@ -86,7 +86,7 @@ def run(kind: str, share: float, seed: int, flags: list[str]) -> dict:
 
     modality = replace(TEXT, encode_data=encode)
     with tempfile.TemporaryDirectory() as folder:
-        words = [RECIPE, "--method", RecordingTrainer.method, "--seed", str(seed), "--output_dir", folder]
+        words = [RECIPE, "--method", RecordingTrainer.scheme, "--seed", str(seed), "--output_dir", folder]
         words += ["--measure_speed", "false", "--save_strategy", "no", "--remove_unused_columns", "false"]
         run = run_experiment(modality, parse_arguments(modality, [*words, *flags]))
     metrics, trainer, num_exits = run.metrics, run.trainer, run.loaded.model.num_exits

@@ -33,3 +33,18 @@ def moved_names(module: str, places: Mapping[str, str]) -> Callable[..., object]
         return getattr(importlib.import_module(places[name]), name)
 
     return find
+
+
+class renamed_attribute:
+    """The old name of a class attribute: reads the new one."""
+
+    def __init__(self, new: str):
+        self.new = new
+
+    def __set_name__(self, owner, name: str):
+        self.old = name
+
+    def __get__(self, instance, owner):
+        message = f"{owner.__name__}.{self.old} is deprecated: read {self.new}."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return getattr(owner if instance is None else instance, self.new)

@@ -15,7 +15,7 @@ from ..errors import in_one_line, refuse_nan
 from ..models import ExitConfigurationError
 from ..models.policies import find_criterion
 from ..training.arguments import CalibrationArguments, EarlyExitTrainingArguments, ModelArguments
-from ..training.trainer import get_scheme, scheme_arguments
+from ..training.registry import get_scheme, scheme_arguments
 
 
 # Flags that say where a run is written, how it is watched and how fast it loads, but not what it computes.

@@ -5,8 +5,8 @@ from transformers.utils import logging
 from ..calibration import check_risk, rows_in_words, rows_needed
 from ..data.task import Modality
 from ..models import ExitConfigurationError
+from ..training.checkpoints import last_whole_checkpoint
 from ..training.history import RUN_FILE, read_run
-from ..training.trainer import last_whole_checkpoint
 from .arguments import RunArguments
 from .costs import fitting_criterion
 from .model import LoadedModel

@@ -13,7 +13,8 @@ from ..data.task import Modality
 from ..errors import refused
 from ..evaluation import make_compute_metrics
 from ..training.history import only_run_in, rows_chose, write_run
-from ..training.trainer import EarlyExitTrainer, get_scheme
+from ..training.registry import get_scheme
+from ..training.trainer import EarlyExitTrainer
 from .arguments import RunArguments
 from .checks import check_calibration, check_flags, find_start
 from .costs import RunCosts

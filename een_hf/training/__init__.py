@@ -8,7 +8,8 @@ with named_extras():
     from .boosted import BoostedExitTrainer
     from .joint import JointExitTrainer
     from .l2w import MetaWeightedExitTrainer
-    from .trainer import EarlyExitTrainer, get_scheme, register_scheme, scheme_names
+    from .registry import get_scheme, register_scheme, scheme_names
+    from .trainer import EarlyExitTrainer
 
 __all__ = [
     "BoostedExitTrainer",

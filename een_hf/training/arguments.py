@@ -1,19 +1,18 @@
 """Command-line arguments that every scheme and both scripts share."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 from transformers.utils import ExplicitEnum
 
+from .._moved import moved_names
 from ..errors import refuse_nan
-from ..hub import public_settings
+from ..hub.settings import public_settings
 from ..models import MODEL_CLASSES, ExitConfigurationError
 from ..models.auto import find_architecture
 from ..models.exits import find_exit_head, find_pooling
+from .publishing import is_publishing
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -25,17 +24,8 @@ _AT_LEAST = {
     "save_total_limit dataloader_prefetch_factor torch_empty_cache_steps",
 }
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
-_PUBLISHING = ContextVar("whether arguments are pickled for others to read", default=False)
 
-
-@contextmanager
-def publishing() -> Iterator[None]:
-    """While files are written that are pushed: arguments are pickled without tokens and local paths."""
-    token = _PUBLISHING.set(True)
-    try:
-        yield
-    finally:
-        _PUBLISHING.reset(token)
+__getattr__ = moved_names(__name__, {"publishing": "een_hf.training.publishing"})
 
 
 @dataclass
@@ -181,7 +171,7 @@ class EarlyExitTrainingArguments(TrainingArguments):
         return public_settings(super().to_dict())
 
     def __getstate__(self):
-        return public_settings(self.__dict__) if _PUBLISHING.get() else self.__dict__
+        return public_settings(self.__dict__) if is_publishing() else self.__dict__
 
     def __post_init__(self):
         self._check_numbers()

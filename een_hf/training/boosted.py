@@ -4,7 +4,8 @@ import logging
 from dataclasses import dataclass, field
 
 from ..models import ExitConfigurationError
-from .trainer import EarlyExitTrainer, register_scheme
+from .registry import register_scheme
+from .trainer import EarlyExitTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class BoostedExitTrainer(EarlyExitTrainer):
     """
 
     arguments_class = BoostedArguments
+    paper = "Boosted Dynamic Neural Networks (AAAI 2023)"
     citation = "https://arxiv.org/abs/2211.16726"
 
     def check_model(self, model) -> None:

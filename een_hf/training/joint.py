@@ -1,6 +1,7 @@
 """Joint training of all exits."""
 
-from .trainer import EarlyExitTrainer, register_scheme
+from .registry import register_scheme
+from .trainer import EarlyExitTrainer
 
 
 @register_scheme("joint", "base")
@@ -12,4 +13,5 @@ class JointExitTrainer(EarlyExitTrainer):
         section III-B, the joint optimisation.
     """
 
+    paper = "BranchyNet: Fast Inference via Early Exiting from Deep Neural Networks (ICPR 2016)"
     citation = "https://arxiv.org/abs/1709.01686"

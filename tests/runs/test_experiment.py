@@ -23,7 +23,7 @@ from een_hf.runs import parse_arguments, run_experiment
 from een_hf.runs.experiment import prepare
 from een_hf.training import EarlyExitTrainingArguments
 from een_hf.training.arguments import CalibrationArguments, ModelArguments
-from een_hf.training.trainer import scheme_arguments
+from een_hf.training.registry import scheme_arguments
 
 
 TINY = [

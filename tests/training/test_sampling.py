@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from een_hf.inference import predict
 from een_hf.models import ExitConfigurationError
 from een_hf.training import EarlyExitTrainingArguments
-from een_hf.training.trainer import EpochLengthGroupedSampler
+from een_hf.training.sampling import EpochLengthGroupedSampler
 
 
 LENGTHS = np.random.default_rng(0).integers(2, 60, 500).tolist()

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from een_hf.models import MODEL_CLASSES, ExitConfigurationError
 from een_hf.training import EarlyExitTrainer, get_scheme
-from een_hf.training.trainer import scheme_names
+from een_hf.training.registry import scheme_names
 
 
 NUM_LAYERS, NUM_ROWS = 3, 32

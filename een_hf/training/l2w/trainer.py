@@ -13,7 +13,8 @@ from transformers import get_scheduler
 
 from ...models import ExitConfigurationError
 from ..checkpoints import reading_checkpoint
-from ..trainer import EarlyExitTrainer, register_scheme
+from ..registry import register_scheme
+from ..trainer import EarlyExitTrainer
 from .arguments import MetaWeightedArguments
 from .look_ahead import DIFFERENTIABLE, LookAhead, halve
 from .network import WeightPredictionNetwork
@@ -67,6 +68,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     """
 
     arguments_class = MetaWeightedArguments
+    paper = "Learning to Weight Samples for Dynamic Early-exiting Networks (ECCV 2022)"
     citation = "https://arxiv.org/abs/2209.08310"
 
     def __init__(self, model=None, args=None, **kwargs):

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import yaml
 from factory import RESULTS as WHOLE_RESULTS
-from hub_server import header_errors
+from hub.server import header_errors
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
 from een_hf.evaluation import write_exit_results
 from een_hf.hub import (
-    _NETWORKS,
     choose_examples,
     guarantee_in_words,
     hub_name,
@@ -31,12 +30,14 @@ from een_hf.hub import (
     write_examples,
     write_model_card,
 )
+from een_hf.hub.sections import NETWORKS
 from een_hf.models import MODEL_CLASSES, EarlyExitBertConfig, ExitConfigurationError, ExitPolicy
 from een_hf.training import EarlyExitTrainingArguments
-from een_hf.training.arguments import publishing
+from een_hf.training.publishing import publishing
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+SERVER = Path(__file__).with_name("server.py")
 
 PUSH = """
 import sys
@@ -231,7 +232,7 @@ def run_python(code, folder, endpoint, **environment):
 def hub(tmp_path_factory):
     """The server's folder, after the models and a run were pushed and loaded again without the package."""
     folder, store = tmp_path_factory.mktemp("planted"), tmp_path_factory.mktemp("hub")
-    command = [sys.executable, str(ROOT / "tests" / "hub_server.py"), str(store)]
+    command = [sys.executable, str(SERVER), str(store)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             endpoint = server.stdout.readline().strip()
@@ -249,7 +250,7 @@ def hub(tmp_path_factory):
 def test_without_the_package_every_architecture_answers_the_same(tmp_path):
     """An adapter that imports more than its siblings runs on its author's machine only."""
     (tmp_path / "hub").mkdir()
-    command = [sys.executable, str(ROOT / "tests" / "hub_server.py"), str(tmp_path / "hub")]
+    command = [sys.executable, str(SERVER), str(tmp_path / "hub")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             endpoint = server.stdout.readline().strip()
@@ -364,7 +365,7 @@ def test_no_token_and_no_folder_of_a_text_run_leaves_the_machine(tmp_path):
     folder, store = tmp_path / "planted", tmp_path / "hub"
     folder.mkdir()
     store.mkdir()
-    command = [sys.executable, str(ROOT / "tests" / "hub_server.py"), str(store)]
+    command = [sys.executable, str(SERVER), str(store)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             endpoint, wandb = server.stdout.readline().strip(), {"WANDB_MODE": "offline", "WANDB_DIR": str(store)}
@@ -716,4 +717,4 @@ def test_a_card_calls_networks_by_their_names(tmp_path, model_type, words):
 
 
 def test_every_architecture_has_a_name():
-    assert {name for name in MODEL_CLASSES if "mobile" not in name} == set(_NETWORKS)
+    assert {name for name in MODEL_CLASSES if "mobile" not in name} == set(NETWORKS)

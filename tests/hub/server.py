@@ -1,6 +1,6 @@
 """A Hub on the loopback interface, as much of it as pushing, listing and loading a model needs.
 
-python hub_server.py FOLDER prints its address and keeps every repository's files below FOLDER,
+python server.py FOLDER prints its address and keeps every repository's files below FOLDER,
 and in FOLDER/commits.jsonl the names that each commit brought.
 """
 

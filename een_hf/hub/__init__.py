@@ -1,0 +1,28 @@
+"""What a run shows on the Hub.
+
+- `card`: the model card, made of `sections`; `header` tells the card of a run from others.
+- `examples`: the rows that a card shows.
+- `settings`: what of a run's flags may be shown.
+- `markdown`: text of unknown origin in Markdown.
+"""
+
+from .card import refresh_model_card, write_model_card
+from .examples import PRIVATE_EXAMPLES, SHARED_EXAMPLES, choose_examples, write_examples
+from .header import CARD_NAME, is_run_card
+from .sections import guarantee_in_words
+from .settings import hub_name, public_settings
+
+
+__all__ = [
+    "CARD_NAME",
+    "PRIVATE_EXAMPLES",
+    "SHARED_EXAMPLES",
+    "choose_examples",
+    "guarantee_in_words",
+    "hub_name",
+    "is_run_card",
+    "public_settings",
+    "refresh_model_card",
+    "write_examples",
+    "write_model_card",
+]

@@ -1,0 +1,102 @@
+"""Arguments that a trainer refuses before any work, by their names."""
+
+import math
+import re
+
+from ..models import ExitConfigurationError
+from .arguments import EarlyExitTrainingArguments
+
+
+# Arguments of transformers that evaluating every exit, or keeping the trained weights, does not allow: the one value
+# that is taken, and why.
+_ONLY = {
+    "batch_eval_metrics": (False, "metrics need all rows of an exit"),
+    "eval_do_concat_batches": (True, "metrics need all rows of an exit"),
+    "prediction_loss_only": (False, "exits are evaluated by their logits"),
+    "bf16_full_eval": (False, "it leaves the trained weights in half precision; --bf16 evaluates in it too"),
+    "fp16_full_eval": (False, "it leaves the trained weights in half precision; --fp16 evaluates in it too"),
+    "use_liger_kernel": (False, "it has no kernels for early-exit models"),
+}
+
+
+def check_supported(args: EarlyExitTrainingArguments, optimizer, scheduler) -> None:
+    """Refuse, by name, arguments of `Trainer` that would have no effect, or a wrong one."""
+    for name, (taken, reason) in _ONLY.items():
+        if getattr(args, name, taken) != taken:
+            raise ExitConfigurationError(f"--{name} must be {taken}: {reason}.")
+    unknown = sorted({*args.include_for_metrics} - {"inputs", "loss"})
+    if unknown:
+        raise ExitConfigurationError(f"--include_for_metrics takes `inputs` and `loss`, not {unknown[0]!r}.")
+    if args.label_names not in (None, ["labels"]):
+        raise ExitConfigurationError(f"--label_names {args.label_names}: rename that column to `labels`.")
+    if optimizer is not None and args.head_learning_rate is not None:
+        raise ExitConfigurationError("--head_learning_rate has no effect on an optimizer of your own: leave it out.")
+    if scheduler is not None and args.lr_milestones is not None:
+        raise ExitConfigurationError("--lr_milestones have no effect on a scheduler of your own: leave them out.")
+
+
+def check_loss_function(args: EarlyExitTrainingArguments, scheme: str, weighs_examples: bool) -> None:
+    """Refuse what `compute_loss_func`, which gives one number per exit, leaves without effect.
+
+    Args:
+        args: of the training.
+        scheme: name of the scheme.
+        weighs_examples: whether the scheme has weights for the losses of single examples.
+    """
+    if weighs_examples:
+        raise ExitConfigurationError(
+            f"compute_loss_func gives one loss per exit, but --method {scheme} weighs the loss of each "
+            "example: use --method joint, or leave it out (--class_weights weighs classes in every scheme)."
+        )
+    for name in ("label_smoothing_factor", "class_weights"):
+        if getattr(args, name):
+            raise ExitConfigurationError(f"--{name} has no effect on compute_loss_func: give one of them.")
+
+
+def check_best_metric(name: str | None, splits, num_exits: int, compute_metrics) -> None:
+    """Refuse a `--metric_for_best_model` that no evaluation will give.
+
+    Args:
+        name: of the metric.
+        splits: names of the evaluation splits, where there are several.
+        num_exits: of the model.
+        compute_metrics: as the trainer got it; one of `make_compute_metrics` names its metrics.
+    """
+    if name is None:
+        return
+    metric = name.removeprefix("eval_")
+    for split in splits:
+        metric = metric.removeprefix(f"{split}_")
+    of_exit = re.fullmatch(r"exit(\d+)_(.+)", metric)
+    if of_exit and not 1 <= int(of_exit[1]) <= num_exits:
+        raise ExitConfigurationError(f"--metric_for_best_model {name}: the model has exits 1 to {num_exits}.")
+    if compute_metrics is None and (of_exit[2] if of_exit else metric) != "loss":
+        raise ExitConfigurationError(
+            f"--metric_for_best_model {name} needs compute_metrics: without it evaluation gives eval_loss and "
+            f"eval_exit1_loss to eval_exit{num_exits}_loss."
+        )
+    known = getattr(compute_metrics, "metric_names", None)
+    if known is not None and (of_exit[2] if of_exit else metric) not in ("loss", *known):
+        names = ", ".join(f"{kind}_{name}" for kind in ("eval", f"eval_exit1 to {num_exits}") for name in known)
+        raise ExitConfigurationError(f"--metric_for_best_model {name} is not one of: eval_loss, {names}.")
+
+
+def check_warm_start(args: EarlyExitTrainingArguments, rows) -> None:
+    """Refuse a warm start that leaves the early exits no step.
+
+    Args:
+        args: of the training.
+        rows: the training rows, or `None`.
+    """
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        epochs = 1.0  # of a stream
+        if hasattr(rows, "__len__"):
+            batches = len(rows) / (args.train_batch_size * args.world_size)
+            batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+            epochs = args.max_steps / max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    if rows is not None and args.warm_start_epochs and args.warm_start_epochs >= epochs:
+        raise ExitConfigurationError(
+            f"--warm_start_epochs {args.warm_start_epochs:g} leaves the early exits no step: this run trains "
+            f"{epochs:.3g} epochs; give less."
+        )

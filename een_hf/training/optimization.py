@@ -1,0 +1,72 @@
+"""Learning rates of new and old heads, and the schedule."""
+
+import torch
+from torch import nn
+
+from ..errors import refused
+from .head_init import standardize_heads
+
+
+class OptimizationMixin:
+    """The part of `EarlyExitTrainer` that makes optimizer and scheduler."""
+
+    def new_heads(self) -> list[int]:
+        """The 0-based exits whose heads were newly made when training began, be it before an interruption."""
+        if self._new_heads is None:
+            network = self.accelerator.unwrap_model(self.model)
+            self._new_heads = [k for k in range(network.num_exits) if network.is_new_head(k)]
+        return self._new_heads
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in `Trainer`; before the first step new heads are fitted to its examples (`--standardize_heads`)."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        network = self.accelerator.unwrap_model(self.model)
+        if self.args.standardize_heads and not self.state.global_step and network.newly_initialized is not None:
+
+            def run():
+                training = network.training
+                network.eval()
+                for batch in map(self._prepare_inputs, batches):
+                    network(**{**batch, "labels": None, "early_exit": False})
+                network.train(training)
+
+            heads = [network.exit_head_modules(k) for k in self.new_heads()]
+            standardize_heads(heads, run, lambda sums: self.accelerator.reduce(sums, "sum"))
+        return batches, num_items_in_batch
+
+    def head_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> float:
+        """Learning rate of newly made heads: `--head_learning_rate`, or its default where the others have `rate`."""
+        if self.args.head_learning_rate is not None:
+            return self.args.head_learning_rate
+        pretrained = self.accelerator.unwrap_model(self.model).newly_initialized is not None
+        return rate * (20 if pretrained and "adam" in type(optimizer).__name__.lower() else 1)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As in `Trainer`, with newly made heads in parameter groups of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        with refused(f"--optim {self.args.optim.value}, --optim_args {self.args.optim_args}"):
+            optimizer = super().create_optimizer(model)
+        network = self.accelerator.unwrap_model(self.model if model is None else model)
+        heads = nn.ModuleList([part for k in self.new_heads() for part in network.exit_head_modules(k)])
+        new = {id(parameter) for parameter in heads.parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for is_new, rate in ((False, group["lr"]), (True, self.head_learning_rate(optimizer, group["lr"]))):
+                params = [parameter for parameter in group["params"] if (id(parameter) in new) == is_new]
+                if params:
+                    groups.append({**group, "params": params, "lr": rate})
+        optimizer.param_groups = groups
+        return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """As in `Trainer`, or a drop to a tenth at each of `--lr_milestones`."""
+        if self.lr_scheduler is None and self.args.lr_milestones:
+            drops = [round(share * num_training_steps) for share in self.args.lr_milestones]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: 0.1 ** sum(step >= drop for drop in drops)
+            )
+            self._created_lr_scheduler = True
+        kind, settings = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs
+        with refused(f"--lr_scheduler_type {kind.value}, --lr_scheduler_kwargs {settings}"):
+            return super().create_scheduler(num_training_steps, optimizer)

@@ -1,0 +1,58 @@
+"""What goes to the Hub with a model in training."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from huggingface_hub import ModelCard
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..hub.header import CARD_NAME, is_run_card
+
+
+_PUBLISHING = ContextVar("whether arguments are pickled for others to read", default=False)
+
+
+@contextmanager
+def publishing() -> Iterator[None]:
+    """While files are written that are pushed: arguments are pickled without tokens and local paths."""
+    token = _PUBLISHING.set(True)
+    try:
+        yield
+    finally:
+        _PUBLISHING.reset(token)
+
+
+def is_publishing() -> bool:
+    """Whether files that are pushed are being written."""
+    return _PUBLISHING.get()
+
+
+class PublishingMixin:
+    """The part of `EarlyExitTrainer` that writes the model card and pushes."""
+
+    def create_model_card(self, language=None, license=None, tags=None, **kwargs) -> None:
+        """As in `Trainer`, but the card of an evaluated run stays, with these fields added to its header."""
+        path = os.path.join(self.args.output_dir, CARD_NAME)
+        if not is_run_card(path):
+            super().create_model_card(language=language, license=license, tags=tags, **kwargs)
+        elif self.is_world_process_zero():
+            card = ModelCard.load(path)
+            for name, value in (("language", language), ("license", license)):
+                if value is not None:
+                    card.data[name] = value
+            tags = [tags] if isinstance(tags, str) else tags or []
+            card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
+            card.save(path)
+
+    def _save(self, output_dir=None, state_dict=None):
+        with publishing():
+            super()._save(output_dir, state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # Trainer takes config and weights out of the checkpoint; the config names these files.
+        if self.is_world_process_zero():
+            custom_object_save(self.accelerator.unwrap_model(self.model), self.args.output_dir)
+        with publishing():
+            super()._push_from_checkpoint(checkpoint_folder)

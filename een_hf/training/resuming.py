@@ -1,0 +1,135 @@
+"""Writing checkpoints whole, and resuming from those that are."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+
+import torch
+from safetensors import SafetensorError
+from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..errors import is_full_disk
+from ..models import ExitConfigurationError
+from .checkpoints import (
+    PublicTrainerState,
+    checkpoint_fault,
+    is_whole_checkpoint,
+    last_whole_checkpoint,
+    reading_checkpoint,
+    write_checksums,
+)
+
+
+SCHEME_FILE = "scheme.json"
+
+
+class ResumingMixin:
+    """The part of `EarlyExitTrainer` that writes checkpoints and resumes from them."""
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As in `Trainer`; `True` resumes from the last whole checkpoint.
+
+        Raises:
+            ExitConfigurationError: the checkpoint to resume from is half-written, or belongs to another scheme.
+        """
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ExitConfigurationError(f"--resume_from_checkpoint: no whole one in {self.args.output_dir}.")
+        elif checkpoint and (fault := checkpoint_fault(checkpoint)):
+            raise ExitConfigurationError(
+                f"--resume_from_checkpoint {checkpoint} is not there or not whole ({fault}): leave the flag out to go "
+                "on from the last whole one."
+            )
+        self._resumed_from = checkpoint
+        if checkpoint:
+            self._read_scheme(checkpoint)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _read_scheme(self, checkpoint: str) -> None:
+        """Refuse a checkpoint of another scheme; go on with its division into new and old heads."""
+        path = os.path.join(checkpoint, SCHEME_FILE)
+        if not os.path.exists(path):
+            if not os.path.exists(os.path.join(checkpoint, OPTIMIZER_NAME)):
+                raise ExitConfigurationError(
+                    f"--resume_from_checkpoint {checkpoint} holds no optimizer (--save_only_model), so that no run "
+                    f"can go on from it: start from its weights, --model_name_or_path {checkpoint}, in another "
+                    "--output_dir."
+                )
+            return
+        with reading_checkpoint(checkpoint), open(path) as file:
+            written = json.load(file)
+            found, self._new_heads = written["method"], written.get("new_heads")
+            if not isinstance(found, str) or not all(type(k) is int for k in self._new_heads or ()):
+                raise ValueError(f"{SCHEME_FILE} names no scheme")
+            sums, self._num_summed = written.get("unlogged_losses") or (0.0, 0)
+            self._summed_losses = torch.tensor(sums, device=self.args.device)
+        if found != self.scheme:
+            raise ExitConfigurationError(
+                f"--resume_from_checkpoint {checkpoint} was trained with --method {found}, not {self.scheme}: go on "
+                f"with --method {found}, or start anew from its weights with --model_name_or_path {checkpoint}."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with reading_checkpoint(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_callback_state(self):
+        folder, step = self._resumed_from, self.state.best_global_step
+        with reading_checkpoint(folder):
+            super()._load_callback_state()
+        if step is not None and self.state.best_model_checkpoint is None:
+            best = os.path.join(os.path.dirname(os.path.normpath(folder)), f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            self.state.best_model_checkpoint = best if os.path.isdir(best) else None
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        with reading_checkpoint(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with reading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _save_checkpoint(self, model, trial):
+        self.state.__class__ = PublicTrainerState
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save and os.path.isdir(folder):
+            shutil.rmtree(folder)  # of an interrupted run, or one that is being repeated: never mix the two
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if is_whole_checkpoint(folder):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            if not is_full_disk(error):
+                raise
+            last = last_whole_checkpoint(self._get_output_dir(trial))
+            raise ExitConfigurationError(
+                f"{folder} could not be written ({error}): make room below --output_dir, then give the same command "
+                f"again. It goes on from {last or 'the start'}."
+            ) from error
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # What makes a checkpoint whole is written next, by one process: all the others must be through.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_checksums(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            settings = asdict(self.scheme_args) if self.scheme_args else {}
+            settings |= {"method": self.scheme, "new_heads": self.new_heads()}
+            if self._num_summed:
+                settings["unlogged_losses"] = [self._summed_losses.tolist(), self._num_summed]
+            with open(os.path.join(output_dir, SCHEME_FILE), "w") as file:
+                json.dump(settings, file, indent=2)

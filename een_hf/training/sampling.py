@@ -1,0 +1,82 @@
+"""Which training and evaluation rows a batch holds, and which rows the present batch holds."""
+
+from itertools import islice
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import RandomSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ..models import ExitConfigurationError
+from .callbacks import samplers_of
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """transformers' sampler; its draws depend on seed and epoch alone, so that a resumed run sees the same batches."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class SamplingMixin:
+    """The part of `EarlyExitTrainer` that makes batches."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As in `Trainer`; `group_by_length` batches hold the same rows for any number of processes.
+
+        Raises:
+            ExitConfigurationError: rows are to be ordered by their lengths, which only reading them all would give.
+        """
+        rows, strategy = self.train_dataset, self.args.train_sampling_strategy
+        if strategy not in ("group_by_length", "batch_rebalance") or not hasattr(rows, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        columns = getattr(rows, "column_names", None)
+        if columns is None and isinstance(rows, (list, tuple)) and rows:
+            columns = rows[0]
+        known = [name for name in (self.args.length_column_name, "input_ids") if name in (columns or ())]
+        if not known:
+            raise ExitConfigurationError(
+                f"--train_sampling_strategy {strategy} needs the length of each row before training: a column "
+                f"`input_ids` or `{self.args.length_column_name}` (--length_column_name) of a datasets.Dataset, or a "
+                "list. Other rows are not read for it: use `random`."
+            )
+        if strategy == "batch_rebalance":
+            return super()._get_train_sampler(train_dataset)
+        values = rows[known[0]] if hasattr(rows, "column_names") else [row[known[0]] for row in rows]
+        lengths = list(values) if known[0] == self.args.length_column_name else [len(tokens) for tokens in values]
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochLengthGroupedSampler(step, lengths, seed)
+
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """As in `Trainer`, but `--dataloader_drop_last` is for training: evaluation reads every row."""
+        wanted = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = wanted and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = wanted
+
+    def _get_eval_sampler(self, eval_dataset):
+        """Rows in their order: predictions are matched with them by position."""
+        ordered = self.args.world_size <= 1 and hasattr(eval_dataset, "__len__")
+        return torch.utils.data.SequentialSampler(eval_dataset) if ordered else None
+
+    def _rows_of_batch(self) -> list[int] | None:
+        """The row of each example of the present micro-batch; `None` for a stream, or an order that was not seeded."""
+        loader = self.callback_handler.train_dataloader
+        if loader is None or not hasattr(self.train_dataset, "__len__"):
+            return None
+        samplers = list(samplers_of(loader))
+        if isinstance(samplers[-1], RandomSampler) and not isinstance(samplers[-1], SeedableRandomSampler):
+            return None
+        number = round(self.state.epoch % 1 * len(loader)) + self._place[1]
+        return next(islice(samplers[0], number, None), None)
