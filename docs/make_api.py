@@ -25,6 +25,7 @@ MODULES = (
     "een_hf.evaluation",
     "een_hf.data",
     "een_hf.runs",
+    "een_hf.retrofitting",
     "een_hf.inference.onnx",
 )
 _SECTIONS = ("Args", "Returns", "Yields", "Raises", "References")

@@ -31,9 +31,11 @@ _LAZY = {
     "ExitRunner": ".inference",
     "JointExitTrainer": ".training",
     "MetaWeightedExitTrainer": ".training",
+    "RetrofitReport": ".retrofitting",
     "calibrate": ".calibration",
     "predict": ".inference",
     "register_scheme": ".training",
+    "retrofit": ".retrofitting",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "ExitRunner",
     "JointExitTrainer",
     "MetaWeightedExitTrainer",
+    "RetrofitReport",
     "calibrate",
     "predict",
     "register_architecture",
@@ -60,6 +63,7 @@ __all__ = [
     "register_exit_head",
     "register_pooling",
     "register_scheme",
+    "retrofit",
 ]
 
 

@@ -6,7 +6,6 @@ import os
 import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from transformers import EvalPrediction
 
 from ..errors import in_one_line
+from ..files import replacing
 from ..models.configuration_een import ExitConfigurationError
 from ..models.exit_losses import loss_matrix
 from ..models.policies import is_number
@@ -180,7 +180,7 @@ def write_exit_results(output_dir: str | os.PathLike, results: dict[str, Any]) -
     _check_schema(results)
     path = Path(output_dir) / RESULTS_NAME
     text = json.dumps(_strict({"schema_version": SCHEMA_VERSION, **results}), indent=2, allow_nan=False)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
@@ -280,7 +280,7 @@ def save_exit_logits(
         if array.dtype == object:
             arrays[name] = array.astype(str)
     path = Path(output_dir) / LOGITS_NAME
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
     return path
 
@@ -420,17 +420,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else math.copysign(sys.float_info.max, value)
     return value
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` once it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _number(value: float | None) -> str:

@@ -12,11 +12,12 @@ import sys
 import zlib
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -38,11 +39,14 @@ from transformers import (
     set_seed,
 )
 
-from een_hf.calibration import calibrate
+import een_hf
+from een_hf.calibration import CalibrationReport, calibrate
 from een_hf.commands import main, retrofit
 from een_hf.evaluation import ExitCosts, load_exit_logits
 from een_hf.inference import predict
-from een_hf.models import EarlyExitBertForSequenceClassification, EarlyExitViTForImageClassification
+from een_hf.models import EarlyExitBertForSequenceClassification, EarlyExitViTForImageClassification, ExitPolicy
+from een_hf.retrofitting import RetrofitReport
+from een_hf.retrofitting.heads import train_heads
 
 
 NUM_ROWS, NUM_LABELS, CHUNK = 200, 3, 32
@@ -397,7 +401,7 @@ def test_a_full_disk_says_so_and_keeps_the_finished_chunks(rows, size, kept, nam
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     line = ended.stderr.splitlines()[-1]
-    assert re.match(f"error: .*{named} could not be written .*: make room below --output_dir, .* goes on from", line)
+    assert re.match(f"error: .*{named} could not be written .*: make room below --output_dir, .* continues from", line)
     assert len(chunks(tmp_path / "full")) == kept and not list((tmp_path / "full").rglob(".*.tmp"))
     main(words)
     assert rows_read() == NUM_ROWS - min(kept * CHUNK, NUM_ROWS)
@@ -490,8 +494,8 @@ def test_a_step_of_the_exits_by_hand(sources, kind):
         name: before[name] * (1 - 0.01 * 0.1) - 0.1 * gradient / (gradient.abs() + 1e-8)
         for (name, _), gradient in zip(model.exit_heads.named_parameters(), gradients, strict=True)
     }
-    settings = argparse.Namespace(seed=0, head_learning_rate=0.1, train_batch_size=8, num_train_epochs=1)
-    retrofit.train_heads(model, features, teacher, settings)
+    settings = {"seed": 0, "head_learning_rate": 0.1, "train_batch_size": 8, "num_train_epochs": 1}
+    train_heads(model, features, teacher, **settings)
     for name, tensor in model.exit_heads.state_dict().items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-4, msg=name)
     assert not any(module.training for module in model.modules())
@@ -505,17 +509,47 @@ def test_exits_learn_what_the_model_answers(sources, tmp_path):
     assert agreement.min() > np.bincount(answers[:, -1]).max() / len(answers) + 0.05
 
 
-def record_of(**keys):
-    policy = {"guarantee": {"limit": 0.02, "confidence": 0.9}}
-    return {"policy": policy, "relative_cost": 0.4, "seconds": {"stock model": 3.0, "exits on": 2.0}, **keys}
+def report_of(policy=True, message="", seconds=None):
+    policy = ExitPolicy("confidence", [0.5, 0.5], guarantee={"limit": 0.02, "confidence": 0.9}) if policy else None
+    found = CalibrationReport(policy, relative_cost=0.4, score=0.9, exit_fractions=[0.5, 0.5], message=message)
+    return RetrofitReport(None, None, found, None, None, 1, [0], [], seconds or {})
 
 
 def test_the_summary():
     """Fails if agreement, confidence or a ratio is printed upside down."""
     start = "Agrees with your model on at least 98 % (90 % sure); 2.50 x less compute"
-    assert retrofit.summary(record_of()) == start + ", 1.50 x less time here"
-    assert retrofit.summary(record_of(seconds={})) == start
-    assert "too many" in retrofit.summary(record_of(policy=None, message="too many errors"))
+    assert report_of(seconds={"stock model": 3.0, "exits on": 2.0}).summary == start + ", 1.50 x less time here"
+    assert report_of().summary == start
+    assert "too many" in report_of(policy=False, message="too many errors").summary
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_python_does_what_the_command_does(kind, sources, tmp_path):
+    """Fails if the function, given the rows themselves and the command's flags as keywords, makes another model."""
+    folder, _, path = sources[kind]
+    main(words_of(sources[kind], tmp_path / "command", num_train_epochs=3))
+    if kind == "bert":
+        rows = Path(path).read_text().splitlines()[1:]
+    else:
+        images = {"image": sorted(map(str, Path(path).glob("*.png"))), "label": [0] * NUM_ROWS}
+        rows = Dataset.from_dict(images).cast_column("image", datasets.Image())
+    settings = {"max_risk": 0.3, "num_train_epochs": 3, "chunk_size": CHUNK, "batch_size": 8, "speed_samples": 0}
+    report = een_hf.retrofit(folder, rows, output_dir=tmp_path / "python", **settings)
+    assert weights(tmp_path / "python") == weights(tmp_path / "command")
+    configs = [(tmp_path / name / "config.json").read_text() for name in ("python", "command")]
+    assert configs[0] == configs[1]
+    record = json.loads((tmp_path / "command" / "retrofit.json").read_text())
+    assert report.relative_cost == record["relative_cost"] and report.message == record["message"]
+    assert (report.policy and report.policy.to_dict()) == record["policy"]
+
+
+def test_python_refuses_rows_of_two_sources(sources, tmp_path):
+    """Fails if one of two sources is taken without a message, or a folder is made for nothing."""
+    folder, flag, path = sources["bert"]
+    for rows, source in ((["a text"], {"train_file": path}), (None, {})):
+        with pytest.raises(een_hf.ExitConfigurationError, match="Give the rows"):
+            een_hf.retrofit(folder, rows, output_dir=tmp_path / "out", **source)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_risk_that_is_not_met_says_so(sources, tmp_path, capsys):

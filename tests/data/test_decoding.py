@@ -1,6 +1,7 @@
 """Every way from an image file to pixels gives the same pixels: those of a plain conversion, upright, in 8 bits."""
 
 import base64
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -10,7 +11,6 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from een_hf.commands.retrofit import ImageRows as RetrofitRows
 from een_hf.data import DataError, load_partition
 from een_hf.data.decoding import standard_image
 from een_hf.data.image_arguments import ImageDataArguments
@@ -20,6 +20,8 @@ from een_hf.data.transforms import EvaluationTransform
 from een_hf.hub import write_examples
 from een_hf.inference.pipelines import EarlyExitImageClassificationPipeline
 from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
+from een_hf.retrofitting import RetrofitArguments
+from een_hf.retrofitting.rows import UnlabelledImages
 
 
 RNG = np.random.default_rng(0)
@@ -106,9 +108,10 @@ def held_or_streamed(streaming, split="train"):
 
 def retrofit(folder, names, model, tmp_path):
     processor().save_pretrained(tmp_path / "model")
-    args = SimpleNamespace(train_dir=str(folder), model=tmp_path / "model", max_train_samples=None, skip_corrupt=False)
-    rows = RetrofitRows(args, model.config)
-    return {path.parent.name: rows[number]["pixel_values"] for number, path in enumerate(rows.paths)}
+    args = RetrofitArguments(tmp_path / "model", train_dir=str(folder), output_dir=tmp_path / "cheaper")
+    rows = UnlabelledImages(args, model.config)
+    paths = [Path(image["path"]) for image in rows.images["image"]]
+    return {path.parent.name: rows[number]["pixel_values"] for number, path in enumerate(paths)}
 
 
 def parts(format):

@@ -1,0 +1,41 @@
+"""Files that are written whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import is_full_disk
+from .models import ExitConfigurationError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` once it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(path: Path, remedy: str) -> Iterator[None]:
+    """While a file is written: name it where the disk is too full.
+
+    Args:
+        path: of the file.
+        remedy: what the message says after the name and the cause.
+
+    Raises:
+        ExitConfigurationError: the disk is too full. Other errors pass.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_full_disk(error):
+            raise
+        raise ExitConfigurationError(f"{path} could not be written ({error}): {remedy}") from error

@@ -1,0 +1,136 @@
+"""What a retrofit is asked for: the flags of `een-hf retrofit` and keywords of `een_hf.retrofit`."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..data.label_values import SINGLE_LABEL
+from ..data.task import DataError
+from ..errors import refuse_nan
+from ..models import ExitConfigurationError
+from ..models.exits import find_exit_head, find_pooling
+from ..models.policies import find_criterion, get_criterion
+from ..training.arguments import CalibrationArguments, CostUnit
+
+
+RECORD_FILE, FEATURES_FOLDER = "retrofit.json", "features"
+
+
+@dataclass
+class RetrofitArguments:
+    """What a retrofit is asked for; every value has the flag of the same name.
+
+    Args:
+        model: folder or Hub name of a fine-tuned classifier.
+        train_file: texts, as csv, json, jsonl or parquet.
+        train_dir: folder of image files, sub-folders included.
+        skip_corrupt: leave out images that cannot be decoded.
+        text_column_names: one text column, or two for pairs; by default the only one.
+        skip_empty: leave out rows without text.
+        tokenizer_name: folder or Hub name; by default the model's own.
+        max_seq_length: texts are cut to so many tokens.
+        max_train_samples: take only the first N rows.
+        max_risk: share of answers that may differ from the model's.
+        risk: `consistency`, which needs no labels.
+        risk_confidence: with which `max_risk` holds.
+        exit_criterion: name of a criterion, or `package.module:Class`.
+        calibration_share: share of the rows that certify instead of training exits; by default a third, or what the
+            risk needs.
+        cost: of an exit: `operations`, or `latency`, measured here.
+        latency_batch_size: rows that run together where a latency is measured.
+        exit_layers: 1-based layers with an exit; by default every layer.
+        exit_pooling: what an exit reads; by default `mean` (text) or `cls_mean` (images).
+        exit_head: by default the architecture's.
+        num_train_epochs: of the exits.
+        head_learning_rate: of AdamW, by a cosine to zero.
+        train_batch_size: rows per step of the exits.
+        output_dir: folder of the cheaper model.
+        batch_size: rows per pass of the model.
+        no_cuda_graphs: on CUDA, time without captured programs.
+        chunk_size: rows per file of features.
+        feature_dtype: of the features on disk, `float32` or `float16`.
+        speed_samples: rows that are timed, 0 for none.
+        seed: of the exits and of the rows that certify.
+
+    Raises:
+        ExitConfigurationError: a value out of range, or a folder that holds something else.
+    """
+
+    model: str
+    train_file: str | None = None
+    train_dir: str | None = None
+    skip_corrupt: bool = False
+    text_column_names: list[str] | None = None
+    skip_empty: bool = False
+    tokenizer_name: str | None = None
+    max_seq_length: int = 128
+    max_train_samples: int | None = None
+    max_risk: float = 0.02
+    risk: str = "consistency"
+    risk_confidence: float = 0.9
+    exit_criterion: str = "confidence"
+    calibration_share: float | None = None
+    cost: str = CostUnit.OPERATIONS.value
+    latency_batch_size: int = 1
+    exit_layers: list[int] | None = None
+    exit_pooling: str | None = None
+    exit_head: str | None = None
+    num_train_epochs: int = 20
+    head_learning_rate: float = 1e-3
+    train_batch_size: int = 32
+    output_dir: str | None = None
+    batch_size: int = 32
+    no_cuda_graphs: bool = False
+    chunk_size: int = 512
+    feature_dtype: str = "float32"
+    speed_samples: int = 256
+    seed: int = 42
+
+    def __post_init__(self):
+        refuse_nan(asdict(self))
+        if self.output_dir is None:
+            raise ExitConfigurationError("Name the folder of the cheaper model: --output_dir.")
+        self.model, self.output_dir = os.fspath(self.model), os.fspath(self.output_dir)
+        if self.skip_corrupt and self.train_file is not None:
+            raise DataError("--skip_corrupt leaves out images: it belongs to --train_dir.")
+        if self.skip_empty and self.train_dir is not None:
+            raise DataError("--skip_empty leaves out texts: it belongs to --train_file.")
+        CalibrationArguments(
+            max_risk=self.max_risk,
+            risk=self.risk,
+            risk_confidence=self.risk_confidence,
+            cost=self.cost,
+            latency_batch_size=self.latency_batch_size,
+        )
+        self.exit_criterion = find_criterion(self.exit_criterion)
+        get_criterion(self.exit_criterion).check(SINGLE_LABEL)
+        self.exit_pooling = self.exit_pooling and find_pooling(self.exit_pooling)
+        self.exit_head = self.exit_head and find_exit_head(self.exit_head)
+        for name in ("batch_size", "chunk_size", "num_train_epochs", "train_batch_size", "max_train_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ExitConfigurationError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        if self.speed_samples < 0:
+            raise ExitConfigurationError(f"--speed_samples must be 0 or more, not {self.speed_samples}.")
+        if self.head_learning_rate <= 0:
+            raise ExitConfigurationError(f"--head_learning_rate must be above 0, not {self.head_learning_rate}.")
+        if self.calibration_share is not None and not 0 < self.calibration_share < 1:
+            raise ExitConfigurationError(
+                f"--calibration_share must lie between 0 and 1, not {self.calibration_share}."
+            )
+        if self.feature_dtype not in ("float32", "float16"):
+            raise ExitConfigurationError(f"--feature_dtype must be float32 or float16, not {self.feature_dtype!r}.")
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Refuse an output folder that is the model's own, or that holds something else."""
+        folder = self.folder
+        if folder.exists() and os.path.isdir(self.model) and folder.samefile(self.model):
+            raise ExitConfigurationError(f"--output_dir {folder} is the model's own folder: give another.")
+        ours = (folder / RECORD_FILE).exists() or (folder / FEATURES_FOLDER).is_dir()
+        if (folder / "config.json").exists() and not ours:
+            raise ExitConfigurationError(f"--output_dir {folder} holds a model of something else: give another.")
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.output_dir)

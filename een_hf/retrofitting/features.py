@@ -1,0 +1,123 @@
+"""What the exits read of every row and what the model answers: one pass of the model, kept in chunks on disk."""
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..files import replacing, room_for
+from ..models import EarlyExitMixin, ExitConfigurationError
+from .arguments import FEATURES_FOLDER
+from .rows import RetrofitRows
+
+
+ROOM = "make room below --output_dir, then give the same command again. It continues from the features that are there."
+
+
+def compute_features(
+    model: EarlyExitMixin,
+    rows: RetrofitRows,
+    output_dir: Path,
+    *,
+    batch_size: int = 32,
+    chunk_size: int = 512,
+    feature_dtype: str = "float32",
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the exits read of every row, and what the model answers.
+
+    A chunk that is on disk, of the same model and rows, is not computed again.
+
+    Args:
+        model: in eval mode.
+        rows: unlabelled.
+        output_dir: the chunks are kept in a folder below it.
+        batch_size: rows per pass of the model.
+        chunk_size: rows per file.
+        feature_dtype: of the features, `float32` or `float16`.
+
+    Returns:
+        features (num_rows, num_exits - 1, width) in `feature_dtype`, and the last exit's logits (num_rows,
+        num_labels), float32.
+
+    Raises:
+        ExitConfigurationError: a full disk, or answers or features that are not finite.
+    """
+    folder = output_dir / FEATURES_FOLDER / _fingerprint(model, rows, chunk_size, feature_dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (len(rows), model.num_exits - 1, model.exit_head_modules(0)[0].width)
+    features = np.empty(shape, dtype=feature_dtype)
+    logits = np.empty((len(rows), model.config.num_labels), dtype=np.float32)
+    with tqdm(total=len(rows), unit="row", desc="Reading rows") as bar:
+        for number, start in enumerate(range(0, len(rows), chunk_size)):
+            chunk = range(start, min(start + chunk_size, len(rows)))
+            path = folder / f"chunk-{number:05d}.npz"
+            found = _read_chunk(path, (len(chunk), *shape[1:]), feature_dtype)
+            if found is None:
+                found = _compute_chunk(model, rows, chunk, batch_size, feature_dtype)
+                _check_finite(*found, start, model.config.name_or_path)
+                with room_for(path, ROOM), replacing(path) as temporary, temporary.open("wb") as file:
+                    np.savez(file, features=found[0], logits=found[1])
+                    file.flush()
+                    os.fsync(file.fileno())
+            features[start : chunk.stop], logits[start : chunk.stop] = found
+            bar.update(len(chunk))
+    return features, logits
+
+
+def _fingerprint(model: EarlyExitMixin, rows: RetrofitRows, chunk_size: int, feature_dtype: str) -> str:
+    """A name for these features: it changes with the model, the rows and what is computed of them."""
+    config, digest = model.config, hashlib.sha256()
+    settings = [config.exit_layers, config.exit_pooling, config.last_exit_pooling, str(model.dtype)]
+    settings += [chunk_size, feature_dtype, len(rows)]
+    digest.update(json.dumps(settings).encode())
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("exit_heads."):
+            digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for part in rows.fingerprint():
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
+def _check_finite(features: np.ndarray, logits: np.ndarray, start: int, name: str) -> None:
+    """Refuse answers that exits cannot learn, and features that the precision on disk does not hold."""
+    for values, cause in (
+        (logits, f"MODEL {name} answers with NaN or infinity: its weights, or their precision, do not do for"),
+        (features, f"--feature_dtype {features.dtype} does not hold what exits read: give float32 for"),
+    ):
+        broken = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+        if len(broken):
+            raise ExitConfigurationError(f"{cause} row {start + broken[0]} (counted from 0).")
+
+
+def _read_chunk(path: Path, shape: tuple, dtype: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Features and logits of a chunk; `None` where its file is missing or not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            features, logits = file["features"], file["logits"]
+    except Exception:  # a damaged archive raises nearly anything
+        return None
+    return (features, logits) if features.shape == shape and features.dtype == dtype else None
+
+
+@torch.inference_mode()
+def _compute_chunk(
+    model: EarlyExitMixin, rows: RetrofitRows, chunk: range, batch_size: int, feature_dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features (rows, num_exits - 1, width) and logits (rows, num_labels) of some rows."""
+    order, features, logits = rows.by_length(chunk), [], []
+    for start in range(0, len(order), batch_size):
+        examples = model.embed(**rows.batch(model, order[start : start + batch_size])).unpadded()
+        context, read = model.make_context(examples), []
+        for index in range(model.num_exits - 1):
+            hidden, _ = model.run_stage(index, examples, context)
+            examples = replace(examples, hidden=hidden)
+            read.append(model.exit_head_modules(index)[0].pool(hidden, examples.attention_mask))
+        logits.append(model.run_stage(model.num_exits - 1, examples, context)[1].float().cpu())
+        features.append(torch.stack(read, 1).float().cpu())
+    back = np.argsort(order)
+    return torch.cat(features).to(getattr(torch, feature_dtype)).numpy()[back], torch.cat(logits).numpy()[back]
