@@ -1,5 +1,6 @@
 """What every benchmark shares: models, machine, and results as JSON beside the script."""
 
+import base64
 import json
 import os
 import platform
@@ -96,6 +97,16 @@ def exit_in_shares(model, inputs: dict, shares: list[float], criterion: str = "c
     exits = model(**inputs).exit_index.cpu().numpy()
     depth = np.array(model.config.exit_layers)[exits]
     return np.array([(depth > layer).mean() for layer in range(len(model.backbone_layers))])
+
+
+def pack_bits(bits: np.ndarray) -> str:
+    """Booleans as text: eight to a byte, base 64."""
+    return base64.b64encode(np.packbits(bits)).decode()
+
+
+def unpack_bits(text: str, count: int) -> np.ndarray:
+    """The `count` booleans that `pack_bits` made text of."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count).astype(bool)
 
 
 def ratio(seconds: dict, numerator: str, denominator: str) -> float:
