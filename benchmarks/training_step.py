@@ -53,6 +53,8 @@ SCHEMES = {
     "boosted": {},
     "l2w, interval 1": {"meta_interval": 1},
     "l2w, interval 10": {"meta_interval": 10},
+    "l2w, interval 1, graphs": {"meta_interval": 1, "meta_cuda_graphs": True},
+    "l2w, interval 10, graphs": {"meta_interval": 10, "meta_cuda_graphs": True},
     "l2w, interval 1, exact": {"meta_interval": 1, "meta_gradient": "exact"},
 }
 

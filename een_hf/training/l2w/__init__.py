@@ -3,7 +3,7 @@
 - `arguments`: its flags.
 - `network`: the weight prediction network W.
 - `look_ahead`: the meta gradient, by way of `step` (the optimizer's step), `charging` (which samples count at
-  which exit), `forward_mode`, `token_table`, `scopes` and `devices`.
+  which exit), `forward_mode`, `programs` (CUDA graphs), `token_table`, `scopes` and `devices`.
 - `trainer`: the scheme.
 - `report`: what W has learned, for the log and as a heat map.
 """

@@ -35,6 +35,11 @@ class MetaWeightedArguments:
         "in float32), `exact` (double backward in float32, the slow reference) or `auto`: `forward` on accelerators, "
         "`directional` on the CPU",
     )
+    meta_cuda_graphs: bool = _setting(
+        False,
+        "run `forward` look-aheads on shapes of batches that repeat as CUDA graphs, which take memory of their own; "
+        "needs --optim adamw_torch_fused",
+    )
 
     def __post_init__(self):
         def check(name: str, holds: bool, wanted: str):

@@ -28,8 +28,8 @@ def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if on else None
 
 
-def _linear(input, weight, bias=None):
-    x, dx, w, dw, b, db = _cast((*_pair(input), *_pair(weight), *_pair(bias)), _autocast_dtype(input))
+def _linear(x, dx, weight, bias=None):
+    w, dw, b, db = _cast((*_pair(weight), *_pair(bias)), x.dtype)
     value = F.linear(x, w, b)
     if dw is None:
         derivative = None if dx is None else F.linear(dx, w)
@@ -38,8 +38,7 @@ def _linear(input, weight, bias=None):
     else:
         derivative = F.linear(x, dw, db)
         if dx is not None:
-            flat = derivative.reshape(-1, derivative.shape[-1])
-            derivative = torch.addmm(flat, dx.reshape(-1, dx.shape[-1]), w.t()).view_as(derivative)
+            derivative.view(-1, derivative.shape[-1]).addmm_(dx.reshape(-1, dx.shape[-1]), w.t())
     return value, derivative
 
 
@@ -112,7 +111,6 @@ def _attention_in(dtype, query, key, value, attn_mask, dropout_p, scale):
 
 
 _RULES = {
-    F.linear: _linear,
     F.layer_norm: _layer_norm,
     F.scaled_dot_product_attention: _attention,
 }
@@ -124,11 +122,25 @@ class FewKernels(TorchFunctionMode):
     Attention draws the dropout masks of torch's own `SDPBackend.MATH`. All else is torch's.
     """
 
+    def __init__(self):
+        super().__init__()
+        self._read, self._version, self._cast = None, 0, (None, None)
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        rule = _RULES.get(function)
-        pair = None if rule is None else rule(*args, **kwargs)
-        if pair is None:
-            return function(*args, **kwargs)
-        value, derivative = pair
+        if function is F.linear:
+            value, derivative = self._linear(*args, **kwargs)
+        else:
+            rule = _RULES.get(function)
+            pair = None if rule is None else rule(*args, **kwargs)
+            if pair is None:
+                return function(*args, **kwargs)
+            value, derivative = pair
         return value if derivative is None else forward_ad.make_dual(value, derivative)
+
+    def _linear(self, input, weight, bias=None):
+        # Queries, keys and values read the same: it is cast once.
+        if self._read is not input or self._version != input._version:
+            self._read, self._version = input, input._version
+            self._cast = _cast(_pair(input), _autocast_dtype(input))
+        return _linear(*self._cast, weight, bias)

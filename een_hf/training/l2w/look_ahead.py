@@ -1,7 +1,10 @@
 """The gradient of the meta loss in the weights of samples, one optimizer step ahead."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +18,8 @@ from torch.nn.utils import get_total_norm
 from ...models.exit_losses import reduce_losses
 from .charging import ExitForward, charged_shares
 from .forward_mode import FewKernels
-from .scopes import float32_precision, random_fork, random_state, stand_ins
+from .programs import Programs
+from .scopes import float32_precision, random_fork, random_state, replaced, stand_ins
 from .step import linear_step
 
 
@@ -51,6 +55,41 @@ def _lay_out(gradients: list[torch.Tensor], parameters: list[nn.Parameter]) -> N
         taken.add(storage)
 
 
+def _as_their_parameters(gradients: Iterable[torch.Tensor], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """`gradients`, those of another type than their parameter all at once in its type."""
+    gradients = list(gradients)
+    places = [n for n, parameter in enumerate(parameters) if gradients[n].dtype != parameter.dtype]
+    if places:
+        copies = [torch.empty_like(parameters[n]) for n in places]
+        torch._foreach_copy_(copies, [gradients[n] for n in places])
+        for n, copy in zip(places, copies, strict=True):
+            gradients[n] = copy
+    return gradients
+
+
+@dataclass
+class OneStepAhead:
+    """What the passes of a look-ahead have found.
+
+    Args:
+        losses: l of the train half, (n, K).
+        exit_logits: of the train half, (n, K, num_labels).
+        parameters: those that the step moves, by name.
+        direction: u without c, one tensor per parameter; `None`: the meta loss depends on none of them.
+        clip: c.
+        meta_loss: L_meta.
+        derivative: <grad l, u>, (n, K), where it is known already.
+    """
+
+    losses: torch.Tensor
+    exit_logits: torch.Tensor
+    parameters: dict[str, nn.Parameter]
+    direction: list[torch.Tensor] | None
+    clip: torch.Tensor | float
+    meta_loss: torch.Tensor | None = None
+    derivative: torch.Tensor | None = None
+
+
 class LookAhead:
     """How the meta loss changes with the weights of samples, if the optimizer's next step used them.
 
@@ -61,6 +100,7 @@ class LookAhead:
     def __init__(self, trainer: "MetaWeightedExitTrainer"):
         self.trainer = trainer
         self.share_offset = 0.0  # u of `charged_shares`, drawn at each look-ahead
+        self.programs = Programs(self) if trainer.scheme_args.meta_cuda_graphs else None
 
     def gradient(self, train: dict, meta: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Look one step ahead on the train half, and judge the step on the meta half.
@@ -68,13 +108,13 @@ class LookAhead:
         Returns:
             w of the train half, (n, K), with its graph through W; dL_meta/dw, (n, K); L_meta.
         """
-        forward = self.method() == "forward"
+        method = self.method()
         # The rounding of TF32 would drown a change of 1e-6 in a parameter.
-        with float32_precision(None if forward else "ieee"):
-            if self.method() == "exact":
+        with float32_precision(None if method == "forward" else "ieee"):
+            if method == "exact":
                 with sdpa_kernel(SDPBackend.MATH):
                     return self._exact_gradient(train, meta)
-            return self._estimated_gradient(train, meta, forward)
+            return self._estimated_gradient(train, meta, forward=method == "forward")
 
     def method(self) -> str:
         """`--meta_gradient`, with what `auto` means here."""
@@ -85,36 +125,64 @@ class LookAhead:
         return method
 
     def _estimated_gradient(self, train, meta, forward: bool):
+        program = self.programs and self.programs.find(train, meta)
+        found = program and program.run(train, meta)
+        if found is None:
+            masks = random_state(self.trainer.args.device)
+            found = self.look(train, meta, masks=None if forward else masks)
+            if forward and found.direction is not None:
+                with random_fork(self.trainer.args.device, masks):
+                    found.derivative = self.forward_derivative(train, found.parameters, found.direction)
+        weights = self._weights_of(found)
+        if found.derivative is None:
+            return weights, torch.zeros_like(weights), found.meta_loss.detach()
+        derivative, scaler = found.derivative, self._scaler()
+        if scaler is not None:
+            derivative = derivative / scaler.scale(torch.ones_like(found.meta_loss))
+        gradient = found.clip * self.trainer.exit_loss_weights.to(weights) * derivative / -len(derivative)
+        # In half precision a gradient may overflow; then the step itself is left out too.
+        gradient = torch.where(gradient.isfinite().all(), gradient, 0)
+        return weights, gradient, found.meta_loss.detach()
+
+    def look(self, train: dict, meta: dict, masks: list | None = None, rates: list | None = None) -> OneStepAhead:
+        """Both passes with gradients: through theta on the train half, through theta' on the meta half.
+
+        Args:
+            train: half a.
+            meta: half b.
+            masks: random state of the train pass; with it, the derivative along u by central differences.
+            rates: learning rates of the optimizer's groups, for those that it holds.
+        """
         # At the peak two sets of tensors stand beside the gradient that joint training has too: `ahead`, `direction`.
-        device, masks = self.trainer.args.device, random_state(self.trainer.args.device)
-        scaler = self.trainer.accelerator.scaler if forward else None
-        attention = nullcontext()
-        if forward and self._drops_attention():
+        attention, scaler = nullcontext(), self._scaler()
+        if masks is None and self._drops_attention():
             attention = sdpa_kernel(SDPBackend.MATH)  # other kernels draw other masks than the derivative will
         with attention:
-            weights, _, named, direction, clip = self.train_pass(train, scaler=scaler)
-        parameters = list(named.values())
+            found, _ = self.train_pass(train)
+        parameters, direction = list(found.parameters.values()), found.direction
         _lay_out(direction, parameters)
         with stand_ins(parameters) as (values, ahead):
             # u = c P grad L_meta; c comes last. Where g is exactly zero, half a does not use the parameter, and what u
             # is there changes nothing, except that it would take its part of ||u||.
-            linear_step(self.trainer.optimizer, parameters, values, direction, ahead, clip)
-            meta_loss = self.meta_loss(meta)
-            if not meta_loss.requires_grad:  # all are charged at an exit that is frozen
-                return weights, torch.zeros_like(weights), meta_loss
-            scaled = meta_loss if scaler is None else scaler.scale(meta_loss)
-            torch._foreach_mul_(direction, torch.autograd.grad(scaled, parameters, materialize_grads=True))
-            if not forward:
-                derivative = self.central_differences(train, values, direction, ahead, masks)
-        if forward:
-            with random_fork(device, masks):
-                derivative = self.forward_derivative(train, named, direction)
-        if scaler is not None:
-            derivative = derivative / scaler.scale(torch.ones_like(meta_loss))
-        gradient = clip * self.trainer.exit_loss_weights.to(weights) * derivative / -len(derivative)
-        # In half precision a gradient may overflow; then the step itself is left out too.
-        gradient = torch.where(gradient.isfinite().all(), gradient, 0)
-        return weights, gradient, meta_loss.detach()
+            linear_step(self.trainer.optimizer, parameters, values, direction, ahead, found.clip, rates)
+            with self._leaves(parameters) as leaves:
+                found.meta_loss = self.meta_loss(meta)
+                if not found.meta_loss.requires_grad:  # all are charged at an exit that is frozen
+                    found.direction = None
+                    return found
+                scaled = found.meta_loss if scaler is None else scaler.scale(found.meta_loss)
+                slopes = torch.autograd.grad(scaled, leaves, materialize_grads=True)
+            torch._foreach_mul_(direction, _as_their_parameters(slopes, parameters))
+            if masks is not None:
+                found.derivative = self.central_differences(train, values, direction, ahead, masks)
+        return found
+
+    def _scaler(self):
+        return self.trainer.accelerator.scaler if self.method() == "forward" else None
+
+    def _weights_of(self, found: OneStepAhead) -> torch.Tensor:
+        """w, with its graph through W."""
+        return self.trainer.weight_network(found.losses.detach(), found.exit_logits.detach())
 
     def _drops_attention(self) -> bool:
         """Whether attention may drop weights; `True` where the config does not say."""
@@ -143,8 +211,9 @@ class LookAhead:
         size = sum(part.numel() for part in direction)
         scale = get_total_norm(direction).clamp(min=torch.finfo(torch.float32).tiny) * (32 / size**0.5)
         torch._foreach_div_(direction, scale)
-        values = self._cast_of_linear(named.values(), [parameter.detach() for parameter in named.values()])
-        direction = self._cast_of_linear(named.values(), direction)
+        parameters = list(named.values())
+        values = self._cast_of_linear(parameters, [parameter.detach() for parameter in parameters])
+        direction = self._cast_of_linear(parameters, direction)
         # In half precision attention alone multiplies in float32.
         half = any(value.dtype in (torch.float16, torch.bfloat16) for value in values)
         precision = float32_precision("tf32" if half else None)
@@ -156,6 +225,15 @@ class LookAhead:
             tangent = forward_ad.unpack_dual(self._losses(train, pairs)[0]).tangent
             return tangent * scale
 
+    @contextmanager
+    def _leaves(self, parameters: list[nn.Parameter]):
+        """What the network uses in the place of `parameters`: those of linear layers are cast once for a pass."""
+        cast = self._cast_of_linear(parameters, [parameter.detach() for parameter in parameters])
+        pairs = list(zip(parameters, cast, strict=True))
+        leaves = [p if tensor.dtype == p.dtype else tensor.requires_grad_() for p, tensor in pairs]
+        with replaced(self.trainer.model, {id(p): leaf for p, leaf in zip(parameters, leaves, strict=True)}):
+            yield leaves
+
     def _cast_of_linear(self, parameters, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """`tensors`, those of linear layers all at once in the type to which autocast would cast each."""
         with self._precision():
@@ -163,9 +241,10 @@ class LookAhead:
             if not torch.is_autocast_enabled(kind):
                 return tensors
             dtype = torch.get_autocast_dtype(kind)
-        linear = [module for module in self.trainer.model.modules() if type(module) is nn.Linear]
-        linear = {id(parameter) for module in linear for parameter in module.parameters()}
-        places = [n for n, parameter in enumerate(parameters) if id(parameter) in linear]
+        modules = list(self.trainer.model.modules())
+        users = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
+        linear = {id(part) for module in modules if type(module) is nn.Linear for part in module._parameters.values()}
+        places = [n for n, part in enumerate(parameters) if id(part) in linear and users[id(part)] == 1]
         cast = [torch.empty_like(tensors[n], dtype=dtype) for n in places]
         if places:
             torch._foreach_copy_(cast, [tensors[n] for n in places])
@@ -173,34 +252,39 @@ class LookAhead:
         return [of_place.get(n, tensor) for n, tensor in enumerate(tensors)]
 
     def _exact_gradient(self, train, meta):
-        weights, leaf, parameters, gradients, clip = self.train_pass(train, create_graph=True)
+        found, leaf = self.train_pass(train, create_graph=True)
+        parameters, gradients = found.parameters, found.direction
         constants = [part.detach() for part in gradients]
         slopes = [part.clone() for part in constants]
         values = [parameter.detach() for parameter in parameters.values()]
         ahead = [torch.empty_like(value) for value in values]
-        linear_step(self.trainer.optimizer, list(parameters.values()), values, slopes, ahead, clip)
+        linear_step(self.trainer.optimizer, list(parameters.values()), values, slopes, ahead, found.clip)
         # The value is theta', the derivative -c P.
         moved = {
-            f"network.{name}": value - slope * clip * (part - constant)
+            f"network.{name}": value - slope * found.clip * (part - constant)
             for name, value, slope, part, constant in zip(parameters, ahead, slopes, gradients, constants, strict=True)
         }
-        meta_loss = self.meta_loss(meta, moved)
+        meta_loss, weights = self.meta_loss(meta, moved), self._weights_of(found)
         if not meta_loss.requires_grad:
             return weights, torch.zeros_like(weights), meta_loss
         return weights, torch.autograd.grad(meta_loss, leaf, materialize_grads=True)[0], meta_loss.detach()
 
-    def train_pass(self, train: dict, create_graph: bool = False, scaler=None):
-        """w with its graph through W; w as a leaf; by name the parameters that will step; their gradients; c."""
-        losses, exit_logits = self._losses(train)
-        weights = self.trainer.weight_network(losses.detach(), exit_logits.detach())
-        leaf = weights.detach().requires_grad_(create_graph)
-        loss = reduce_losses(losses, self.trainer.exit_loss_weights.to(losses) * leaf)
-        loss = loss if scaler is None else scaler.scale(loss)
-        named = self.trainer.model.named_parameters()
+    def train_pass(self, train: dict, create_graph: bool = False) -> tuple[OneStepAhead, torch.Tensor]:
+        """l and g of the train half, g in the place of the direction; and w as a leaf."""
+        scaler, named = self._scaler(), self.trainer.model.named_parameters()
         trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
-        gradients = torch.autograd.grad(loss, trainable.values(), create_graph=create_graph, allow_unused=True)
+        with self._leaves(list(trainable.values())) as leaves:
+            losses, exit_logits = self._losses(train)
+            with torch.no_grad():
+                leaf = self.trainer.weight_network(losses.detach(), exit_logits.detach())
+            leaf.requires_grad_(create_graph)
+            loss = reduce_losses(losses, self.trainer.exit_loss_weights.to(losses) * leaf)
+            loss = loss if scaler is None else scaler.scale(loss)
+            gradients = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
         # A parameter without gradient is left alone by the optimizer, decay included.
         reached = {name: part for name, part in zip(trainable, gradients, strict=True) if part is not None}
+        parts = _as_their_parameters(reached.values(), [trainable[name] for name in reached])
+        reached = dict(zip(reached, parts, strict=True))
         if scaler is not None:
             torch._foreach_div_(list(reached.values()), scaler.scale(torch.ones_like(loss)))
         clip, limit = 1.0, self.trainer.args.max_grad_norm
@@ -210,7 +294,8 @@ class LookAhead:
         # An optimizer of one's own may hold some of the parameters only. The norm is of all.
         held = {id(parameter) for group in self.trainer.optimizer.param_groups for parameter in group["params"]}
         stepped = {name: trainable[name] for name in reached if id(trainable[name]) in held}
-        return weights, leaf, stepped, [reached[name] for name in stepped], clip
+        direction = [reached[name] for name in stepped]
+        return OneStepAhead(losses, exit_logits, stepped, direction, clip), leaf
 
     @contextmanager
     def _precision(self):
@@ -237,8 +322,15 @@ class LookAhead:
         return self.trainer.losses_of(exit_logits, inputs["labels"]), exit_logits
 
     def meta_loss(self, inputs: dict, parameters: dict | None = None) -> torch.Tensor:
-        labels, args = inputs["labels"], self.trainer.scheme_args
-        shares = charged_shares(len(labels), self.trainer.model.num_exits, args.meta_target_p, self.share_offset)
+        labels = inputs["labels"]
+        shares = self.shares(len(labels))
         logits, ids = self.outputs(inputs, parameters, shares)
         losses = self.trainer.losses_of(logits.unsqueeze(1), labels[ids]).squeeze(1)
         return torch.stack([part.mean() for part in losses.split(shares) if len(part)]).sum()
+
+    def shares(self, num_samples: int) -> list[int]:
+        """How many of so many samples are charged at each exit, in this look-ahead."""
+        trainer = self.trainer
+        return charged_shares(
+            num_samples, trainer.model.num_exits, trainer.scheme_args.meta_target_p, self.share_offset
+        )

@@ -23,6 +23,24 @@ def stand_ins(parameters: list[nn.Parameter]):
 
 
 @contextmanager
+def replaced(network: nn.Module, tensors: dict[int, torch.Tensor]):
+    """Let modules use other tensors in the place of parameters, by their id; no parameter changes."""
+    places = []
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            stand_in = tensors.get(id(parameter), parameter)
+            if stand_in is not parameter:
+                places.append((module._parameters, name, parameter, stand_in))
+    try:
+        for parameters, name, _, stand_in in places:
+            parameters[name] = stand_in
+        yield
+    finally:
+        for parameters, name, parameter, _ in places:
+            parameters[name] = parameter
+
+
+@contextmanager
 def restored(tensors: list[torch.Tensor]):
     """Give copies of `tensors`, and put them back at the end, whatever happened."""
     saved = [tensor.detach().clone() for tensor in tensors]

@@ -18,6 +18,7 @@ def linear_step(
     gradients: list[torch.Tensor],
     ahead: list[torch.Tensor],
     clip: torch.Tensor | float = 1.0,
+    rates: list[torch.Tensor] | None = None,
 ) -> None:
     """Make the step that AdamW or SGD would make, without touching its state.
 
@@ -29,9 +30,11 @@ def linear_step(
             gradient g. P is 0 where g is exactly 0: a word row that no batch has had yet has AdamW's P at 1/eps.
         ahead: takes theta'.
         clip: g is this times `gradients`.
+        rates: learning rate of each group; default: as the optimizer has it.
     """
     places = {id(parameter): place for place, parameter in enumerate(parameters)}
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
+        group = group if rates is None else {**group, "lr": rates[number]}
         chosen = [places[id(parameter)] for parameter in group["params"] if id(parameter) in places]
         rows = [(optimizer.state.get(parameters[n], {}), values[n], gradients[n], ahead[n]) for n in chosen]
         for piece in _pieces(rows):
@@ -123,7 +126,7 @@ def _fused_adamw_step(group, states, values, gradients, ahead) -> None:
             fused=True,
             amsgrad=False,
             maximize=False,
-            lr=float(group["lr"]),
+            lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],

@@ -7,6 +7,7 @@ optimizer's step moves theta per unit of g.
 
 import math
 import os
+from contextlib import nullcontext
 
 import torch
 from transformers import get_scheduler
@@ -181,7 +182,8 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     def meta_step(self, inputs: dict) -> None:
         """Update W on both orders of the halves of `inputs`."""
         halves, device = halve(inputs), self.args.device
-        tokens = used_tokens(inputs, self.model, self.optimizer)
+        whole = self.look_ahead.programs is not None  # graphs read tensors that stay where they are
+        tokens = nullcontext() if whole else used_tokens(inputs, self.model, self.optimizer)
         self.look_ahead.share_offset = torch.rand((), generator=self.meta_generator, dtype=torch.float64).item()
         with random_fork(device), restored(list(self.model.buffers())), tokens:
             for train, meta in (halves, halves[::-1]):

@@ -103,7 +103,7 @@ def refuse_shards(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    from test_l2w import bert, make_trainer, text_batch
+    from l2w_trainers import bert, make_trainer, text_batch
 
     method, folder = sys.argv[1:]
     if method == "directional":

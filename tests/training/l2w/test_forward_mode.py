@@ -5,8 +5,10 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from l2w_trainers import image_batch, vit, warmed_up
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from een_hf.training.l2w.forward_mode import FewKernels
 
@@ -78,3 +80,40 @@ def test_rules_obey_autocast(case):
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of what is cast, one tensor at a time."""
+
+    def __enter__(self):
+        self.shapes = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.shapes.append(args[0].shape)
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_of_linear_layers_are_cast_together(tmp_path):
+    """On a GPU a cast of a small weight takes longer to launch than to run: one launch casts all of a pass."""
+    trainer = warmed_up(vit(), tmp_path, [image_batch(8, 1)], bf16=True, scheme_args={"meta_gradient": "forward"})
+    linear = {
+        module.weight.shape for module in trainer.model.backbone_layers.modules() if type(module) is torch.nn.Linear
+    }
+    with Casts() as casts:
+        trainer.look_ahead.gradient(image_batch(7, 2), image_batch(7, 3))
+    assert casts.shapes and not linear & set(casts.shapes)
+    assert all(isinstance(parameter, torch.nn.Parameter) for parameter in trainer.model.parameters())
+
+
+def test_a_weight_that_another_module_reads_too_is_left_as_it_is(tmp_path):
+    model = vit()
+    model.exit_heads["1"].classifier.weight = model.exit_heads["2"].classifier.weight
+    trainer = warmed_up(model, tmp_path, [image_batch(8, 1)], bf16=True, scheme_args={"meta_gradient": "forward"})
+    with trainer.look_ahead._leaves(list(model.parameters())) as leaves:
+        kinds = dict(zip((name for name, _ in model.named_parameters()), leaves, strict=True))
+        assert model.exit_heads["1"].classifier.weight.dtype == torch.float32
+        assert model.exit_heads["1"].classifier.bias.dtype == torch.bfloat16
+    assert kinds["exit_heads.1.classifier.weight"] is model.exit_heads["1"].classifier.weight
+    assert model.exit_heads["1"].classifier.bias.dtype == torch.float32
