@@ -33,8 +33,12 @@ _LAZY = {
     "MetaWeightedExitTrainer": ".training",
     "RetrofitReport": ".retrofitting",
     "calibrate": ".calibration",
+    "compare": ".evaluation",
+    "export_onnx": ".inference.onnx",
+    "partition_dataset": ".data",
     "predict": ".inference",
     "register_scheme": ".training",
+    "relative_costs": ".evaluation",
     "retrofit": ".retrofitting",
 }
 
@@ -57,12 +61,16 @@ __all__ = [
     "MetaWeightedExitTrainer",
     "RetrofitReport",
     "calibrate",
+    "compare",
+    "export_onnx",
+    "partition_dataset",
     "predict",
     "register_architecture",
     "register_criterion",
     "register_exit_head",
     "register_pooling",
     "register_scheme",
+    "relative_costs",
     "retrofit",
 ]
 

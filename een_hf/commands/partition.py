@@ -10,19 +10,10 @@ OUT/valid/<part>; the test split is not touched. OUT/partition.json says what ea
 it. Same seed, same parts.
 """
 
-import math
-
 import numpy as np
 
-from ..data.partition import (
-    FORMATS,
-    SCHEMES,
-    check_output_dir,
-    load_labelled_rows,
-    partition_indices,
-    write_partition,
-)
-from ..data.task import DataError
+from ..data.labels import LABEL_COLUMNS
+from ..data.partition import FORMATS, SCHEMES, partition_dataset
 
 
 def add_arguments(parser) -> None:
@@ -34,7 +25,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--dataset_config_name", help="configuration of --dataset_name")
     parser.add_argument("--train_file", help="instead of --dataset_name: rows as csv, json, jsonl or parquet")
     parser.add_argument("--train_dir", help="instead of --dataset_name: images, one folder per class")
-    parser.add_argument("--label_column_name", help="default: label, else fine_label")
+    parser.add_argument("--label_column_name", help=f"default: the first of {', '.join(LABEL_COLUMNS)}")
     parser.add_argument(
         "--input_column_names",
         nargs="+",
@@ -61,47 +52,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    check_output_dir(args.output_dir)
-    for flag, scheme in (("alpha", "dir"), ("classes_per_partition", "pat")):
-        if getattr(args, flag) is not None and args.scheme != scheme:
-            raise DataError(f"--{flag} belongs to --scheme {scheme}, not {args.scheme}.")
-    if args.dataset_config_name is not None and args.dataset_name is None:
-        raise DataError("--dataset_config_name belongs to --dataset_name.")
-    if not 0 <= args.valid_fraction < 1:
-        raise DataError(f"--valid_fraction must be at least 0 and below 1, not {args.valid_fraction}.")
-    if args.seed < 0:
-        raise DataError(f"--seed must be at least 0, not {args.seed}.")
-    min_size = args.min_size
-    if min_size is None:
-        min_size = math.ceil(1 / args.valid_fraction - 1e-9) if args.valid_fraction else 1
-    settings = {"scheme": args.scheme, "balance": args.balance, "min_size": min_size, "seed": args.seed}
-    if args.scheme == "dir":
-        settings["alpha"] = 0.1 if args.alpha is None else args.alpha
-    if args.scheme == "pat":
-        settings["classes_per_partition"] = 2 if args.classes_per_partition is None else args.classes_per_partition
-
-    data = load_labelled_rows(
-        args.dataset_name,
-        args.dataset_config_name,
-        args.label_column_name,
-        train_file=args.train_file,
-        train_dir=args.train_dir,
-        cache_dir=args.cache_dir,
-        token=args.token,
-    )
-    parts, shares = partition_indices(data.labels, args.num_partitions, **settings)
-    names = ("dataset_name", "dataset_config_name", "train_file", "train_dir")
-    source = {name: getattr(args, name) for name in names}
-    about = write_partition(
-        data,
-        parts,
-        args.output_dir,
-        format=args.format,
-        valid_fraction=args.valid_fraction,
-        input_column_names=args.input_column_names,
-        shares=shares,
-        settings={**source, **settings},
-    )
+    about = partition_dataset(**vars(args))
     counts = np.array(about["label_counts"])
     sizes, classes = counts.sum(axis=1), (counts > 0).sum(axis=1)
     print(f"{sizes.sum()} rows of {counts.shape[1]} classes in {len(sizes)} parts: {args.output_dir}")

@@ -4,7 +4,7 @@ from ..extras import named_extras
 
 
 with named_extras():
-    from .partition import load_partition, partition_indices
+    from .partition import load_partition, partition_dataset, partition_indices
     from .samples import load_bbc_news, load_digits, sample_model_path
     from .task import DataError, TaskData
     from .text import encode_text_data, load_text_data
@@ -19,6 +19,7 @@ __all__ = [
     "load_digits",
     "load_partition",
     "load_text_data",
+    "partition_dataset",
     "partition_indices",
     "sample_model_path",
 ]

@@ -10,6 +10,7 @@ from ..extras import named_extras
 
 
 _NAMES = {
+    "comparison": ("Comparison", "compare"),
     "cost": ("ExitCosts", "cost_inputs", "count_operations", "mean_length", "relative_costs"),
     "metrics": (
         "Accuracy",

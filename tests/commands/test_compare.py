@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+import een_hf
 from een_hf.commands import main
 from een_hf.evaluation import curve_area, metric_at_cost, plot_comparison
 
@@ -151,3 +152,13 @@ def test_bad_input(write_run, tmp_path):
         main(["compare", first, "--output", str(tmp_path / "compare.pdf")])
     with pytest.raises(SystemExit, match="--output"):
         main(["compare", first, "--output", str(tmp_path / "nowhere" / "compare.png")])
+
+
+def test_python_compares_as_the_command_does(write_run, tmp_path, capsys):
+    """Fails if the function's table or plot is another than the command's."""
+    paths = [write_run("one", curve((0.2, 0.5), (0.5, 0.7))), write_run("two", curve((0.3, 0.6), (0.8, 0.85)))]
+    main(["compare", *paths, "--output", str(tmp_path / "command.png")])
+    found = een_hf.compare(paths, output=tmp_path / "python.png")
+    assert capsys.readouterr().out.startswith(found.table + "\n")
+    assert (tmp_path / "python.png").read_bytes() == (tmp_path / "command.png").read_bytes()
+    assert [row["at 50%"] for row in found.rows] == [0.7, 0.6]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import een_hf
 from een_hf.commands import main
 from een_hf.data import load_digits, load_partition, partition_indices
 
@@ -72,6 +73,18 @@ def test_same_command_same_files(tmp_path):
         for folder in (tmp_path / "one", tmp_path / "two")
     ]
     assert files[0] == files[1] and len(files[0]) == 16
+
+
+def test_python_cuts_as_the_command_does(tmp_path):
+    """Breaks if the function has other defaults than the command, or reads the rows themselves otherwise."""
+    partition(tmp_path / "command", alpha=0.5)
+    settings = {"num_partitions": 8, "scheme": "dir", "alpha": 0.5}
+    named = een_hf.partition_dataset(dataset_name="digits", output_dir=tmp_path / "named", **settings)
+    given = een_hf.partition_dataset(load_digits()["train"], output_dir=tmp_path / "given", **settings)
+    about = (tmp_path / "command" / "partition.json").read_text()
+    assert (tmp_path / "named" / "partition.json").read_text() == about
+    assert named == json.loads(about)
+    assert given["sha256"] == named["sha256"] and given["dataset_name"] is None
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import torch
 from damage import damaged, wrong_json
 from transformers import EvalPrediction
 
-from een_hf.commands.compare import comparison_table
 from een_hf.evaluation import (
     anytime_table,
     expected_calibration_error,
@@ -20,6 +19,7 @@ from een_hf.evaluation import (
     save_exit_logits,
     write_exit_results,
 )
+from een_hf.evaluation.comparison import compare_results
 from een_hf.hub import write_model_card
 from een_hf.models import EarlyExitBertConfig, ExitConfigurationError, ExitPolicy
 
@@ -197,7 +197,7 @@ def test_damaged_results_are_refused_or_of_use(results, tmp_path, count):
 def use_results(path):
     found = read_exit_results(path)
     format_exit_table(found)
-    comparison_table({"one": found})
+    assert compare_results({"one": found}).table
     write_model_card(path.parent, found, EarlyExitBertConfig())
 
 

@@ -1,10 +1,11 @@
 """Partitions: a labelled data set cut into IID or non-IID parts, as files, and back.
 
 `assignment` decides which row goes where, `rows` finds the data set, `writing` and `reading` know the files (`layout`
-says how they are called), `plot` draws them.
+says how they are called), `plot` draws them; `dataset` does all of it.
 """
 
 from .assignment import SCHEMES, partition_indices
+from .dataset import partition_dataset
 from .layout import FORMATS, PARTITION_FILE
 from .plot import plot_partition
 from .reading import load_partition, partition_labels
@@ -20,6 +21,7 @@ __all__ = [
     "check_output_dir",
     "load_labelled_rows",
     "load_partition",
+    "partition_dataset",
     "partition_indices",
     "partition_labels",
     "plot_partition",

@@ -34,10 +34,11 @@ def load_labelled_rows(
     *,
     train_file: str | None = None,
     train_dir: str | None = None,
+    train_dataset: datasets.Dataset | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> LabelledRows:
-    """Load the train split of a data set from one of three sources.
+    """Load the train split of a data set from one of these sources.
 
     Args:
         dataset_name: Hub name, folder of parquet files (also below it) or of images, or an installed sample.
@@ -45,6 +46,7 @@ def load_labelled_rows(
         label_column_name: default: the first of `label`, `fine_label`, `labels`.
         train_file: csv, json, jsonl or parquet.
         train_dir: images, one folder per class.
+        train_dataset: the rows themselves, in place of a source.
         cache_dir: where downloads are kept.
         token: for private Hub repositories.
 
@@ -52,6 +54,7 @@ def load_labelled_rows(
         DataError: a source, split or column that is missing, or labels that are no classes.
     """
     given = {"dataset_name": dataset_name, "train_file": train_file, "train_dir": train_dir}
+    given["train_dataset"] = train_dataset
     given = {flag: value for flag, value in given.items() if value is not None}
     if len(given) != 1:
         raise DataError(
@@ -59,8 +62,10 @@ def load_labelled_rows(
             f"{' and '.join(f'--{flag}' for flag in given) or 'none'}."
         )
     ((flag, name),) = given.items()
-    source = f"--{flag} {name}"
-    if flag == "dataset_name":
+    source = "train_dataset" if flag == "train_dataset" else f"--{flag} {name}"
+    if flag == "train_dataset":
+        splits = {"train": train_dataset}
+    elif flag == "dataset_name":
         splits = load_named(name, dataset_config_name, source, cache_dir=cache_dir, token=token, only=["train"])
         check_splits(splits, ["train"], {"train": "the parts are cut from it; give other data"}, source)
     else:
