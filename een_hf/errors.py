@@ -1,4 +1,8 @@
-"""What a command answers bad input and a full disk with."""
+"""The errors of this library, and how commands answer with them.
+
+`ExitError` is the base. `ExitConfigurationError` is about settings and inputs (`DataError`, `MissingPackageError` and
+`CheckpointError` are kinds of it); the others are about what happened while a run was under way.
+"""
 
 import errno
 import math
@@ -8,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .models import ExitConfigurationError
+from .models import ExitConfigurationError, ExitError
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -19,6 +23,22 @@ _FULL_WORDS = (
     "iostream error",
     "unexpected pos",
 )
+
+
+class CheckpointError(ExitConfigurationError):
+    """A checkpoint to resume from that is missing, damaged, or of another scheme."""
+
+
+class DiskFullError(ExitError, OSError):
+    """A file could not be written because the disk, or the quota, is full."""
+
+
+class NonFiniteLossError(ExitError, ArithmeticError):
+    """The training loss is NaN or infinite."""
+
+
+class ExportError(ExitError, RuntimeError):
+    """An exported graph that does not answer as the model does."""
 
 
 def refuse_nan(flags: Mapping[str, object]) -> None:
@@ -108,7 +128,7 @@ def one_line_errors() -> Iterator[None]:
     """End the process with one line, instead of a traceback, on bad input and on a full disk."""
     try:
         yield
-    except ExitConfigurationError as error:
+    except ExitError as error:
         message = str(error)
         if message.startswith("Caught "):  # by a worker of a data loader, with its traceback
             message = message.rstrip().rsplit("\n", 1)[-1].split(": ", 1)[-1]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import is_full_disk
-from .models import ExitConfigurationError
+from .errors import DiskFullError, is_full_disk
 
 
 @contextmanager
@@ -31,11 +30,11 @@ def room_for(path: Path, remedy: str) -> Iterator[None]:
         remedy: what the message says after the name and the cause.
 
     Raises:
-        ExitConfigurationError: the disk is too full. Other errors pass.
+        DiskFullError: the disk is full. Other errors pass.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         if not is_full_disk(error):
             raise
-        raise ExitConfigurationError(f"{path} could not be written ({error}): {remedy}") from error
+        raise DiskFullError(f"{path} could not be written ({error}): {remedy}") from error

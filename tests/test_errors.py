@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from een_hf import ExitConfigurationError, ExitError
 from een_hf.data.task import DataError
-from een_hf.errors import is_full_disk, one_line_errors
+from een_hf.errors import (
+    CheckpointError,
+    DiskFullError,
+    ExportError,
+    NonFiniteLossError,
+    is_full_disk,
+    one_line_errors,
+)
 
 
 class Broken:
@@ -57,3 +65,22 @@ def test_a_full_disk_is_recognised_behind_another_error():
         assert is_full_disk(found.value) is wanted
     with pytest.raises(SystemExit, match="a file could not be written"), one_line_errors():
         write(OSError(errno.ENOSPC, "message"))
+
+
+@pytest.mark.parametrize(
+    ("error", "about_settings", "builtin"),
+    [
+        (ExitConfigurationError, True, ValueError),
+        (DataError, True, ValueError),
+        (CheckpointError, True, ValueError),
+        (DiskFullError, False, OSError),
+        (NonFiniteLossError, False, ArithmeticError),
+        (ExportError, False, RuntimeError),
+    ],
+)
+def test_errors_say_what_they_are_about(error, about_settings, builtin):
+    """What breaks: a caller who corrects settings on ExitConfigurationError repeats a run on a full disk for ever."""
+    assert issubclass(error, ExitError) and issubclass(error, builtin)
+    assert issubclass(error, ExitConfigurationError) == about_settings
+    with pytest.raises(SystemExit, match="^error: the message$"), one_line_errors():
+        raise error("the message")

@@ -12,6 +12,7 @@ from ..extras import named_extras
 _NAMES = {
     "comparison": ("Comparison", "compare"),
     "cost": ("ExitCosts", "cost_inputs", "count_operations", "mean_length", "relative_costs"),
+    "curves": ("curve_area", "metric_at_cost"),
     "metrics": (
         "Accuracy",
         "F1",
@@ -26,16 +27,8 @@ _NAMES = {
         "predict_labels",
     ),
     "plots": ("plot_comparison", "plot_exit_curves"),
-    "results": (
-        "anytime_table",
-        "curve_area",
-        "format_exit_table",
-        "load_exit_logits",
-        "metric_at_cost",
-        "read_exit_results",
-        "save_exit_logits",
-        "write_exit_results",
-    ),
+    "results": ("anytime_table", "format_exit_table", "read_exit_results", "write_exit_results"),
+    "saved_logits": ("load_exit_logits", "save_exit_logits"),
     "speed": (
         "BatchSeconds",
         "latency_costs",

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..errors import ExportError
 from ..extras import named_extras
 from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from ..models.policies import NEVER
@@ -123,8 +124,9 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
         dynamic: leave by the model's policy.
 
     Raises:
-        ExitConfigurationError: the path cannot be written, the model has no policy or one exit, a package is missing,
-            or ONNX Runtime's answers are not PyTorch's.
+        ExitConfigurationError: the path cannot be written, the model has no policy or one exit, or a package is
+            missing.
+        ExportError: the answers of ONNX Runtime differ from those of PyTorch.
     """
     path = Path(path)
     check_output(path)
@@ -241,7 +243,7 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
     """Compare the file's logits at every exit, and when it leaves, with the model's.
 
     Raises:
-        ExitConfigurationError: logits differ by more than `TOLERANCE`, or a batch leaves at another exit.
+        ExportError: logits differ by more than `TOLERANCE`, or a batch leaves at another exit.
     """
     session = load_session(path)
     every = range(model.num_exits)
@@ -260,7 +262,7 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
         wanted = model(**inputs, early_exit=False).exit_logits
         difference = float((answers[-1] - wanted[:, exits]).abs().max())
         if not difference <= TOLERANCE:
-            raise ExitConfigurationError(
+            raise ExportError(
                 f"ONNX Runtime's logits differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}: "
                 "nothing is written."
             )
@@ -280,7 +282,7 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
         for chosen, given in ((rule, {}), (between, {THRESHOLDS: others})):
             found, wanted = session.run(["exit_index"], feed | given)[0], exits[whole_batch_exit(chosen, exit_logits)]
             if (found != wanted).any():
-                raise ExitConfigurationError(
+                raise ExportError(
                     f"ONNX Runtime leaves at exit {found[0] + 1}, PyTorch at exit {wanted + 1}: nothing is written."
                 )
 

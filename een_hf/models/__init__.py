@@ -24,6 +24,7 @@ from .configuration_een import (
 from .exits import register_exit_head, register_pooling
 from .modeling_een import EarlyExitClassifierOutput, EarlyExitImageMixin, EarlyExitMixin, EarlyExitTextMixin
 from .policies import ExitPolicy, register_criterion
+from .registries import ExitError
 
 
 # Each adapter with the stock modules that it needs is imported when its class, or a config of it, is asked for.
@@ -91,6 +92,7 @@ __all__ = [
     "EarlyExitXLMRobertaConfig",
     "EarlyExitXLMRobertaForSequenceClassification",
     "ExitConfigurationError",
+    "ExitError",
     "ExitPolicy",
     "MODEL_CLASSES",
     "AutoEarlyExitModel",

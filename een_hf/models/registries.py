@@ -8,7 +8,11 @@ from collections.abc import Callable
 CONFIG_HOOKS: list[Callable[[type], object]] = []
 
 
-class ExitConfigurationError(ValueError):
+class ExitError(Exception):
+    """The base of all errors that this library raises on purpose; the message is meant for its user."""
+
+
+class ExitConfigurationError(ExitError, ValueError):
     """An exit setting that does not fit the network, the problem or the data."""
 
 

@@ -9,7 +9,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..calibration import CalibrationReport
 from ..evaluation import ExitCosts, save_exit_logits
-from ..evaluation.results import LOGITS_NAME
+from ..evaluation.saved_logits import LOGITS_NAME
 from ..files import replacing, room_for
 from ..hub import public_settings
 from ..models import EarlyExitMixin, ExitPolicy

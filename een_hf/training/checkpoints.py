@@ -14,8 +14,8 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
-from ..errors import in_one_line
-from ..models import ExitConfigurationError
+from ..errors import CheckpointError, in_one_line
+from ..models import ExitError
 from ..models.policies import is_number
 
 
@@ -91,10 +91,10 @@ def reading_checkpoint(folder: str | os.PathLike | None) -> Iterator[None]:
     """Turn whatever a library raises over a damaged checkpoint into one line that names it."""
     try:
         yield
-    except ExitConfigurationError:
+    except ExitError:
         raise
     except Exception as error:
-        raise ExitConfigurationError(
+        raise CheckpointError(
             f"--resume_from_checkpoint {folder} cannot be read: {in_one_line(error)}. Give an earlier checkpoint, or "
             "start again from its weights with --model_name_or_path."
         ) from error

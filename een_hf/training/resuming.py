@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import is_full_disk
-from ..models import ExitConfigurationError
+from ..errors import CheckpointError, DiskFullError, is_full_disk
 from .checkpoints import (
     PublicTrainerState,
     checkpoint_fault,
@@ -32,15 +31,15 @@ class ResumingMixin:
         """As in `Trainer`; `True` resumes from the last whole checkpoint.
 
         Raises:
-            ExitConfigurationError: the checkpoint to resume from is half-written, or belongs to another scheme.
+            CheckpointError: the checkpoint to resume from is half-written, or belongs to another scheme.
         """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = last_whole_checkpoint(self.args.output_dir)
             if checkpoint is None:
-                raise ExitConfigurationError(f"--resume_from_checkpoint: no whole one in {self.args.output_dir}.")
+                raise CheckpointError(f"--resume_from_checkpoint: no whole one in {self.args.output_dir}.")
         elif checkpoint and (fault := checkpoint_fault(checkpoint)):
-            raise ExitConfigurationError(
+            raise CheckpointError(
                 f"--resume_from_checkpoint {checkpoint} is not there or not whole ({fault}): leave the flag out to go "
                 "on from the last whole one."
             )
@@ -54,7 +53,7 @@ class ResumingMixin:
         path = os.path.join(checkpoint, SCHEME_FILE)
         if not os.path.exists(path):
             if not os.path.exists(os.path.join(checkpoint, OPTIMIZER_NAME)):
-                raise ExitConfigurationError(
+                raise CheckpointError(
                     f"--resume_from_checkpoint {checkpoint} holds no optimizer (--save_only_model), so that no run "
                     f"can go on from it: start from its weights, --model_name_or_path {checkpoint}, in another "
                     "--output_dir."
@@ -68,7 +67,7 @@ class ResumingMixin:
             sums, self._num_summed = written.get("unlogged_losses") or (0.0, 0)
             self._summed_losses = torch.tensor(sums, device=self.args.device)
         if found != self.scheme:
-            raise ExitConfigurationError(
+            raise CheckpointError(
                 f"--resume_from_checkpoint {checkpoint} was trained with --method {found}, not {self.scheme}: go on "
                 f"with --method {found}, or start anew from its weights with --model_name_or_path {checkpoint}."
             )
@@ -112,7 +111,7 @@ class ResumingMixin:
             if not is_full_disk(error):
                 raise
             last = last_whole_checkpoint(self._get_output_dir(trial))
-            raise ExitConfigurationError(
+            raise DiskFullError(
                 f"{folder} could not be written ({error}): make room below --output_dir, then give the same command "
                 f"again. It goes on from {last or 'the start'}."
             ) from error

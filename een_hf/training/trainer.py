@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer
 
 from .._moved import moved_names, renamed_attribute
+from ..errors import NonFiniteLossError
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from .arguments import EarlyExitTrainingArguments
@@ -267,7 +268,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         """As in `Trainer`; the loss is looked at when the backward pass is under way, so that no device waits for it.
 
         Raises:
-            ExitConfigurationError: it is not finite.
+            NonFiniteLossError: it is not finite.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         (losses, read), self._unchecked = self._unchecked, (None, float)
@@ -296,7 +297,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
             cause = f"rows {named} (counted from 0) of {where}: look for NaN or infinity in their inputs and labels, "
             cause += "or lower --learning_rate"
         step = self.state.global_step + 1
-        raise ExitConfigurationError(f"The loss of training step {step} is not finite for {cause}.")
+        raise NonFiniteLossError(f"The loss of training step {step} is not finite for {cause}.")
 
     def in_warm_start(self) -> bool:
         """Whether the last exit alone is trained, for the first `--warm_start_epochs`."""

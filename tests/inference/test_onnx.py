@@ -18,6 +18,7 @@ from een_hf import (
     ExitConfigurationError,
 )
 from een_hf.commands import main
+from een_hf.errors import ExportError
 from een_hf.models.policies import NEVER
 
 
@@ -343,7 +344,7 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
         return export(wrong, policy)
 
     monkeypatch.setattr(een_onnx, "_export", export_other)
-    with pytest.raises(ExitConfigurationError, match="differ from PyTorch's by 0.01"):
+    with pytest.raises(ExportError, match="differ from PyTorch's by 0.01"):
         een_onnx.export_onnx(model, tmp_path / "model.onnx", dynamic=False)
     assert list(tmp_path.iterdir()) == []
 

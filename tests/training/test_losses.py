@@ -9,7 +9,7 @@ import torch
 from factory import tiny_model, tiny_rows
 from transformers import TrainerCallback
 
-from een_hf.models import ExitConfigurationError
+from een_hf.errors import NonFiniteLossError
 
 
 BAD_ROW = 13
@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, kind, scheme):
     assert trainer.args.logging_nan_inf_filter is False
     callback = Weights()
     trainer.add_callback(callback)
-    with pytest.raises(ExitConfigurationError) as error:
+    with pytest.raises(NonFiniteLossError) as error:
         trainer.train()
     assert f"training step {len(callback.after)} is not finite for rows {BAD_ROW} (counted" in str(error.value)
     for parameter, after in zip(trainer.model.parameters(), callback.after[-1], strict=True):
@@ -77,7 +77,7 @@ def test_the_row_is_named_in_a_later_epoch_and_after_resuming(tmp_path, strategy
     settings = {"train_sampling_strategy": strategy, "save_strategy": "steps", "save_steps": 1}
     for checkpoint in (None, True):
         trainer = make_trainer(tmp_path, "soft label", rows=SpoiledLater, **settings)
-        with pytest.raises(ExitConfigurationError, match=f"not finite for rows {BAD_ROW} "):
+        with pytest.raises(NonFiniteLossError, match=f"not finite for rows {BAD_ROW} "):
             trainer.train(resume_from_checkpoint=checkpoint)
         assert 1 <= trainer.state.epoch < 2
 
@@ -85,13 +85,13 @@ def test_the_row_is_named_in_a_later_epoch_and_after_resuming(tmp_path, strategy
 def test_a_stream_names_the_place_in_the_batch(tmp_path):
     rows = lambda made: datasets.Dataset.from_list(made).with_format("torch").to_iterable_dataset()  # noqa: E731
     trainer = make_trainer(tmp_path, "number", rows=rows, max_steps=5)
-    with pytest.raises(ExitConfigurationError, match=f"step 3 .* rows {BAD_ROW % 3} .* of the batch"):
+    with pytest.raises(NonFiniteLossError, match=f"step 3 .* rows {BAD_ROW % 3} .* of the batch"):
         trainer.train()
 
 
 def test_a_run_that_diverges_says_so(tmp_path):
     trainer = make_trainer(tmp_path, "text", learning_rate=1e30, max_grad_norm=0, optim="sgd", num_train_epochs=3)
-    with pytest.raises(ExitConfigurationError, match="not finite for all examples of a batch.*--learning_rate"):
+    with pytest.raises(NonFiniteLossError, match="not finite for all examples of a batch.*--learning_rate"):
         trainer.train()
 
 

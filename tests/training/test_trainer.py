@@ -11,6 +11,7 @@ from factory import QUIET, make_trainer, tiny_model, tiny_rows, tiny_stock_model
 from sklearn.metrics import accuracy_score
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
+from een_hf.errors import NonFiniteLossError
 from een_hf.evaluation import make_compute_metrics
 from een_hf.models import EarlyExitBertForSequenceClassification, ExitConfigurationError
 from een_hf.training import EarlyExitTrainer, JointExitTrainer, get_scheme
@@ -55,7 +56,7 @@ def test_the_loss_is_looked_at_after_the_backward_pass(tmp_path):
     rows[0]["pixel_values"][:] = torch.nan
     trainer = make_trainer(tmp_path, tiny_model("vit"))
     trainer.train_dataset = rows
-    with pytest.raises(ExitConfigurationError, match="not finite"):
+    with pytest.raises(NonFiniteLossError, match="not finite"):
         trainer.train()
     assert trainer.model.classifier.weight.grad is not None
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import torch
 from transformers import get_scheduler
 
+from ...errors import CheckpointError
 from ...models import ExitConfigurationError
 from ..checkpoints import reading_checkpoint
 from ..registry import register_scheme
@@ -236,7 +237,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             return
         path = os.path.join(checkpoint, STATE_FILE)
         if not os.path.exists(path):
-            raise ExitConfigurationError(
+            raise CheckpointError(
                 f"--resume_from_checkpoint {checkpoint} has no {STATE_FILE}, the weight network of --method l2w: "
                 f"start anew from its weights with --model_name_or_path {checkpoint}."
             )

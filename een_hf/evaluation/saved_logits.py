@@ -1,0 +1,82 @@
+"""`exit_logits.npz`: every exit's logits on the evaluation rows of a run."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import in_one_line
+from ..files import replacing
+from ..models.configuration_een import ExitConfigurationError
+
+
+LOGITS_NAME = "exit_logits.npz"
+
+
+def save_exit_logits(
+    output_dir: str | os.PathLike,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    row_ids: Sequence,
+    part: str | Sequence[str],
+) -> Path:
+    """Write `exit_logits.npz`, whole or not at all, and return its path.
+
+    Args:
+        output_dir: an existing folder.
+        logits: (num_rows, num_exits, num_labels).
+        labels: (num_rows, ...).
+        row_ids: (num_rows,), numbers or text.
+        part: what each row is for, (num_rows,), or one word for all.
+
+    Raises:
+        ValueError: the numbers of rows differ.
+    """
+    logits = np.asarray(logits)
+    arrays = {"logits": logits, "labels": np.asarray(labels), "row_ids": np.asarray(row_ids)}
+    arrays["part"] = np.full(len(logits), part) if isinstance(part, str) else np.asarray(part)
+    for name, array in arrays.items():
+        if len(array) != len(logits):
+            raise ValueError(f"{name} has {len(array)} rows, but logits have {len(logits)}.")
+        if array.dtype == object:
+            arrays[name] = array.astype(str)
+    path = Path(output_dir) / LOGITS_NAME
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    return path
+
+
+def load_exit_logits(output_dir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read `exit_logits.npz`: `logits`, `labels`, `row_ids`, `part`, as `save_exit_logits` takes them.
+
+    Raises:
+        ExitConfigurationError: the file is not there, is damaged, or holds something else; it is named.
+    """
+    path = Path(output_dir) / LOGITS_NAME
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        wrong = _wrong_array(arrays)
+    except Exception as error:  # a damaged archive raises nearly anything: zlib.error, EOFError, MemoryError, ...
+        wrong = in_one_line(error)
+    if wrong:
+        raise ExitConfigurationError(f"{path} cannot be read: {wrong}")
+    return arrays
+
+
+def _wrong_array(arrays: dict[str, np.ndarray]) -> str | None:
+    """What is wrong with the content of `exit_logits.npz`."""
+    kinds = {"logits": "f", "labels": "iufb", "row_ids": "iuU", "part": "U"}
+    for name, kind in kinds.items():
+        if name not in arrays:
+            return f"it has no array {name!r}."
+        if arrays[name].dtype.kind not in kind:
+            return f"{name} are of type {arrays[name].dtype}."
+    logits = arrays["logits"]
+    if logits.ndim != 3 or 0 in logits.shape[1:]:
+        return f"logits have shape {logits.shape}, not (rows, exits, labels)."
+    for name, dimensions in (("labels", (1, 2)), ("row_ids", (1,)), ("part", (1,))):
+        if arrays[name].ndim not in dimensions or len(arrays[name]) != len(logits):
+            return f"{name} have shape {arrays[name].shape}, logits {logits.shape}."
+    return None
