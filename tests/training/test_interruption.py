@@ -12,6 +12,7 @@ from damage import damaged, wrong_json
 from factory import assert_same_weights, tiny_model, tiny_rows
 from transformers import TrainerCallback
 
+from een_hf.errors import DiskFullError
 from een_hf.models import ExitConfigurationError
 from een_hf.training.checkpoints import checkpoint_fault, is_whole_checkpoint, last_whole_checkpoint
 
@@ -180,7 +181,7 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(finished, tmp_path):
     trainer = make_trainer(tmp_path / "run", save_total_limit=1)
     trainer.add_callback(FullDisk())
     try:
-        with pytest.raises(ExitConfigurationError, match="--output_dir.*goes on from .*checkpoint-2"):
+        with pytest.raises(DiskFullError, match="--output_dir.*goes on from .*checkpoint-2"):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
