@@ -2,11 +2,13 @@
 
 - `card`: the model card, made of `sections`; `header` tells the card of a run from others.
 - `examples`: the rows that a card shows.
+- `endpoints`: the file by which Inference Endpoints run a model.
 - `settings`: what of a run's flags may be shown.
 - `markdown`: text of unknown origin in Markdown.
 """
 
 from .card import refresh_model_card, write_model_card
+from .endpoints import write_handler
 from .examples import PRIVATE_EXAMPLES, SHARED_EXAMPLES, choose_examples, write_examples
 from .header import CARD_NAME, is_run_card
 from .sections import guarantee_in_words
@@ -24,5 +26,6 @@ __all__ = [
     "public_settings",
     "refresh_model_card",
     "write_examples",
+    "write_handler",
     "write_model_card",
 ]

@@ -12,6 +12,7 @@ from ..calibration import check_target_cost
 from ..data.task import Modality
 from ..errors import refused
 from ..evaluation import make_compute_metrics
+from ..hub import write_handler
 from ..training.history import only_run_in, rows_chose, write_run
 from ..training.registry import get_scheme
 from ..training.trainer import EarlyExitTrainer
@@ -84,6 +85,8 @@ def run_experiment(modality: Modality, args: RunArguments) -> Run:
             write_predictions(modality, args, run.trainer, run.rows, run.costs)
         if training.do_train:
             _record(run, finished=True)
+        if training.push_handler and training.process_index == 0:
+            write_handler(args.folder)
         if training.push_to_hub:
             run.trainer.push_to_hub()
     return replace(run, metrics=metrics)

@@ -165,6 +165,10 @@ class EarlyExitTrainingArguments(TrainingArguments):
             "help": "Show example inputs of the evaluation split in the model card, and so publish them with a push."
         },
     )
+    push_handler: bool = field(
+        default=False,
+        metadata={"help": "Put handler.py beside the model, which Inference Endpoints call; a push takes it along."},
+    )
 
     def to_dict(self):
         """As in `TrainingArguments`, for trackers: without tokens, and with local paths by their last part."""

@@ -18,6 +18,7 @@ from hub.server import header_errors
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
+from transformers import pipeline
 
 from een_hf.evaluation import write_exit_results
 from een_hf.hub import (
@@ -95,12 +96,14 @@ flags += ["--do_train", "--do_eval", "--max_train_samples=64", "--max_eval_sampl
 flags += ["--target_cost=0.7", "--save_strategy=epoch", "--use_cpu", "--disable_tqdm=True", "--learning_rate=0.005"]
 flags += ["--push_to_hub", "--hub_model_id=someone/digits-run", "--hub_always_push", f"--output_dir={folder}/run"]
 flags += ["--hub_strategy=all_checkpoints", "--eval_strategy=epoch", "--load_best_model_at_end", "--report_to=all"]
+flags += ["--push_handler"]
 flags += ["--hub_token=hf_planted_one", "--token=hf_planted_two", f"--cache_dir={folder}/cache", "--logging_steps=1"]
 sys.argv[1:] = flags
 main(IMAGES, flags)
 """
 
 LOAD = """
+import importlib.util
 import re
 import sys
 
@@ -114,6 +117,7 @@ class NotInstalled:
 sys.meta_path.insert(0, NotInstalled())
 import torch
 from huggingface_hub import hf_hub_download
+from PIL import Image
 from transformers import (
     AutoImageProcessor, AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 )
@@ -141,6 +145,13 @@ found["token_ids"] = tokenizer(found["texts"], padding=True, return_tensors="pt"
 run = AutoModelForImageClassification.from_pretrained("someone/digits-run", trust_remote_code=True)
 found["run_policy"] = run.config.exit_policy
 found["processor"] = AutoImageProcessor.from_pretrained("someone/digits-run").size["height"]
+# As Inference Endpoints do: the file of the repository, with the folder of the model.
+spec = importlib.util.spec_from_file_location("handler", hf_hub_download("someone/digits-run", "handler.py"))
+handler = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(handler)
+image = Image.new("L", (8, 8), 99)
+answer = handler.EndpointHandler(sys.argv[1] + "/run")({"inputs": [image], "parameters": {"top_k": 3, "exits": True}})
+found["handler"] = {"image": image, "answer": answer}
 assert not any(name.split(".")[0] == "een_hf" for name in sys.modules)
 torch.save(found, sys.argv[1] + "/found.pt")
 """
@@ -265,7 +276,7 @@ def test_without_the_package_every_architecture_answers_the_same(tmp_path):
 def found(hub):
     import torch
 
-    return torch.load(hub["folder"] / "found.pt")
+    return torch.load(hub["folder"] / "found.pt", weights_only=False)
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
@@ -305,6 +316,18 @@ def test_a_trainers_push_brings_all_that_the_card_speaks_of(hub, found):
     results = json.loads((hub["store"] / "digits-run" / "exit_results.json").read_text())
     assert found["run_policy"]["thresholds"] == results["policy"]["thresholds"]
     assert found["processor"] == 8
+
+
+def test_the_handler_of_inference_endpoints_answers_without_the_package(hub, found):
+    """What breaks: an endpoint that was made of a pushed model does not start, or answers otherwise."""
+    assert (hub["store"] / "digits-run" / "handler.py").is_file()
+    folder = str(hub["folder"] / "run")
+    classify = pipeline("early-exit-image-classification", model=folder, image_processor=folder, device="cpu")
+    (wanted,), (answer,) = classify([found["handler"]["image"]], top_k=3), found["handler"]["answer"]
+    for label, other in zip(answer, wanted, strict=True):
+        assert set(label) == {"label", "score", "exit_layer"}
+        assert label["label"] == other["label"] and label["exit_layer"] == other["exit_layer"]
+        assert label["score"] == pytest.approx(other["score"], abs=1e-5)
 
 
 def test_examples_are_not_published_unasked(hub):

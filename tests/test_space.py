@@ -1,0 +1,85 @@
+"""The page that shows where an input exits; its functions need no Gradio, the page itself does."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
+
+
+APP = Path(__file__).parents[1] / "recipes" / "space" / "app.py"
+
+
+@pytest.fixture(scope="module")
+def app():
+    spec = importlib.util.spec_from_file_location("space_app", APP)
+    module = sys.modules["space_app"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["space_app"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import BertTokenizer
+
+    folder = tmp_path_factory.mktemp("space")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    names = {"id2label": {0: "no", 1: "<b>yes"}, "label2id": {"no": 0, "<b>yes": 1}}
+    config = EarlyExitBertConfig(vocab_size=len(words), max_position_embeddings=32, exit_layers=[1, 3, 4], **shape)
+    config.update(names)
+    model = EarlyExitBertForSequenceClassification(config)
+    model.set_exit_policy({"criterion": "confidence", "thresholds": [-1.0, 0.9, 0.0]})
+    model.save_pretrained(folder)
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def with_budgets(folder, app, monkeypatch):
+    """Two budgets: everybody exits at exit 2, or nobody before the last."""
+    rows = [{"target_cost": 0.5, "thresholds": [1e30, -1.0, 0.0]}, {"target_cost": 1.0, "thresholds": [1e30, 1e30, 0]}]
+    path = folder / "exit_results.json"
+    path.write_text(json.dumps({"criterion": "confidence", "budgeted": rows}))
+    monkeypatch.setattr(app, "read_exit_results", lambda folder: json.loads(path.read_text()))
+    return app.Explainer(str(folder))
+
+
+def layer(shown):
+    return int(re.search(r"exits after layer (\d+)", shown)[1])
+
+
+def test_it_shows_the_exit_that_the_policy_takes(app, folder, monkeypatch):
+    explainer = app.Explainer(str(folder))
+    labels, shown = explainer.explain("a b c")
+    assert layer(shown) == 1 and shown.count("exits here") == 1 and shown.count("never computed") == 2
+    with torch.no_grad():
+        logits = explainer.model(**explainer.processor("a b c", return_tensors="pt")).logits[0]
+    assert list(labels.values()) == pytest.approx(logits.softmax(-1).tolist())
+    assert "<b>" not in shown and explainer.explain("  ") == ({}, "")
+    assert layer(explainer.explain("a " * 99)[1]) == 1  # more than the model takes
+    explainer = with_budgets(folder, app, monkeypatch)
+    assert explainer.budgets == [0.5, 1.0]
+    layers = [layer(explainer.explain("a b c", budget)[1]) for budget in (0.1, 0.5, 0.9, 1.0)]
+    assert layers == [3, 3, 3, 4]
+
+
+@pytest.mark.slow
+def test_the_page_answers(app, folder, monkeypatch):
+    pytest.importorskip("gradio", reason="needs the extra demo_app")
+    client = pytest.importorskip("gradio_client")
+    explainer = with_budgets(folder, app, monkeypatch)
+    page = app.build(explainer)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        labels, shown = client.Client(address, verbose=False).predict("a b c", 1.0, api_name="/explain")
+        assert layer(shown) == 4 and labels["label"] in ("no", "<b>yes")
+    finally:
+        page.close()
