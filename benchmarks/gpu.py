@@ -7,10 +7,13 @@ about a minute.
 
 - correctness: the runner against the anytime logits at the exit that each example takes: precisions, criteria, batch
   sizes that grow and shrink, policies and weights that change between calls; `predict` over texts of many lengths;
-- single: one example that exits at exit k, against the stock model cut to that many layers;
-- batches: half of the layers on average, against the whole stock model and what is ideal; memory of the graphs;
+- single: one example that exits at exit k, against the stock model cut to that many layers; where torch has
+  conditional nodes, also the whole chain of exits as one graph (`one graph`): the device itself skips layers;
+- batches: half of the layers on average, against the whole stock model and what is ideal; memory of the graphs; the
+  projection of patches as a product against the convolution;
 - texts: a data set of texts of real lengths, tokenizing included, against the stock pipeline;
-- training: steps of each scheme, by `training_step.py`.
+- training: steps of each scheme, by `training_step.py`: heads together and one by one, look-aheads with and without
+  graphs.
 
 Each part runs in a process and within a time of its own and writes `gpu_<part>.json` after each model, so that none
 takes the others down. The end is a table of the targets.
@@ -28,6 +31,7 @@ import traceback
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,6 +41,7 @@ from transformers import PreTrainedTokenizerFast
 
 from een_hf.evaluation import measure_seconds, stock_model, text_functions
 from een_hf.inference import ExitRunner, pad_rows, predict
+from een_hf.inference.onnx import FirstSureExit
 from een_hf.models import MODEL_CLASSES, ExitPolicy
 from een_hf.models.policies import NEVER
 
@@ -60,7 +65,7 @@ CRITERIA = ("confidence", "entropy", "margin", "patience", "vote")
 TOLERANCES = {"float32": (0.01, 0.01), "float16": (0.08, 0.03), "bfloat16": (0.5, 0.1)}
 
 # Seconds of each part on a GPU.
-LIMITS = {"correctness": 60, "single": 30, "batches": 60, "texts": 35, "training": 100}
+LIMITS = {"correctness": 45, "single": 25, "batches": 45, "texts": 25, "training": 80}
 
 # Time over that of the stock model: eager, and under its own CUDA graph (small models, base models).
 SINGLE_TARGETS = (0.5, 1.10, 1.10)
@@ -324,17 +329,68 @@ def one_example(args, network, model: str, step: int) -> list[dict]:
                 raise RuntimeError(f"the example exits at exit {taken + 1}, not {index + 1}")
             functions[name] = partial(runner, **inputs)
         network.set_exit_policy(runner.policy)
+        conditional = add_chain(args, network, runner.policy, inputs, index, functions)
         functions["dynamic"] = lambda: network(**inputs)
         functions |= stock_functions(args, network, inputs, layer)
         seconds = measure_seconds(functions, args.rounds, warmup=3)
-        row = {"exit": index + 1, "layer": layer}
-        ours = ("runner", "each exit", "dynamic")
+        row = {"exit": index + 1, "layer": layer, "conditional nodes": conditional}
+        ours = [name for name in ("runner", "each exit", "one graph", "dynamic") if name in functions]
         row |= {f"{name} / {other}": ratio(seconds, name, other) for name in ours for other in STOCK}
         rows.append({**row, **{name: summarize(values) for name, values in seconds.items()}})
     return rows
 
 
 STOCK = ("eager", "graph")
+
+
+def chain_of_exits(args, network, policy: ExitPolicy, inputs: dict):
+    """The chain of the ONNX export on one example: on CUDA one graph with conditional nodes, elsewhere with plain ifs.
+
+    Raises:
+        ImportError: this torch has no conditional nodes.
+    """
+    chain, cuda = FirstSureExit(network, policy), args.device == "cuda"
+    thresholds = torch.tensor(policy.thresholds, device=args.device)
+    unmasked = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
+
+    def call(condition, **inputs):
+        with mock.patch.object(torch, "cond", condition):
+            return chain(inputs, thresholds)
+
+    if not cuda:
+        return partial(call, lambda done, skip, run, operands: (skip if done else run)(*operands), **unmasked)
+    from torch._higher_order_ops.cudagraph_conditional_nodes import if_else_node
+
+    # Libraries make their workspaces outside of the capture: first both branches of every condition run.
+    for chosen in (1, 2):
+        call(lambda done, *branches, chosen=chosen: branches[chosen - 1](*branches[2]), **unmasked)
+    static = {name: tensor.clone() for name, tensor in unmasked.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call(if_else_node, **static)
+
+    def replay():
+        for name, tensor in unmasked.items():
+            static[name].copy_(tensor)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def add_chain(args, network, policy: ExitPolicy, inputs: dict, index: int, functions: dict) -> str:
+    """Add the chain to `functions`, if it can be made and answers right; what became of it."""
+    try:
+        chain = chain_of_exits(args, network, policy, inputs)
+        logits, taken = chain()
+        wanted = network(**inputs, early_exit=False).exit_logits[:, index].float()
+        near = (logits.float() - wanted).abs().max() < TOLERANCES[args.dtype][0] * wanted.std()
+        if int(taken) != index or not near:
+            return f"wrong: exit {int(taken) + 1} instead of {index + 1}" if int(taken) != index else "wrong logits"
+    except Exception as error:
+        return f"not available: {type(error).__name__}: {error}".splitlines()[0]
+    functions["one graph"] = chain
+    return "right"
 
 
 def single(args, part: Part) -> None:
@@ -371,7 +427,19 @@ def batches_of(args, network, model: str, step: int) -> list[dict]:
         del functions
     if args.device == "cuda":
         rows.append(memory(network, runner, inputs, batch_size))
+    if network.main_input_name == "pixel_values":
+        rows.append(projection(args, network, inputs, batch_size))
     return rows
+
+
+def projection(args, network, inputs: dict, batch_size: int) -> dict:
+    """Seconds of the patches' projection as a product, over those of the convolution that it is."""
+    module, images = network.base_model.embeddings.patch_embeddings.projection, inputs["pixel_values"]
+    functions = {"product": partial(module.multiply, images)}
+    functions["convolution"] = partial(torch.nn.Conv2d.forward, module, images)
+    seconds = measure_seconds(functions, args.rounds, warmup=3)
+    row = {"batch_size": batch_size, "projection, product / convolution": ratio(seconds, *functions)}
+    return {**row, **{name: summarize(values) for name, values in seconds.items()}}
 
 
 def memory(network, runner, inputs: dict, batch_size: int) -> dict:
@@ -447,9 +515,9 @@ def texts(args, part: Part) -> None:
 
 # Of training steps: model, batch size, and its other settings.
 STEPS = {
-    "vit-small-112": ("vit-small", 256, ["--image_size", "112"]),
-    "vit-small-224": ("vit-small", 256, ["--image_size", "224"]),
     "bert-base": ("bert-base", 64, ["--length", "128"]),
+    "vit-small-224": ("vit-small", 256, ["--image_size", "224"]),
+    "vit-small-112": ("vit-small", 256, ["--image_size", "112"]),
 }
 
 
@@ -457,8 +525,9 @@ def training(args, part: Part) -> None:
     """`training_step.py`, whose rows are gathered."""
     script, rows = Path(__file__).with_name("training_step.py"), []
     for name, (model, batch_size, words) in STEPS.items():
-        words = ["--model", model, "--batch_size", str(batch_size), *words, "--rounds", "2", "--dtype", "bfloat16"]
-        words += ["--schemes", *list(STEP_TARGETS), "plain fine-tuning", "--name", f"gpu_training_{name}"]
+        words = ["--model", model, "--batch_size", str(batch_size), *words, "--rounds", "1", "--dtype", "bfloat16"]
+        schemes = ["plain fine-tuning", *STEP_TARGETS, "joint, heads one by one", "l2w, interval 1, graphs"]
+        words += ["--schemes", *schemes, "--name", f"gpu_training_{name}"]
         seconds_left = args.limit + STARTED - time.perf_counter()
         try:
             command = [sys.executable, str(script), *words, "--results", str(args.results)]
@@ -504,17 +573,22 @@ def figures(part: str, rows: list[dict], judged: bool) -> list[list[str]]:
             eager, small_graph, base_graph = targets or (None, None, None)
             place = f"batch {row['batch_size']}" if "batch_size" in row else f"exit after {row['layer']}"
             for other, limit in (("eager", eager), ("graph", small_graph if small else base_graph)):
-                also = {name: row.get(f"{name} / {other}") for name in ("each exit", "dynamic", "ideal")}
+                also = {name: row.get(f"{name} / {other}") for name in ("each exit", "one graph", "dynamic", "ideal")}
                 more = ", ".join(f"{name} {value:.2f}" for name, value in also.items() if value is not None)
                 judge(row, f"{place}, runner / stock {other}", row[f"runner / {other}"], limit, f" ({more})")
+        if row.get("conditional nodes", "right") != "right":
+            add(row, "conditional nodes", row["conditional nodes"])
+        if "projection, product / convolution" in row:
+            what = "projection, product / convolution"
+            judge(row, f"batch {row['batch_size']}, {what}", row[what], None)
         if "graphs / eager pass" in row:
             judge(row, "memory, graphs / eager pass", row["graphs / eager pass"], MEMORY_TARGET)
         if "stock pipeline / exits on" in row:
             more = f" (exits off {row['stock pipeline / exits off']:.2f})"
             what = f"batch {row['batch_size']}, stock pipeline / exits on"
             judge(row, what, row["stock pipeline / exits on"], TEXTS_TARGET, more, at_least=True)
-        if row.get("scheme") in STEP_TARGETS:
-            other, limit, _ = STEP_TARGETS[row["scheme"]]
+        if (scheme := str(row.get("scheme")).removesuffix(", graphs").split(", heads")[0]) in STEP_TARGETS:
+            other, limit, _ = STEP_TARGETS[scheme]
             judge(row, f"{row['scheme']} / {other}", row[f"time / {other}"], limit)
     if checks := [row["ok"] for row in rows if "ok" in row]:
         add({}, "checks", f"{sum(checks)} of {len(checks)} right")

@@ -66,6 +66,24 @@ def test_a_wrong_answer_is_called_wrong(fault, right):
     assert gpu.verdict([found], "float32")["ok"] is right
 
 
+@pytest.mark.parametrize("index", range(3))
+def test_the_chain_of_exits_is_timed_only_if_it_answers_right(minilm, index):
+    """Fails if a chain that skips the wrong layers stands in the table."""
+    args, inputs = argparse.Namespace(device="cpu", dtype="float32"), gpu.random_inputs(ARGS, minilm, 1)
+    thresholds = [2.0] * 3
+    thresholds[index] = -1.0
+    policy, functions = ExitPolicy("confidence", thresholds), {}
+    with torch.inference_mode():
+        assert gpu.add_chain(args, minilm, policy, inputs, index, functions) == "right"
+        logits, taken = functions["one graph"]()
+        assert int(taken) == index
+        torch.testing.assert_close(logits, minilm(**inputs, early_exit=False).exit_logits[:, index])
+        functions = {}
+        assert "instead of" in gpu.add_chain(args, minilm, policy, inputs, (index + 1) % 3, functions)
+        args.device = "cuda"  # which is not here
+        assert "not available" in gpu.add_chain(args, minilm, policy, inputs, index, functions) and not functions
+
+
 def test_what_fails_is_a_row_and_takes_no_other_along(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "STARTED", gpu.time.perf_counter())
     part = gpu.Part("batches", argparse.Namespace(limit=60, results=tmp_path))
@@ -111,5 +129,7 @@ def test_the_whole_script_without_a_gpu(tmp_path):
         "gpu_single",
         "gpu_texts",
     ]
+    single = json.loads((tmp_path / "gpu_single.json").read_text())["rows"]
+    assert {row["conditional nodes"] for row in single} == {"right"}
     checks = json.loads((tmp_path / "gpu_correctness.json").read_text())["rows"]
     assert {row["criterion"] for row in checks} == set(gpu.CRITERIA) and all(row["ok"] for row in checks)

@@ -43,7 +43,7 @@ class _AllExits(nn.Module):
         return torch.stack(self.model.run_all(self.model.embed(**inputs)), 1)
 
 
-class _FirstSureExit(nn.Module):
+class FirstSureExit(nn.Module):
     """Model inputs and thresholds (num_exits,) to logits (batch, num_labels) and exit_index (batch,)."""
 
     output_names = ["logits", "exit_index"]
@@ -178,7 +178,7 @@ def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONN
     graph, arguments, shapes = _AllExits(model), {"inputs": inputs}, {"inputs": dict.fromkeys(inputs, axes)}
     names = [*inputs]
     if policy is not None:
-        graph = _FirstSureExit(model, policy)
+        graph = FirstSureExit(model, policy)
         names.append(THRESHOLDS)
         arguments[THRESHOLDS] = torch.tensor(policy.thresholds, dtype=torch.float32)
         shapes[THRESHOLDS] = None

@@ -33,7 +33,8 @@ class Programs:
 
     def __init__(self, look_ahead: "LookAhead"):
         self.look_ahead = look_ahead
-        self._programs: OrderedDict[tuple, _Program | None] = OrderedDict()
+        self._seen: set[tuple] = set()
+        self._programs: OrderedDict[tuple, _Program] = OrderedDict()
         self._held: list[torch.Tensor] = []
         self._directions: dict[tuple, list[torch.Tensor]] = {}
         self._obstacle: str | None = None
@@ -53,15 +54,18 @@ class Programs:
             self._directions.clear()
             # As long as graphs read them, nothing else may take their memory.
             self._held = [tensor.detach() for tensor in held]
-        key = self._key(train, meta)
-        if key not in self._programs:
-            self._programs[key] = None
-            while len(self._programs) > MAX_PROGRAMS:
-                self._programs.popitem(last=False)
+        shapes = tuple(map(_shapes_of, (train, meta)))
+        if shapes not in self._seen:
+            self._seen.add(shapes)
             return None
-        self._programs.move_to_end(key)
-        if self._programs[key] is None:
+        groups = self.look_ahead.trainer.optimizer.param_groups
+        settings = tuple((group["weight_decay"], group["betas"], group["eps"]) for group in groups)
+        key = shapes, tuple(self.look_ahead.shares(len(meta["labels"]))), settings
+        if key not in self._programs:
             self._programs[key] = _Program(self, train, meta)
+            if len(self._programs) > MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
         return self._programs[key]
 
     def _find_obstacle(self) -> str | None:
@@ -89,23 +93,19 @@ class Programs:
         kept = [entry for entries in states for entry in entries if isinstance(entry, torch.Tensor)]
         return [*trainer.model.parameters(), *trainer.model.buffers(), *trainer.weight_network.parameters(), *kept]
 
-    def _key(self, train: dict, meta: dict) -> tuple:
-        def shape_of(value):
-            return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
-
-        groups = self.look_ahead.trainer.optimizer.param_groups
-        return (
-            *(tuple((name, shape_of(value)) for name, value in half.items()) for half in (train, meta)),
-            tuple(self.look_ahead.shares(len(meta["labels"]))),
-            tuple((group["weight_decay"], group["betas"], group["eps"]) for group in groups),
-        )
-
     def direction(self, found: "OneStepAhead") -> list[torch.Tensor]:
         """Tensors for the direction, one set for all programs that move the same parameters."""
         names = tuple(found.parameters)
         if names not in self._directions:
             self._directions[names] = list(map(torch.empty_like, found.direction))
         return self._directions[names]
+
+
+def _shapes_of(half: dict) -> tuple:
+    return tuple(
+        (name, (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value)
+        for name, value in half.items()
+    )
 
 
 class _Program:
