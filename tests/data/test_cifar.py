@@ -186,6 +186,18 @@ def test_folders_that_differ_in_case_are_two_classes(tmp_path, model):
         IMAGES.encode_data(data, IMAGES.load_processor(None, args, model.config), args, model.config)
 
 
+def test_names_are_the_models_in_either_case(tmp_path, model):
+    """What breaks: a model fine-tuned on `cat` and `dog` refuses, or numbers anew, the folders `Cat` and `DOG`."""
+    for name in ("Cat", "DOG"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(PIXELS[0]).save(tmp_path / name / "0.png")
+    args = ImageDataArguments(validation_dir=str(tmp_path))
+    data = load_image_data(args, splits_needed=["validation"], seed=1, cache_dir=str(tmp_path / "cache"))
+    model.config.label2id = {"dog": 0, "eel": 1, "cat": 2}
+    rows = IMAGES.encode_data(data, IMAGES.load_processor(None, args, model.config), args, model.config)["validation"]
+    assert data.label_names == ["Cat", "DOG"] and rows.labels.tolist() == [2, 0]
+
+
 def test_the_processor_gives_the_models_size(tmp_path, model):
     cropping = ViTImageProcessor(
         do_center_crop=True, size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}
