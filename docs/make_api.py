@@ -24,6 +24,7 @@ MODULES = (
     "een_hf.calibration",
     "een_hf.evaluation",
     "een_hf.data",
+    "een_hf.hub",
     "een_hf.runs",
     "een_hf.retrofitting",
     "een_hf.inference.onnx",
@@ -45,7 +46,7 @@ def make_page() -> str:
     """The whole page. Every object is described once, in the first module that offers it, and linked from others."""
     parts = [
         "# API reference",
-        "Written by `make docs` from the docstrings. [Extending](extending.md) says how parts of yours join them.",
+        "Written by `make docs` from the docstrings. [Extending](extending.md) says how to add your own parts.",
     ]
     described = {}
     for module_name in MODULES:
@@ -63,6 +64,8 @@ def make_page() -> str:
 
 
 def _describe(value) -> list[str]:
+    if isinstance(value, str):
+        return [f"`{value!r}`"]
     if not callable(value):  # a registry; what was added from outside is no part of the library
         own = [name for name, part in value.items() if part.__module__.startswith("een_hf.")]
         return ["By name: " + ", ".join(f"`{name}`" for name in sorted(own)) + "."]

@@ -19,7 +19,7 @@ news = load_bbc_news().map(lambda rows: tokenizer(rows["text"], truncation=True,
 halves = news["validation"].train_test_split(0.5, seed=0, stratify_by_column="label")
 calibration, test = halves["train"], halves["test"]
 
-# Exits after every layer; the backbone and the last head stay as they are, to the bit.
+# Exits after every layer; the backbone and the last head stay the same, bit for bit.
 model = EarlyExitBertForSequenceClassification.from_pretrained(
     fine_tuned, exit_layers=[1, 2, 3, 4, 5, 6], exit_pooling="mean", dtype="float32"
 )
@@ -45,6 +45,6 @@ answers = predict(model, test.select_columns(columns), batch_size=32)
 right = (answers.logits.argmax(-1).numpy() == test["label"]).mean()
 print(f"accuracy on {len(test)} other rows: {right:.4f}; rows per exit: {answers.exit_index.bincount().tolist()}")
 
-# The saved model is an ordinary checkpoint: with een_hf imported, a pipeline leaves early by itself.
+# The saved model is an ordinary checkpoint: with een_hf imported, a stock pipeline exits early.
 classifier = pipeline("text-classification", model=output_dir, tokenizer=output_dir)
 print(classifier("Shares in the carmaker rose after it reported record profits.", truncation=True, max_length=64))

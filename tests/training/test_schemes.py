@@ -19,13 +19,13 @@ NUM_LAYERS, NUM_ROWS = 3, 32
 NUM_LABELS = {"single_label_classification": 3, "regression": 1, "multi_label_classification": 3}
 
 
-class SurestExitTrainer(EarlyExitTrainer):
-    """A scheme from outside the package: each sample counts most at the exit that is surest of it."""
+class MostConfidentExitTrainer(EarlyExitTrainer):
+    """A scheme from outside the package: each example has its largest weight at its most confident exit."""
 
     def check_model(self, model):
         super().check_model(model)
         if model.config.num_labels == 1:
-            raise ExitConfigurationError("--method surest knows how sure an exit is for classification only.")
+            raise ExitConfigurationError("--method most_confident weights classification only.")
 
     def sample_weights(self, losses, exit_logits):
         confidences = exit_logits.softmax(-1).amax(-1)
@@ -36,7 +36,7 @@ DROPOUTS = (
     "hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout embedding_dropout mlp_dropout "
     "seq_classif_dropout drop_path_rate"
 ).split()
-SCHEMES = [*scheme_names(), f"{__name__}:SurestExitTrainer"]
+SCHEMES = [*scheme_names(), f"{__name__}:MostConfidentExitTrainer"]
 # With the weight network at rest, micro-batches are weighted as the whole batch is.
 ACCUMULATION_SETTINGS = {"l2w": {"meta_learning_rate": 1e-30}}
 
