@@ -13,9 +13,10 @@ interrupted continues from there, and so does one with another risk, confidence,
 folder may be deleted afterwards.
 """
 
-from ..retrofitting import retrofit
+from ..retrofitting import RetrofitArguments, retrofit
 from ..retrofitting.arguments import RECORD_FILE
-from ..training.arguments import CostUnit
+from ..training.arguments import CalibrationArguments, ModelArguments
+from .flags import add_flags
 
 
 def add_arguments(parser) -> None:
@@ -32,38 +33,17 @@ def add_arguments(parser) -> None:
     data.add_argument("--max_seq_length", type=int, default=128, help="texts are cut to this length; default: 128")
     data.add_argument("--max_train_samples", type=int, help="take only the first N rows")
     risk = parser.add_argument_group("risk")
-    risk.add_argument("--max_risk", type=float, default=0.02, help="share of answers that may differ; default: 0.02")
+    add_flags(risk, CalibrationArguments, ["max_risk"], max_risk=RetrofitArguments.max_risk)
     risk.add_argument("--risk", choices=["consistency"], default="consistency", help="the risk that needs no labels")
-    risk.add_argument("--risk_confidence", type=float, default=0.9, help="of --max_risk; default: 0.9")
-    risk.add_argument(
-        "--exit_criterion",
-        default="confidence",
-        help="confidence (default), entropy, margin, patience, vote or package.module:Class",
-    )
+    add_flags(risk, CalibrationArguments, ["risk_confidence", "exit_criterion"])
     risk.add_argument(
         "--calibration_share",
         type=float,
         help="share of the rows that certify instead of training exits; default: a third, or what the risk needs",
     )
-    risk.add_argument(
-        "--cost",
-        choices=[unit.value for unit in CostUnit],
-        default=CostUnit.OPERATIONS.value,
-        help="of an exit: operations (default) or latency, measured here",
-    )
-    risk.add_argument(
-        "--latency_batch_size", type=int, default=1, help="rows that run together where --cost latency measures"
-    )
+    add_flags(risk, CalibrationArguments, ["cost", "latency_batch_size"])
     exits = parser.add_argument_group("exits")
-    exits.add_argument("--exit_layers", type=int, nargs="+", help="1-based layers with an exit; default: every layer")
-    exits.add_argument(
-        "--exit_pooling",
-        help="what an exit reads: cls, mean, cls_mean or package.module:function; default: mean (text), cls_mean "
-        "(images)",
-    )
-    exits.add_argument(
-        "--exit_head", help="pooler, norm, norm_pooler or package.module:Class; default: the architecture's"
-    )
+    add_flags(exits, ModelArguments, ["exit_layers", "exit_pooling", "exit_head"])
     exits.add_argument("--num_train_epochs", type=int, default=20, help="of the exits, which is cheap; default: 20")
     exits.add_argument("--head_learning_rate", type=float, default=1e-3, help="AdamW, to zero; default: 0.001")
     exits.add_argument("--train_batch_size", type=int, default=32, help="rows per step of the exits; default: 32")

@@ -2,7 +2,8 @@
 
 `arguments` (flags and recipes), `model` (from a checkpoint or from scratch), `rows` (encoded; some calibrate),
 `checks` (before any work), `costs`, `results` (the content of exit_results.json), `report` (files and tables) and
-`predictions`; `experiment` puts them in their order.
+`predictions`; `experiment` puts them in their order. `recalibrate` chooses another policy for
+a finished run.
 """
 
 from ..extras import named_extras
@@ -11,5 +12,6 @@ from ..extras import named_extras
 with named_extras():
     from .arguments import RunArguments, parse_arguments
     from .experiment import Run, run_experiment
+    from .recalibrate import RunCalibration, calibrate_run
 
-__all__ = ["Run", "RunArguments", "parse_arguments", "run_experiment"]
+__all__ = ["Run", "RunArguments", "RunCalibration", "calibrate_run", "parse_arguments", "run_experiment"]

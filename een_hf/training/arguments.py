@@ -12,6 +12,7 @@ from ..hub.settings import public_settings
 from ..models import MODEL_CLASSES, ExitConfigurationError
 from ..models.auto import find_architecture
 from ..models.exits import find_exit_head, find_pooling
+from ..models.policies import fitting_criteria
 from .publishing import is_publishing
 
 
@@ -235,6 +236,12 @@ class CostUnit(ExplicitEnum):
     LATENCY = "latency"
 
 
+def criterion_names() -> list[str]:
+    """All registered criteria, sorted."""
+    problems = ("single_label_classification", "multi_label_classification", "regression")
+    return sorted({name for problem in problems for name in fitting_criteria(problem)})
+
+
 @dataclass
 class CalibrationArguments:
     """How the exit policy is chosen after training."""
@@ -242,8 +249,8 @@ class CalibrationArguments:
     exit_criterion: str = field(
         default="confidence",
         metadata={
-            "help": "How sure an exit is: `confidence`, `entropy`, `margin`, `patience` or `vote`; multi-label: "
-            "`label_confidence`. package.module:Class takes one from elsewhere."
+            "help": f"What says how confident an exit is: {', '.join(criterion_names())} or package.module:Class. "
+            "Those that fit depend on the problem: `label_confidence` is for multi-label."
         },
     )
     target_cost: float | None = field(

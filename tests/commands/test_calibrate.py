@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, BertTokenizer
 
+import een_hf
 from een_hf.commands import main
-from een_hf.commands.calibrate import guarantee_in_words
 from een_hf.data.text import TEXT
 from een_hf.evaluation import load_exit_logits
+from een_hf.hub import guarantee_in_words
 from een_hf.runs import parse_arguments, run_experiment
 
 
@@ -79,6 +80,17 @@ def test_the_policy_is_the_training_runs(train_run, run, name):
     wanted = read(trained / "exit_results.json")["policy"]
     assert wanted is not None and read(run / "exit_results.json")["policy"] == wanted
     assert AutoConfig.from_pretrained(run).exit_policy == AutoConfig.from_pretrained(trained).exit_policy
+
+
+def test_python_does_what_the_command_does(run, tmp_path):
+    """Fails if the function has other defaults than the command, or writes something else."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    main(["calibrate", str(run), *POLICIES["risk"], "--save"])
+    found = een_hf.calibrate_run(other, max_risk=0.2, risk="consistency", save=True)
+    assert found.report.policy.to_dict() == AutoConfig.from_pretrained(run).exit_policy
+    for name in ("exit_results.json", "config.json"):
+        assert (other / name).read_bytes() == (run / name).read_bytes()
 
 
 BEST = ["--load_best_model_at_end", "--save_strategy", "epoch", "--eval_strategy", "epoch"]

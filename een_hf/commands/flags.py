@@ -1,0 +1,35 @@
+"""Flags of a command that are also flags of a training run: declared once, in the run's dataclasses."""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import fields
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+
+def add_flags(parser: ArgumentParser, arguments_class: type, names: Sequence[str], **defaults: Any) -> None:
+    """Give a command flags of a run, with their types, choices, help and defaults.
+
+    Args:
+        parser: of the command, or a group of it.
+        arguments_class: the dataclass that declares them.
+        names: of its fields.
+        **defaults: by name, where the command's default is another one.
+    """
+    known = {field.name: field for field in fields(arguments_class)}
+    for name in names:
+        kind, default = known[name].type, defaults.get(name, known[name].default)
+        if isinstance(kind, UnionType):
+            kind = next(part for part in get_args(kind) if part is not NoneType)
+        if get_origin(kind) is list:
+            settings = {"nargs": "+", "type": get_args(kind)[0]}
+        elif issubclass(kind, Enum):
+            settings = {"choices": [member.value for member in kind]}
+        else:
+            settings = {"type": kind}
+        default = default.value if isinstance(default, Enum) else default
+        text = known[name].metadata["help"].replace("%", "%%")
+        if default is not None and "default" not in text.lower():
+            text += f" Default: {default}."
+        parser.add_argument(f"--{name}", default=default, help=text, **settings)

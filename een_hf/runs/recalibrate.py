@@ -1,0 +1,145 @@
+"""Another exit policy for a finished run, from the logits that it saved; the model is not run."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..calibration import CalibrationReport, calibrate, policy_row
+from ..errors import in_one_line
+from ..evaluation import (
+    METRICS,
+    ExitCosts,
+    load_exit_logits,
+    make_compute_metrics,
+    plot_exit_curves,
+    read_exit_results,
+    write_exit_results,
+)
+from ..hub import refresh_model_card
+from ..models import ExitConfigurationError
+from ..models.configuration_een import is_early_exit_config
+from ..models.policies import find_criterion
+from ..training.arguments import CalibrationArguments
+from ..training.history import read_run
+from .costs import fitting_criterion
+from .results import CALIBRATION_PARTS
+
+
+@dataclass(frozen=True)
+class RunCalibration:
+    """A policy for a finished run.
+
+    Args:
+        report: what calibration found.
+        results: content of `exit_results.json` with this policy; as it was where none was found.
+    """
+
+    report: CalibrationReport
+    results: dict[str, Any]
+
+
+def calibrate_run(
+    run: str | os.PathLike,
+    *,
+    target_cost: float | None = None,
+    max_risk: float | None = None,
+    risk: str | None = None,
+    risk_confidence: float = 0.9,
+    exit_criterion: str | None = None,
+    seed: int | None = None,
+    save: bool = False,
+) -> RunCalibration:
+    """Choose an exit policy from the logits that a run saved: `een-hf calibrate` in Python.
+
+    The rows that calibrated in the run calibrate here, and the others measure the policy.
+
+    Args:
+        run: output folder of a training run with `--do_eval`.
+        target_cost: the most accurate policy at this average relative cost.
+        max_risk: in its place, the cheapest policy whose risk is certified to stay below this.
+        risk: what `max_risk` limits: `accuracy_gap`, `consistency` or `hamming`.
+        risk_confidence: with which it holds.
+        exit_criterion: by default the run's.
+        seed: parts searching from certifying rows; by default the run's.
+        save: write the policy into the folder: config, results, plot and model card.
+
+    Raises:
+        ExitConfigurationError: a folder without results, logits or config, or a target that cannot be met.
+
+    Example:
+        >>> found = een_hf.calibrate_run("runs/mine", target_cost=0.4)
+        >>> print(found.report.message)
+    """
+    folder = Path(run)
+    results, config = read_exit_results(folder), _load_config(folder)
+    settings = (read_run(folder) or {}).get("settings", {})
+    problem_type = config.problem_type or "single_label_classification"
+    criterion = settings.get("exit_criterion", CalibrationArguments.exit_criterion)
+    given = exit_criterion and find_criterion(exit_criterion)
+    wanted = CalibrationArguments(
+        exit_criterion=given or fitting_criterion(criterion, problem_type, required=False) or criterion,
+        target_cost=target_cost,
+        max_risk=max_risk,
+        risk=risk,
+        risk_confidence=risk_confidence,
+    )
+    parts = results.get("exit_costs")
+    costs = ExitCosts(**parts) if parts else [entry["relative_cost"] for entry in results["anytime"]]
+    calibration, reported = _load_rows(folder, len(costs))
+    report = calibrate(
+        *calibration,
+        costs,
+        **wanted.of_policy(),
+        problem_type=problem_type,
+        seed=settings.get("seed", 42) if seed is None else seed,
+        chosen_by=results.get("calibration_rows_chose"),
+    )
+    if report.policy is None:
+        return RunCalibration(report, results)
+    report.policy.validate(len(config.exit_layers), problem_type, config.num_labels)
+    metrics = [name for name in METRICS if name in results["anytime"][0]["metrics"]]
+    row = policy_row(report.policy, *reported, costs, make_compute_metrics(metrics, problem_type))
+    results |= {"policy": row, "num_report_samples": len(reported[1])}
+    if save:
+        config.exit_policy = report.policy.to_dict()
+        config.save_pretrained(folder)
+        write_exit_results(folder, results)
+        plot_exit_curves(results, folder / "exit_curves.png")
+        refresh_model_card(folder, results, config, settings)
+    return RunCalibration(report, results)
+
+
+def _load_config(folder: Path) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise ExitConfigurationError(
+            f"{folder} holds no config.json: it evaluated a model of another folder. Give --target_cost to that run, "
+            "or --output_dir the model's own folder."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ExitConfigurationError(f"{folder}/config.json cannot be read: {in_one_line(error)}") from error
+    if not is_early_exit_config(config):
+        raise ExitConfigurationError(f"{folder}/config.json is of a {config.model_type} model, which has no exits.")
+    return config
+
+
+def _load_rows(folder: Path, num_exits: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Logits and labels that calibrate, and those that are reported."""
+    saved = load_exit_logits(folder)
+    if saved["logits"].shape[1] != num_exits:
+        raise ExitConfigurationError(
+            f"{folder}: exit_logits.npz holds {saved['logits'].shape[1]} exits, exit_results.json {num_exits}; they "
+            "are of different runs."
+        )
+    calibrates = np.isin(saved["part"], CALIBRATION_PARTS)
+    if not calibrates.any():
+        raise ExitConfigurationError(
+            f"{folder}/exit_logits.npz holds no calibration rows: those of its run had no labels and were not saved. "
+            "Give --target_cost or --max_risk to a run."
+        )
+    return tuple((saved["logits"][rows], saved["labels"][rows]) for rows in (calibrates, ~calibrates))
