@@ -9,37 +9,21 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from factory import tiny_model
 from transformers import BatchEncoding
 
 from een_hf import ExitConfigurationError, ExitPolicy, predict
 from een_hf.inference import ExitEngine, pad_rows
 from een_hf.inference.predict import _ahead
-from een_hf.models import (
-    EarlyExitBertConfig,
-    EarlyExitBertForSequenceClassification,
-    EarlyExitDinov2Config,
-    EarlyExitDinov2ForImageClassification,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
-)
 
 
 CRITERIA = ["confidence", "entropy", "margin", "patience", "vote"]
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {"vocab_size": 99, "max_position_embeddings": 20}
 
 
 def make_model(kind, **settings):
-    torch.manual_seed(0)
-    settings = {"num_labels": 3, **settings}
-    if kind == "vit":
-        model = EarlyExitViTForImageClassification(EarlyExitViTConfig(**SHAPE, image_size=8, patch_size=4, **settings))
-    else:
-        config = EarlyExitBertConfig(**SHAPE, vocab_size=99, max_position_embeddings=20, **settings)
-        model = EarlyExitBertForSequenceClassification(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-    return model.eval()
+    settings = {"num_hidden_layers": 4, **(TEXT if kind == "bert" else {}), **settings}
+    return tiny_model(kind, noise=0.3, **settings).eval()
 
 
 def make_rows(kind, count=50):
@@ -172,7 +156,7 @@ def test_nothing_in_nothing_out():
     assert found.logits.shape == (0, 3) and found.exit_index.shape == (0,)
 
 
-def test_deep_stages_see_full_batches_and_few_rows_wait(monkeypatch):
+def test_deep_stages_see_full_batches_and_few_rows_wait():
     """With every second row leaving at each exit, a loop batch by batch would halve its batches at every exit."""
     model, rows = make_model("vit"), make_rows("vit", 256)
     logits = all_exits(model, rows)
@@ -182,23 +166,26 @@ def test_deep_stages_see_full_batches_and_few_rows_wait(monkeypatch):
         thresholds.append(confidence[here, k].median().item() + 1e-6)
         here &= confidence[:, k] < thresholds[-1]
     model.set_exit_policy({"criterion": "confidence", "thresholds": [*thresholds, 0.0]})
-    sizes, most = [[] for _ in range(4)], 0
-    for k, layer in enumerate(model.backbone_layers):
-        layer.register_forward_hook(lambda module, inputs, output, k=k: sizes[k].append(len(output)))
-    step = ExitEngine._step
+    engine, sizes, most = ExitEngine(model, 16), [[] for _ in range(4)], 0
 
-    def watched(engine, stage):
+    def starts(k, size):
         nonlocal most
-        waiting = [engine.num_waiting(k) for k in range(4)]
-        full = [k for k in range(4) if waiting[k] >= engine.batch_size]
-        if full:
-            assert stage == max(full), "a deeper full stage had to run first"
+        waiting = [engine.num_waiting(stage) + size * (stage == k) for stage in range(4)]
+        full = [stage for stage in range(4) if waiting[stage] >= 16]
+        assert not full or k == max(full), "a deeper full stage had to run first"
         most = max(most, sum(waiting))
-        return step(engine, stage)
+        sizes[k].append(size)
 
-    monkeypatch.setattr(ExitEngine, "_step", watched)
-    found = predict(model, rows, 16)
-    reached = [int((found.exit_index >= k).sum()) for k in range(4)]
+    for k, layer in enumerate(model.backbone_layers):
+        layer.register_forward_pre_hook(lambda module, inputs, k=k: starts(k, len(inputs[0])))
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    batches = zip(torch.arange(256).split(16), pixels.split(16), strict=True)
+    exits = torch.full((256,), -1)
+    with torch.no_grad():
+        for ids, _, exit_index in engine.run((ids, {"pixel_values": images}) for ids, images in batches):
+            exits[ids] = exit_index
+    assert exits.min() == 0
+    reached = [int((exits >= k).sum()) for k in range(4)]
     assert [sum(size) for size in sizes] == reached
     assert [len(size) for size in sizes] == [math.ceil(count / 16) for count in reached]
     assert reached[3] < 64, "too few rows leave"
@@ -545,13 +532,7 @@ def test_images_too_run_by_as_many_as_the_device_likes():
 @pytest.mark.parametrize("order", ["by size", "mixed"])
 def test_images_of_several_sizes_do_not_mix(order, cuda_graphs):
     """Filled up to the size of others, an image attends to nothing, and its mean counts it."""
-    torch.manual_seed(0)
-    shape = {name: SHAPE[name] for name in SHAPE if name != "intermediate_size"}
-    config = EarlyExitDinov2Config(**shape, mlp_ratio=2, image_size=16, patch_size=4, num_labels=3)
-    model = EarlyExitDinov2ForImageClassification(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
+    model = make_model("dinov2", mlp_ratio=2, image_size=16)
     sizes = [(16, 16)] * 6 + [(16, 24)] * 6 + [(24, 16)] * 6 + [(8, 8)] * 6
     sizes = sizes if order == "by size" else sizes[::2] + sizes[1::2]
     rows = [{"pixel_values": 3 * torch.randn(3, *size)} for size in sizes]

@@ -4,37 +4,23 @@ import copy
 
 import pytest
 import torch
+from factory import tiny_model
 
 from een_hf import ExitConfigurationError, ExitPolicy
 from een_hf.inference import ExitRunner, predict
 from een_hf.inference.programs import row_bucket, segments_of
-from een_hf.models import (
-    EarlyExitBertConfig,
-    EarlyExitBertForSequenceClassification,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
-)
 from een_hf.models.policies import NEVER
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {"vocab_size": 99, "max_position_embeddings": 40}
 CRITERIA = ["confidence", "entropy", "margin", "patience", "vote"]
 COUNTS = {"patience": [1, 1, 2, 0], "vote": [2, 2, 3, 0]}
 
 
 def make_model(kind, device="cpu", **settings):
-    torch.manual_seed(0)
-    settings = {"num_labels": 3, "exit_layers": [1, 2, 4], **settings}
-    if kind == "vit":
-        model = EarlyExitViTForImageClassification(EarlyExitViTConfig(**SHAPE, image_size=8, patch_size=4, **settings))
-    else:
-        config = EarlyExitBertConfig(**SHAPE, vocab_size=99, max_position_embeddings=40, **settings)
-        model = EarlyExitBertForSequenceClassification(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-    return model.eval().to(device)
+    settings = {"num_hidden_layers": 5, "exit_layers": [1, 2, 4], **(TEXT if kind == "bert" else {}), **settings}
+    return tiny_model(kind, noise=0.3, **settings).eval().to(device)
 
 
 class Twice(torch.nn.Module):
