@@ -17,7 +17,7 @@ from .models import ExitConfigurationError, ExitError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of writers that are not Python's: safetensors, and torch.save, whose last error is about the position in the file.
-_FULL_WORDS = (
+_FULL_MESSAGES = (
     *(f"os error {number}" for number in _FULL),
     "PytorchStreamWriter failed writing",
     "iostream error",
@@ -65,9 +65,9 @@ def check_folder(flag: str, folder: str | os.PathLike) -> None:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether something could not be written for want of room, by the error or by one that it followed."""
+    """Whether the error, or one that it followed, says that the disk is full."""
     return any(
-        getattr(one, "errno", None) in _FULL or any(words in str(one) for words in _FULL_WORDS)
+        getattr(one, "errno", None) in _FULL or any(message in str(one) for message in _FULL_MESSAGES)
         for one in chain_of(error)
     )
 
@@ -105,7 +105,7 @@ def refused(flags: str) -> Iterator[None]:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turn whatever a library raises over the files of a model into one line.
+    """Turn any error of a library over the files of a model into one line.
 
     Args:
         what: the flag or argument that names the model, and its value.

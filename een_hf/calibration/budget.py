@@ -13,7 +13,7 @@ from .search import improve, rank
 from .thresholds import geometric_thresholds
 
 
-_SHARE_RATIOS = np.geomspace(1 / 30, 30, 61)  # q of the geometric split; below 1 most rows leave early
+_SHARE_RATIOS = np.geomspace(1 / 30, 30, 61)  # q of the geometric split; below 1 most examples exit early
 
 
 def geometric_policy(
@@ -26,10 +26,19 @@ def geometric_policy(
     params: dict | None = None,
     problem_type: str = "single_label_classification",
 ) -> ExitPolicy:
-    """The plain geometric split (MSDNet, Huang et al., ICLR 2018) of the best ratio that `target_cost` affords.
+    """The plain geometric split with the best ratio that `target_cost` affords.
 
-    Of the scores with and without temperatures, whichever is better. The baseline that `calibrate` improves on;
-    arguments as there.
+    This is the baseline that `calibrate` improves on. It is computed from the scores with and without temperatures,
+    and the better of the two is returned.
+
+    Args:
+        exit_logits, labels, costs, target_cost, criterion, params, problem_type: as in `calibrate`.
+
+    Returns:
+        the policy; its cost on these rows is at most `target_cost` where any split is that cheap.
+
+    References:
+        Multi-Scale Dense Networks for Resource Efficient Image Classification (Huang et al., ICLR 2018), section 5.
     """
     tempered = score_rows(exit_logits, labels, costs, criterion, params, problem_type).choices()
     choices = [*tempered, *(choice.plain for choice in tempered)]
@@ -38,14 +47,22 @@ def geometric_policy(
 
 
 def geometric_start(scored: ScoredRows, target_cost: float) -> np.ndarray:
-    """Thresholds (num_exits,) of the best affordable geometric split, or those at which everybody leaves at once."""
+    """Thresholds (num_exits,) of the best affordable geometric split, or those at which all examples exit at once."""
     always = np.full(scored.num_exits, -NEVER)
     splits = [always] + [geometric_thresholds(scored.scores, ratio) for ratio in _SHARE_RATIOS]
     return max(splits, key=lambda candidate: rank(scored, candidate, target_cost))
 
 
 def check_target_cost(target_cost: float, costs: Sequence[float]) -> None:
-    """Raise ExitConfigurationError for a budget that not even the cheapest exit keeps, usually the first."""
+    """Refuse a budget below the cost of the cheapest exit, which is usually the first.
+
+    Args:
+        target_cost: share of the plain model's cost.
+        costs: relative cost of exiting at each exit, (num_exits,).
+
+    Raises:
+        ExitConfigurationError: no policy is that cheap; the least possible budget is named.
+    """
     alone = ExitCosts.of(costs).alone
     cheapest = min(alone)  # by time, a decision may take more than it saves
     if not target_cost >= cheapest:
@@ -57,19 +74,28 @@ def check_target_cost(target_cost: float, costs: Sequence[float]) -> None:
 
 
 def calibrate_cost(choices: list[ScoredRows], target_cost: float) -> CalibrationReport:
+    """The best policy whose average relative cost on the calibration rows is at most `target_cost`.
+
+    Args:
+        choices: the rows under each setting of the criterion that is tried.
+        target_cost: share of the plain model's cost.
+
+    Raises:
+        ExitConfigurationError: a budget below every exit's cost, or one that rows with NaN scores exceed.
+    """
     scored = choices[0]
     check_target_cost(target_cost, scored.costs)
     about = {"calibrated_for": {"target_cost": float(target_cost)}}
     thresholds = np.full(scored.num_exits, NEVER)
     if target_cost >= scored.cost_and_gain(thresholds)[0]:
-        message = f"A cost of {target_cost:g} pays for every layer: no row needs to leave early."
+        message = f"A cost of {target_cost:g} pays for every layer: no example needs to exit early."
         return scored.report(scored.policy(thresholds, **about), thresholds, message)
 
     def find(scored: ScoredRows, target_cost: float) -> np.ndarray:
         return improve(scored, geometric_start(scored, target_cost), target_cost)
 
     scored, best = best_choice(choices, find, target_cost)
-    # Temperatures shift which exits rows leave at, and not always for the better: never worse than doing without.
+    # Temperatures change where examples exit, which may also lower the score: compare with no temperatures.
     plain = scored.plain
     split = geometric_start(plain, target_cost)
     if plain.cost_and_gain(split)[0] <= target_cost and plain.score(split) > scored.score(best):
@@ -77,7 +103,7 @@ def calibrate_cost(choices: list[ScoredRows], target_cost: float) -> Calibration
     cost, _ = scored.cost_and_gain(best)
     if cost > target_cost:
         raise ExitConfigurationError(
-            f"--target_cost {target_cost:g} cannot be met: rows with NaN scores never leave early (cost {cost:.4g})."
+            f"--target_cost {target_cost:g} cannot be met: rows with NaN scores never exit early (cost {cost:.4g})."
         )
     name = "agreement with the last exit"
     if scored.labels is not None:
@@ -90,6 +116,6 @@ def calibrate_cost(choices: list[ScoredRows], target_cost: float) -> Calibration
 
 
 def best_choice(choices: list[ScoredRows], find: Callable, target_cost: float) -> tuple[ScoredRows, np.ndarray]:
-    """The best of what `find` makes of the rows under each setting of the criterion, with its thresholds."""
+    """The setting of the criterion for which `find` gives the best thresholds, and these thresholds."""
     found = [(scored, find(scored, target_cost)) for scored in choices]
     return max(found, key=lambda one: rank(*one, target_cost))

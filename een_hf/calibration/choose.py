@@ -32,9 +32,10 @@ def calibrate(
         labels: class indices or numbers, (num_rows,), soft labels or, multi-label, 0/1, (num_rows, num_labels);
             `None`: the last exit's own predictions.
         costs: relative cost of exiting at each exit, with its parts where exits that a policy never uses are not
-            evaluated (`relative_costs`, `relative_latencies`); plain numbers hold whatever the policy.
+            evaluated (`relative_costs`, `relative_latencies`); plain numbers hold for every policy.
         criterion: a registered exit criterion.
-        params: its parameters; those left open may be chosen too (the tolerance of `patience` in regression).
+        params: its parameters. Those that are not given may be chosen as well (the tolerance of `patience` in
+            regression).
         target_cost: set the best policy whose average cost is at most this.
         max_risk: set the cheapest policy with P(risk <= max_risk) >= risk_confidence (give one of the two).
         risk: `accuracy_gap` (default with labels): the last exit is right (multi-label: in all labels) and the policy
@@ -42,12 +43,26 @@ def calibrate(
             share of labels in which it differs; or a function of (exit_logits, exit_index, labels) that returns a loss
             in [0, 1] for each row.
         problem_type: as in transformers.
-        seed: of the permutation that parts searching from certifying rows.
-        chosen_by: what these rows already chose (a checkpoint, say); then no guarantee is written, and this is why.
+        seed: of the permutation that divides the rows into searching and certifying ones.
+        chosen_by: what these rows have chosen before, for example a checkpoint. Then no guarantee is written, and the
+            policy says why.
+
+    Returns:
+        a `CalibrationReport`; set its policy with `model.set_exit_policy(report.policy)`.
 
     Raises:
         ExitConfigurationError: a criterion that does not fit the problem, a target below the first exit's cost,
             labels that are missing or that the model does not have, or settings that contradict each other.
+
+    Example:
+        >>> saved = load_exit_logits("runs/mine")
+        >>> report = calibrate(saved["logits"], saved["labels"], [0.26, 0.51, 0.76, 1.01], target_cost=0.6)
+        >>> report.policy.thresholds
+
+    References:
+        Multi-Scale Dense Networks for Resource Efficient Image Classification (Huang et al., ICLR 2018), section 5, on
+        costs. Learn then Test: Calibrating Predictive Algorithms to Achieve Risk Control (Angelopoulos et al., 2021)
+        on certified risk.
     """
     if (target_cost is None) == (max_risk is None):
         raise ExitConfigurationError("Give one of target_cost (--target_cost) and max_risk (--max_risk).")

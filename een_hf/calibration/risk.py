@@ -43,71 +43,104 @@ def risk_p_value(losses: np.ndarray, limit: float, binary: bool = True) -> float
     return float(min(1, math.exp(-num_rows * divergence), bentkus))
 
 
-def calibrate_risk(scored, max_risk, risk, confidence, seed, chosen_by) -> CalibrationReport:
+def calibrate_risk(
+    scored: ScoredRows,
+    max_risk: float,
+    risk: str | Callable | None,
+    confidence: float,
+    seed: int,
+    chosen_by: str | None,
+) -> CalibrationReport:
+    """The cheapest policy with P(risk <= max_risk) >= confidence, by fixed-sequence testing.
+
+    A part of the rows gives a path of policies, from hardly any early exits to all examples exiting at the first
+    exit. The other rows test the policies along this path, and the test stops at the first that is not certified.
+
+    Args:
+        scored: the calibration rows.
+        max_risk, risk, confidence, seed, chosen_by: as in `calibrate` (`confidence` is its `risk_confidence`).
+
+    Raises:
+        ExitConfigurationError: limits outside (0, 1), or a risk that does not fit.
+
+    References:
+        Learn then Test: Calibrating Predictive Algorithms to Achieve Risk Control (Angelopoulos et al., 2021),
+        section 2 and proposition 1.
+    """
     if not (0 < max_risk < 1 and 0 < confidence < 1):
         raise ExitConfigurationError("--max_risk and --risk_confidence must lie between 0 and 1.")
     risk = check_risk(risk, scored.problem_type, labelled=scored.labels is not None)
-    name = getattr(risk, "__name__", risk)
-    never = np.full(scored.num_exits, NEVER)
-    num_search = _num_search_rows(scored.num_rows)
-    num_certify = scored.num_rows - num_search
+    name, never = getattr(risk, "__name__", risk), np.full(scored.num_exits, NEVER)
+    num_certify = scored.num_rows - _num_search_rows(scored.num_rows)
     if (1 - max_risk) ** num_certify > 1 - confidence:
-        needed, total = rows_needed(max_risk, confidence)
-        message = (
-            f"No early exit: {rows_in_words(scored.num_rows)}. That cannot show a risk of at most {max_risk:g} with "
-            f"confidence {confidence:g}, whatever the policy: it takes at least {needed} rows that certify, so "
-            f"{total} calibration rows or more. Give more of them (--calibration_file, --calibration_samples), or a "
-            "larger --max_risk, or a lower --risk_confidence."
-        )
-        return scored.report(None, never, message)
-
-    order = np.random.default_rng(seed).permutation(scored.num_rows)
-    search = scored.select(order[:num_search])
-    if scored.regression:
-        choices = search.choices()
-        search = choices[len(choices) // 2]
-    certify = scored.select(order[num_search:], search.temperatures, search.params)
-    certified, cheapest = None, math.inf
-    for level in range(1, _PATH_LEVELS + 1):
-        leaving = round(level * num_search / _PATH_LEVELS)
-        thresholds = np.array([threshold_between(search.scores[:, k], leaving) for k in range(scored.num_exits)])
-        # Before the rows that certify are seen.
-        thresholds = without_idle_exits(thresholds, lambda candidate: -search.cost_and_gain(candidate)[0])
-        losses = risk_losses(risk, certify, certify.exits(thresholds))
-        p_value = risk_p_value(losses, max_risk, binary=risk in _BINARY_RISKS)
-        if p_value > 1 - confidence:
-            break
-        cost, _ = search.cost_and_gain(thresholds)
-        if cost <= cheapest:  # with exits left out, a later policy may be the dearer one
-            certified, cheapest = (thresholds, float(losses.sum()), p_value), cost
+        return scored.report(None, never, _too_few_rows(scored.num_rows, max_risk, confidence))
+    search, certify = _split(scored, seed)
+    certified, errors = _last_certified(search, certify, max_risk, risk, confidence)
     if certified is None:
         message = (
-            f"No early exit: the least eager policy already shows {float(losses.sum()):g} errors in {num_certify} "
+            f"No early exit: the policy with the fewest early exits already shows {errors:g} errors in {num_certify} "
             f"certifying rows, too many to certify a risk ({name}) of at most {max_risk:g}."
         )
         return scored.report(None, never, message)
     thresholds, errors, p_value = certified
-    guarantee = {
-        "risk": name,
-        "limit": float(max_risk),
-        "confidence": float(confidence),
-        "num_rows": num_certify,
-        "errors": errors,
-        "p_value": p_value,
-        "seed": seed,
-    }
-    about = {"max_risk": float(max_risk), "risk": name, "risk_confidence": float(confidence)}
-    if chosen_by is not None:
-        about["no_guarantee"] = f"The calibration rows also chose {chosen_by}."
-    policy = search.policy(thresholds, calibrated_for=about, guarantee=None if chosen_by else guarantee)
+    goal = {"max_risk": float(max_risk), "risk": name, "risk_confidence": float(confidence)}
     cost, _ = certify.cost_and_gain(thresholds)
-    message = (
-        f"At {cost:.3f} of the full cost, risk ({name}) at most {max_risk:g} with confidence {confidence:g}: "
-        f"{errors:g} errors in {num_certify} certifying rows, p = {p_value:.3g}."
-        if chosen_by is None
-        else f"At {cost:.3f} of the full cost; no guarantee, because the calibration rows also chose {chosen_by}."
-    )
+    if chosen_by is not None:
+        goal["no_guarantee"] = f"The calibration rows also chose {chosen_by}."
+        guarantee = None
+        message = f"At {cost:.3f} of the full cost; no guarantee, because the calibration rows also chose {chosen_by}."
+    else:
+        guarantee = {"risk": name, "limit": float(max_risk), "confidence": float(confidence)}
+        guarantee |= {"num_rows": num_certify, "errors": errors, "p_value": p_value, "seed": seed}
+        message = (
+            f"At {cost:.3f} of the full cost, risk ({name}) at most {max_risk:g} with confidence {confidence:g}: "
+            f"{errors:g} errors in {num_certify} certifying rows, p = {p_value:.3g}."
+        )
+    policy = search.policy(thresholds, calibrated_for=goal, guarantee=guarantee)
     return certify.report(policy, thresholds, message)
+
+
+def _too_few_rows(num_rows: int, max_risk: float, confidence: float) -> str:
+    needed, total = rows_needed(max_risk, confidence)
+    return (
+        f"No early exit: {rows_in_words(num_rows)}. That cannot show a risk of at most {max_risk:g} with "
+        f"confidence {confidence:g} for any policy: it takes at least {needed} rows that certify, so "
+        f"{total} calibration rows or more. Give more of them (--calibration_file, --calibration_samples), or a "
+        "larger --max_risk, or a lower --risk_confidence."
+    )
+
+
+def _split(scored: ScoredRows, seed: int) -> tuple[ScoredRows, ScoredRows]:
+    """The rows that search for a policy and those that certify it; the first give the temperatures of both."""
+    order, num_search = np.random.default_rng(seed).permutation(scored.num_rows), _num_search_rows(scored.num_rows)
+    search = scored.select(order[:num_search])
+    if scored.regression:
+        choices = search.choices()
+        search = choices[len(choices) // 2]
+    return search, scored.select(order[num_search:], search.temperatures, search.params)
+
+
+def _last_certified(search: ScoredRows, certify: ScoredRows, max_risk: float, risk: str | Callable, confidence: float):
+    """Test policies in a fixed order, up to the first that is not certified.
+
+    Returns:
+        the cheapest certified policy as (thresholds, errors, p-value), or `None`, and the errors of the last one that
+        was tested.
+    """
+    certified, cheapest, errors = None, math.inf, 0.0
+    for level in range(1, _PATH_LEVELS + 1):
+        num_exiting = round(level * search.num_rows / _PATH_LEVELS)
+        thresholds = np.array([threshold_between(scores, num_exiting) for scores in search.scores.T])
+        # Chosen on the searching rows alone, so that the test stays valid.
+        thresholds = without_idle_exits(thresholds, lambda candidate: -search.cost_and_gain(candidate)[0])
+        losses = risk_losses(risk, certify, certify.exits(thresholds))
+        p_value, errors = risk_p_value(losses, max_risk, binary=risk in _BINARY_RISKS), float(losses.sum())
+        if p_value > 1 - confidence:
+            break
+        cost, _ = search.cost_and_gain(thresholds)
+        if cost <= cheapest:  # a later policy may cost more, because it leaves out other exits
+            certified, cheapest = (thresholds, errors, p_value), cost
+    return certified, errors
 
 
 def check_risk(risk: str | Callable | None, problem_type: str, labelled: bool) -> str | Callable:

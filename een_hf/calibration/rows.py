@@ -1,4 +1,4 @@
-"""Calibration rows under a criterion: their scores, their worth at each exit, and what thresholds do to them."""
+"""Scored calibration rows: the criterion's scores, the gain of each exit, and the effect of thresholds."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +22,8 @@ class CalibrationReport:
         relative_cost: average over rows.
         score: share of rows answered right (multi-label: of labels; regression: minus the mean squared error); without
             labels, right means as the last exit.
-        exit_fractions: share of rows that leave at each exit.
-        message: one sentence for a person.
+        exit_fractions: share of examples that exit at each exit.
+        message: one sentence that says what was found.
     """
 
     policy: ExitPolicy | None
@@ -51,18 +51,18 @@ class ScoredRows:
         # (num_rows, num_exits, answers): one answer for each label of a multi-label problem, else one.
         self.predictions = predict_labels(logits.numpy(), problem_type).reshape(self.num_rows, self.num_exits, -1)
         targets = right_answers(self.predictions[:, -1], labels, problem_type)
-        # What a row is worth at each exit: the share of its answers that are right, or minus the squared error.
+        # The gain of a row at each exit: the share of its answers that are right, or minus the squared error.
         if not self.regression:
             self.right = (self.predictions == targets[:, None]).mean(-1)
             # Of policies that are right equally often, the one that gives the targets more probability.
             scaled = logits.numpy() / np.array(temperatures).reshape(1, -1, 1)
-            sureness = np.nan_to_num(probability_of(targets, scaled, problem_type))
-            self.gains = self.right + sureness / (2 * self.num_rows * targets.shape[1])
+            probability = np.nan_to_num(probability_of(targets, scaled, problem_type))
+            self.gains = self.right + probability / (2 * self.num_rows * targets.shape[1])
         else:
-            # A broken answer is as bad as the worst whole one: a NaN would make all policies equal.
+            # An answer that is NaN counts as the worst finite one: otherwise all policies would have gain NaN.
             self.gains = -np.square(self.predictions.astype(np.float64)[..., 0] - targets)
-            whole = np.isfinite(self.gains)
-            self.gains[~whole] = self.gains[whole].min(initial=0.0)
+            finite = np.isfinite(self.gains)
+            self.gains[~finite] = self.gains[finite].min(initial=0.0)
             self.right = self.gains
 
     def select(self, rows: np.ndarray | slice, temperatures=None, params=None, tempered=True) -> "ScoredRows":
@@ -84,13 +84,13 @@ class ScoredRows:
 
     def exits(self, thresholds: np.ndarray) -> np.ndarray:
         """The 0-based exit, (num_rows,), that each row takes."""
-        return self.leaves(thresholds).argmax(1)
+        return self.exits_where(thresholds).argmax(1)
 
-    def leaves(self, thresholds: np.ndarray) -> np.ndarray:
-        """Whether each row is sure enough at each exit, (num_rows, num_exits); everybody is at the last."""
-        leaves = self.scores >= thresholds
-        leaves[:, -1] = True
-        return leaves
+    def exits_where(self, thresholds: np.ndarray) -> np.ndarray:
+        """Whether each score reaches its threshold, (num_rows, num_exits); at the last exit all do."""
+        reached = self.scores >= thresholds
+        reached[:, -1] = True
+        return reached
 
     def costs_under(self, thresholds: np.ndarray) -> np.ndarray:
         """What exiting at each exit costs, (num_exits,), where only the exits that rows can reach are evaluated."""
@@ -102,7 +102,7 @@ class ScoredRows:
         return float(cost), float(self.gains[np.arange(self.num_rows), exits].mean())
 
     def shares(self, exits: np.ndarray) -> np.ndarray:
-        """The share of rows at each exit: by these, nobody exiting early costs exactly what the last exit does."""
+        """The share of rows at each exit, (num_exits,); without early exits it is exactly 1 at the last exit."""
         return np.bincount(exits, minlength=self.num_exits) / self.num_rows
 
     def policy(self, thresholds: np.ndarray, **about) -> ExitPolicy:

@@ -14,7 +14,7 @@ _PRICE_STEPS, _MAX_LEVELS = 14, 50
 
 
 def rank(scored: ScoredRows, thresholds: np.ndarray, target_cost: float) -> tuple[bool, float, float]:
-    """Affordable first, then the better, then the cheaper."""
+    """Key to compare thresholds: affordable ones first, then by gain, then by lower cost."""
     cost, gain = scored.cost_and_gain(thresholds)
     return cost <= target_cost, gain, -cost
 
@@ -22,11 +22,11 @@ def rank(scored: ScoredRows, thresholds: np.ndarray, target_cost: float) -> tupl
 def improve(scored: ScoredRows, start: np.ndarray, target_cost: float) -> np.ndarray:
     """Thresholds at least as good as `start` and as affordable.
 
-    Maximises gain - price * cost one exit at a time, bisecting the price of cost towards the target (its Lagrangian:
-    this trades one exit against another), then spends what is left of the budget on one exit at a time.
+    First maximises the Lagrangian gain - price * cost, one exit at a time; bisection finds the price at which the cost
+    meets the target. Then it spends the rest of the budget, again one exit at a time.
     """
     search = LineSearch(scored)
-    # In the units of the gain, a squared error's too.
+    # In the unit of the gain, which may be a squared error.
     low, high = np.array([1e-4, 1e2]) * (np.ptp(scored.gains) or 1.0)
     best = start
     for _ in range(_PRICE_STEPS):
@@ -35,7 +35,7 @@ def improve(scored: ScoredRows, start: np.ndarray, target_cost: float) -> np.nda
         best = max(best, thresholds, key=lambda candidate: rank(scored, candidate, target_cost))
         low, high = (price, high) if scored.cost_and_gain(thresholds)[0] > target_cost else (low, price)
 
-    # Sums along a line are rounded: once up to the budget and once clearly below it, and the exact cost decides.
+    # Sums along a line are rounded: try a limit just above and one just below the budget; the exact cost decides.
     spent = [
         search.run(origin, lambda cost, gain, limit=limit: np.where(cost <= limit, gain, -np.inf).argmax())
         for origin in (best, start)
@@ -46,7 +46,7 @@ def improve(scored: ScoredRows, start: np.ndarray, target_cost: float) -> np.nda
 
 
 class LineSearch:
-    """Cost and gain of every threshold of one exit, the other exits' thresholds held, in one pass over the rows.
+    """Cost and gain of every threshold of one exit, with the other thresholds fixed, in one pass over the rows.
 
     Thresholds are taken at no more than `_MAX_LEVELS` quantiles of an exit's scores, and at least 20 rows apart where
     there are enough: finer ones follow the noise of the calibration rows.
@@ -58,7 +58,7 @@ class LineSearch:
         self.columns = [self._column(scores) for scores in scored.scores.T[:-1]]
 
     def _column(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows from sure to unsure (NaN last), how many of them leave at each candidate, and its threshold."""
+        """Rows by falling score (NaN last), and how many of them exit under each candidate threshold, with these."""
         order = np.argsort(-scores, kind="stable")
         ordered = scores[order[: np.count_nonzero(~np.isnan(scores))]]
         ends = np.flatnonzero(np.diff(ordered)) + 1
@@ -68,29 +68,29 @@ class LineSearch:
         return order, counts, np.array([threshold_between(ordered, count) for count in counts])
 
     def run(self, start: np.ndarray, choose: Callable, max_sweeps: int = 4) -> np.ndarray:
-        """Sweep over the exits, each taking the candidate that `choose(costs, gains)` names, while anything moves."""
+        """Set each exit in turn to the candidate whose index `choose(costs, gains)` returns, until nothing changes."""
         scored, thresholds = self.scored, start.copy()
-        leaves = scored.leaves(thresholds)
+        reached = scored.exits_where(thresholds)
         for _ in range(max_sweeps):
             before = thresholds.copy()
             for index, (_, _, candidates) in enumerate(self.columns):
-                thresholds[index] = candidates[choose(*self._along(thresholds, leaves, index))]
-                leaves[:, index] = scored.scores[:, index] >= thresholds[index]
+                thresholds[index] = candidates[choose(*self._along(thresholds, reached, index))]
+                reached[:, index] = scored.scores[:, index] >= thresholds[index]
             if (thresholds == before).all():
                 break
         return thresholds
 
-    def _along(self, thresholds: np.ndarray, leaves: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _along(self, thresholds: np.ndarray, reached: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Average cost and gain, (num_candidates,), along the candidates of an exit."""
         scored, (order, counts, candidates) = self.scored, self.columns[index]
         rows = np.arange(scored.num_rows)
-        here = ~leaves[:, :index].any(1)
-        others = leaves.copy()
+        here = ~reached[:, :index].any(1)
+        others = reached.copy()
         others[:, index] = False
         otherwise = others.argmax(1)
 
         def along(values: np.ndarray) -> np.ndarray:
-            # What changes if a row that gets here leaves, summed from the surest row on.
+            # What changes if a row that reaches this exit exits here, summed in the order of falling scores.
             stay = values[rows, otherwise]
             change = np.where(here, values[rows, index] - stay, 0.0)[order]
             return (stay.sum() + np.concatenate([[0.0], change.cumsum()])[counts]) / scored.num_rows
@@ -99,5 +99,5 @@ class LineSearch:
             return scored.costs_under(np.where(np.arange(scored.num_exits) == index, candidate, thresholds))
 
         cost = along(np.broadcast_to(costs_with(-NEVER), scored.gains.shape))
-        # Where nobody exits the exit is not evaluated at all.
+        # An exit at which no example exits is not evaluated at all.
         return np.where(candidates < NEVER, cost, costs_with(NEVER)[otherwise].mean()), along(scored.gains)

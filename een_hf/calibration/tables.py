@@ -19,7 +19,18 @@ def policy_row(
     costs: Sequence[float],
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
 ) -> dict:
-    """What a policy gives on rows: `relative_cost`, `metrics`, `exit_fractions`, and the policy's own keys."""
+    """Measure a policy on rows.
+
+    Args:
+        policy: an exit policy.
+        exit_logits: (num_rows, num_exits, num_labels).
+        labels: (num_rows,) or (num_rows, num_labels).
+        costs: as in `calibrate`.
+        compute_metrics: called with the logits (num_rows, num_labels) that the policy answers with.
+
+    Returns:
+        `relative_cost`, `metrics`, `exit_fractions`, and the keys of `policy.to_dict()`.
+    """
     logits = as_tensor(exit_logits)
     exits = policy.exits_of(logits).numpy()
     answers = logits.numpy()[np.arange(len(exits)), exits]
@@ -45,8 +56,7 @@ def budgeted_curve(
 ) -> list[dict]:
     """The best policy at each of a sweep of budgets: chosen on `calibration`, measured on `report`.
 
-    What each exit alone costs is a budget, and so are 25, 50 and 75 %: models of fewer layers are compared at equal
-    cost.
+    The budgets include the cost of each exit alone, for comparison with models of fewer layers, and 25, 50 and 75 %.
 
     Args:
         calibration: logits (num_rows, num_exits, num_labels) and labels (num_rows,).
@@ -56,7 +66,7 @@ def budgeted_curve(
         criterion: a registered exit criterion, with its `params`.
         problem_type: as in transformers.
         num_budgets: further budgets, evenly from the cheapest possible (the first exit's cost, unless NaN scores
-            keep rows from leaving) to the cost of no early exit.
+            keep examples from exiting) to the cost of no early exit.
     """
     scored = score_rows(*calibration, costs, criterion, params, problem_type)
     choices = scored.choices()

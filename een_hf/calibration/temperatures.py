@@ -19,7 +19,7 @@ def fit_temperatures(
     """One temperature per exit that minimises its negative log-likelihood (Guo et al., ICML 2017, section 4.2).
 
     Multi-label: the mean over the labels of the binary one. Searched between 1/20 and 20. An exit that answers every
-    row right has no minimum (the likelihood rises all the way to temperature 0) and keeps 1.
+    row right has no minimum (the likelihood rises towards temperature 0), and its temperature is 1.
 
     Args:
         exit_logits: (num_rows, num_exits, num_labels).
@@ -48,7 +48,7 @@ def fit_temperatures(
     hard = (targets.max(-1) == 1).all()
 
     def fit(one: np.ndarray) -> float:
-        # Relative to the largest, so that a softmax overflows nowhere.
+        # Relative to the largest, so that the softmax does not overflow.
         one = one - one.max(-1, keepdims=True)
         if hard and (one.argmax(-1) == classes).all():
             return 1.0

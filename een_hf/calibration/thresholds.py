@@ -13,30 +13,31 @@ with named_extras():
     import scipy.special
 
 
-def threshold_between(scores: np.ndarray, num_leaving: int) -> float:
-    """The threshold at which the `num_leaving` surest of `scores` leave, midway to the next score.
+def threshold_between(scores: np.ndarray, num_exiting: int) -> float:
+    """The threshold at which the `num_exiting` highest of `scores` exit, midway to the next score.
 
-    Ties leave together: a group of ties that `num_leaving` would cut in two stays. So one score shared by all, as a
-    count at the first exit is, sends away nobody or everybody, never everybody because somebody was to go.
+    Equal scores exit together. A group of equal scores that `num_exiting` would divide continues as a whole: where all
+    scores are equal, as a count at the first exit is, either all examples exit or none.
     """
     ordered = np.sort(scores[~np.isnan(scores)])[::-1]
-    if num_leaving <= 0 or len(ordered) == 0:
+    if num_exiting <= 0 or len(ordered) == 0:
         return NEVER
-    if num_leaving >= len(ordered):
+    if num_exiting >= len(ordered):
         return -NEVER
-    highest_staying = ordered[num_leaving]
-    leaving = ordered[ordered > highest_staying]
-    if len(leaving) == 0:
+    next_score = ordered[num_exiting]
+    exiting = ordered[ordered > next_score]
+    if len(exiting) == 0:
         return NEVER
     # In the scores' own precision, so that the midpoint never lets the next score pass.
-    middle = np.float32((np.float64(leaving[-1]) + np.float64(highest_staying)) / 2)
-    return float(middle if middle > highest_staying else leaving[-1])
+    middle = np.float32((np.float64(exiting[-1]) + np.float64(next_score)) / 2)
+    return float(middle if middle > next_score else exiting[-1])
 
 
 def geometric_thresholds(scores: np.ndarray, ratio: float) -> np.ndarray:
     """Thresholds (num_exits,) at which exit k takes a share of all rows proportional to ratio^k.
 
-    The split of MSDNet (Huang et al., ICLR 2018, section 5); where fewer rows remain than a share asks for, all leave.
+    The split of MSDNet (Huang et al., ICLR 2018, section 5). Where fewer rows remain than the share of an exit,
+    all of them exit.
 
     Args:
         scores: (num_rows, num_exits).
@@ -56,9 +57,16 @@ def geometric_thresholds(scores: np.ndarray, ratio: float) -> np.ndarray:
 
 
 def without_idle_exits(thresholds: np.ndarray, rank: Callable) -> np.ndarray:
-    """`thresholds` less the exits that do not pay.
+    """`thresholds` without the exits that do not pay.
 
-    As long as `rank` rises, the exit without which it is highest gets a threshold that nobody reaches.
+    As long as `rank` rises, the exit whose removal raises it most gets the threshold `NEVER`, which no score reaches.
+
+    Args:
+        thresholds: (num_exits,).
+        rank: key of thresholds; higher is better.
+
+    Returns:
+        thresholds (num_exits,), `NEVER` at the exits that are left out.
     """
     while True:
         used = np.flatnonzero(thresholds[:-1] < NEVER)

@@ -20,8 +20,8 @@ class ExitCosts(list):
 
     Args:
         alone: (num_exits,), with no other exit evaluated.
-        heads: (num_exits,), what evaluating an exit adds for an example that goes on; default 0: every head is counted
-            in `alone`, whatever the policy.
+        heads: (num_exits,), what evaluating an exit adds for an example that continues; default 0: every head is
+            counted in `alone`, for every policy.
         shared: (num_exits,), what evaluating it adds for an example that exited before, where examples of one batch
             take their time together; default 0.
     """
@@ -36,7 +36,7 @@ class ExitCosts(list):
 
     @classmethod
     def of(cls, costs: Sequence[float]) -> "ExitCosts":
-        """Costs as they are, or made of plain numbers, which hold whatever the policy."""
+        """Costs as they are, or made of plain numbers, which hold for every policy."""
         return costs if isinstance(costs, cls) else cls(costs)
 
     def _cost(self, index: int, evaluated: Iterable[int]) -> float:

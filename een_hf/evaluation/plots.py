@@ -1,4 +1,4 @@
-"""The picture of a run: what each exit scores, what it costs, and who leaves where."""
+"""Plots of runs: score and cost of each exit, and where examples exit."""
 
 import os
 import textwrap
@@ -21,7 +21,7 @@ _BASELINE_MARKERS = "sD^vPXph"
 
 
 def literal(text: str) -> str:
-    """Text for a picture as it is: what stands between dollar signs would be read as a formula, or fail to be."""
+    """Text for a picture as it is: dollar signs would make a formula of what is between them."""
     return text.replace("$", r"\$")
 
 
@@ -29,8 +29,8 @@ def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure
     """Draw a results dict (as `write_exit_results` takes it) into a PNG file.
 
     Above, `results["metric"]` against relative cost: every exit on every sample, the budgets, the calibrated policy
-    and the baselines, as far as there are any. Below, under each exit, the share of samples that leaves there: by the
-    policy, or else by the budget nearest to half of the cost. Where samples leave, the exits are drawn on the same
+    and the baselines, as far as there are any. Below, under each exit, the share of examples that exit there: by the
+    policy, or else by the budget nearest to half of the cost. Beside these shares the exits are measured on the same
     rows (`anytime_report`), otherwise on the whole evaluation split (`anytime`).
 
     Returns:
@@ -38,15 +38,15 @@ def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure
     """
     budgeted = sorted(results["budgeted"], key=lambda entry: entry["relative_cost"])
     policy = results["policy"]
-    leaving = policy or min(budgeted, key=lambda entry: abs(entry["relative_cost"] - 0.5), default=None)
-    exits = (results["anytime_report"] if leaving else None) or results["anytime"]
+    chosen = policy or min(budgeted, key=lambda entry: abs(entry["relative_cost"] - 0.5), default=None)
+    exits = (results["anytime_report"] if chosen else None) or results["anytime"]
     metric = results["metric"]
 
-    figure = Figure(figsize=(7.5, 6.5 if leaving else 5.0), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.5, 6.5 if chosen else 5.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    if leaving:
+    if chosen:
         axes, shares = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        _draw_shares(shares, exits, leaving, "policy" if policy else f"budget {leaving['target_cost']:.2f}")
+        _draw_shares(shares, exits, chosen, "policy" if policy else f"budget {chosen['target_cost']:.2f}")
         bottom = shares
     else:
         axes = bottom = figure.subplots()
@@ -130,11 +130,11 @@ def _draw_exits(axes, exits: list[dict], metric: str) -> None:
         axes.text(cost, score, str(entry["exit"]), **style)
 
 
-def _draw_shares(axes, exits: list[dict], leaving: dict, name: str) -> None:
+def _draw_shares(axes, exits: list[dict], chosen: dict, name: str) -> None:
     costs = [entry["relative_cost"] for entry in exits]
-    bars = axes.bar(costs, leaving["exit_fractions"], width=0.6 * min(np.diff([0, *costs])), color=_BLUE, alpha=0.75)
-    axes.bar_label(bars, [f"{share:.0%}" for share in leaving["exit_fractions"]], fontsize=8, padding=1)
-    axes.set_ylabel(f"leaving\n({name})")
+    bars = axes.bar(costs, chosen["exit_fractions"], width=0.6 * min(np.diff([0, *costs])), color=_BLUE, alpha=0.75)
+    axes.bar_label(bars, [f"{share:.0%}" for share in chosen["exit_fractions"]], fontsize=8, padding=1)
+    axes.set_ylabel(f"exiting\n({name})")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.margins(y=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -28,7 +28,7 @@ def save_exit_logits(
         logits: (num_rows, num_exits, num_labels).
         labels: (num_rows, ...).
         row_ids: (num_rows,), numbers or text.
-        part: what each row is for, (num_rows,), or one word for all.
+        part: what each row is for, (num_rows,), or one text for all.
 
     Raises:
         ValueError: the numbers of rows differ.

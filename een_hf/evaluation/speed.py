@@ -163,7 +163,7 @@ class BatchSeconds:
     Args:
         size: examples of the batch.
         alone: (num_exits,), of a batch that exits as a whole at an exit, no other exit being evaluated.
-        through: of a batch that every exit decides on and that nobody leaves before the last exit.
+        through: of a batch at which every exit decides, and no example exits before the last.
         compaction: of closing up the examples that continue after a decision, where `through` has none.
     """
 

@@ -71,7 +71,7 @@ def write_model_card(
         sections.other_policies(results, repo_id),
     ]
     if (folder / "exit_curves.png").is_file():
-        parts.insert(6, "![Metric against relative cost, and where samples leave](exit_curves.png)")
+        parts.insert(6, "![Metric against relative cost, and where examples exit](exit_curves.png)")
     parts += example_sections(folder / SHARED_EXAMPLES)
     parts += [
         "## Training",
@@ -86,7 +86,7 @@ def write_model_card(
 
 
 def refresh_model_card(folder, results: dict[str, Any], config: PreTrainedConfig, settings: dict[str, Any]) -> None:
-    """Write a run's card anew after its policy changed; what the results do not say is kept from the old card."""
+    """Write a run's card again after its policy has changed; what the results do not hold comes from the old card."""
     path, kept = Path(folder, CARD_NAME), {}
     if is_run_card(path):
         old = ModelCard.load(path).data

@@ -16,9 +16,9 @@ from .markdown import escaped, figure, table
 PRIVATE_EXAMPLES = "_examples"
 SHARED_EXAMPLES = "examples"
 _EXAMPLE_TITLES = {
-    "surest": "Surest right answers of exit 1",
+    "surest": "The most confident right answers of exit 1",
     "deep": "Only the last exit was right",
-    "mistakes": "Confident mistakes of exit 1",
+    "mistakes": "The most confident mistakes of exit 1",
 }
 _EXAMPLE_IMAGE = re.compile(r"\w+-\d+\.png")
 
@@ -26,7 +26,7 @@ _EXAMPLE_IMAGE = re.compile(r"\w+-\d+\.png")
 def choose_examples(
     exit_logits: np.ndarray, labels: np.ndarray, label_names: list[str], count: int = 3
 ) -> dict[str, list[dict]]:
-    """Up to `count` rows each of: exit 1 surely right, only the last exit right, exit 1 surely wrong.
+    """Up to `count` rows each of: exit 1 confident and right, only the last exit right, exit 1 confident and wrong.
 
     Args:
         exit_logits: (num_rows, num_exits, num_labels).
@@ -35,7 +35,8 @@ def choose_examples(
 
     Returns:
         by `surest`, `deep` and `mistakes`: `row` (position), `label`, `predictions` (one per exit) and `confidence`
-        (the largest softmax probability of these logits at exit 1), the surest first; `deep` by the last exit's.
+        (the largest softmax probability of these logits at exit 1), the most confident first; `deep` is ordered by the
+        confidence of the last exit.
     """
     logits = np.asarray(exit_logits, dtype=np.float64)
     odds = np.exp(logits - logits.max(-1, keepdims=True))

@@ -14,5 +14,5 @@ def is_run_card(path: str | os.PathLike) -> bool:
     """Whether a file is there and was written by `write_model_card`."""
     try:
         return os.path.isfile(path) and TAG in (ModelCard.load(path).data.tags or ())
-    except (OSError, TypeError, ValueError, yaml.YAMLError):  # a header that is none
+    except (OSError, TypeError, ValueError, yaml.YAMLError):  # not the header of a card
         return False

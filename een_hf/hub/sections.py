@@ -59,10 +59,10 @@ def introduction(results: dict, evaluated_on: str, settings: dict | None, base_m
     origin = f", trained on {escaped(name)}" if name else ""
     origin += f" from {escaped(base_model)}" if name and base_model else ""
     return (
-        f"{article} {network} classifier with early exits{origin}. After {numbered('layer', layers)} stands an exit: "
-        "a classifier on what the network knows by then. An easy input is answered at an early exit and the layers "
-        "behind it do not run; only a hard one pays for the whole network. In a batch, rows that have left make room: "
-        "the others go on in a smaller batch."
+        f"{article} {network} classifier with early exits{origin}. After {numbered('layer', layers)} there is an "
+        "exit: a classifier on the hidden state at that depth. An easy input exits early, and the deeper layers do "
+        "not run for it; only a hard one needs the whole network. Examples that have exited are removed from the "
+        "batch, and the others continue in a smaller one."
     )
 
 
@@ -94,13 +94,13 @@ processor = {processor}.from_pretrained({name}, trust_remote_code=True)
 
 The code of the model lies beside its weights. Where the package `een_hf` is imported, `trust_remote_code` is not
 needed, and {pipeline} also answers at which layer each
-input left and what it saved. The model leaves early in eval mode; `model(**inputs, early_exit=False)` evaluates every
+input exited and what it saved. The model exits early in eval mode; `model(**inputs, early_exit=False)` evaluates every
 exit, and its `exit_logits` has shape (batch, {len(results["exit_layers"])}, labels)."""
 
 
 def exit_table(results: dict) -> str:
     policy, metrics = results["policy"], list(results["anytime"][0]["metrics"])
-    header = ["exit", "layer", "relative cost", *map(escaped, metrics), "loss", *(["share leaving"] if policy else [])]
+    header = ["exit", "layer", "relative cost", *map(escaped, metrics), "loss", *(["share exiting"] if policy else [])]
     rows = [
         [
             str(row["exit"]),
@@ -121,7 +121,7 @@ def exit_table(results: dict) -> str:
             f"model without early exits takes {latency['milliseconds']:.3g} ms."
         )
     if policy:
-        text += " The share leaving is the policy's, on the rows that calibrated nothing."
+        text += " The share exiting is that of the policy, on the rows that were not used for calibration."
     return f"{text}\n\n{table(header, rows)}"
 
 
@@ -140,9 +140,9 @@ def exit_policy(results: dict, config: PreTrainedConfig) -> str:
     scores = ", ".join(f"{escaped(name)} {figure(value)}" for name, value in policy["metrics"].items())
     thresholds = ", ".join(map(_threshold, policy["thresholds"][:-1]))
     lines = [
-        f"An input leaves at the first exit whose {code_span(policy['criterion'])} is at least that exit's threshold "
-        f"({thresholds}); the last exit takes whoever is left.{chosen}",
-        f"On rows that calibrated nothing: relative cost {figure(policy['relative_cost'])}, {scores}.",
+        f"An input exits at the first exit whose {code_span(policy['criterion'])} is at least that exit's threshold "
+        f"({thresholds}); the last exit answers all that remain.{chosen}",
+        f"On rows that were not used for calibration: relative cost {figure(policy['relative_cost'])}, {scores}.",
         escaped(guarantee_in_words(policy["guarantee"]))
         if policy["guarantee"]
         else "No guarantee goes with this policy.",
@@ -151,8 +151,8 @@ def exit_policy(results: dict, config: PreTrainedConfig) -> str:
 
 
 def _threshold(value: float) -> str:
-    # Calibration writes numbers beyond every score where nobody, or whoever is there, leaves.
-    return figure(value) if abs(value) < 1e9 else "nobody leaves" if value > 0 else "all leave"
+    # Calibration writes numbers beyond every score where no example exits, or where all do.
+    return figure(value) if abs(value) < 1e9 else "none exit" if value > 0 else "all exit"
 
 
 def guarantee_in_words(guarantee: dict) -> str:
@@ -182,7 +182,7 @@ def other_policies(results: dict, repo_id: str) -> str:
     target = 0.5 if min(costs) <= 0.5 else math.ceil(min(costs) * 1000) / 1000
     chosen = budgets[costs.index(max(cost for cost in costs if cost <= target))]
     policy = {name: chosen[name] for name in ("criterion", "thresholds", "temperatures", "params") if chosen.get(name)}
-    return f"""Budgets, measured on the rows that calibrated nothing:
+    return f"""Budgets, measured on rows that were not used for calibration:
 
 {table(["budget", "relative cost", *map(escaped, metrics)], rows)}
 

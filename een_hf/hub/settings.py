@@ -16,7 +16,7 @@ def hub_name(name: str | None, installed: tuple[str, ...] = ()) -> str | None:
 
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they may be pushed or logged: tokens left out, local paths by their last part.
+    """Settings as they may be pushed or logged: without tokens, and with the last part of local paths only.
 
     Args:
         settings: values by name, lists and dicts of them included; what ends in `_dir` or `_file` is a path.

@@ -1,8 +1,8 @@
 """An early-exit model as one ONNX graph.
 
-In the dynamic graph every stage after the first, its layers, its exit and the decision to leave, is the branch of an
-`If`: ONNX Runtime runs none of it once the batch has left. A batch leaves together, at the first exit at which all of
-its rows are sure; one row alone leaves as it does in PyTorch.
+In the dynamic graph every stage after the first (its layers, its exit and the decision) is the branch of an `If`: ONNX
+Runtime does not run it after the batch has exited. All rows of a batch exit together, at the first exit where the
+scores of all reach the threshold; a single row exits where it does in PyTorch.
 """
 
 import copy
@@ -109,19 +109,19 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
     Inputs, the batch and the length of texts of any size: `input_ids`, `attention_mask` and `token_type_ids` (batch,
     length), int64, of these what the model takes, or `pixel_values` (batch, channels, height, width).
 
-    Dynamic: outputs `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based. The whole batch leaves at
-    the first exit at which all of its rows are sure: `exit_index` is the same for all rows and `logits` are all from
-    that exit. The graph decides by the model's policy; its thresholds are the default of one more input, `thresholds`
+    Dynamic: outputs `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based. The whole batch exits at
+    the first exit where the scores of all rows reach the threshold: `exit_index` is the same for all rows, and all
+    `logits` are from that exit. The thresholds of the model's policy are the default of one more input, `thresholds`
     (num_exits,), so that a caller may give others. Exits that the policy never uses are not in the graph. Otherwise
     one output, `exit_logits` (batch, num_exits, num_labels).
 
-    Policy, labels, exit layers and aggregation stand in the metadata of the file. Weights beyond 2 GB go to a second
+    Policy, labels, exit layers and aggregation are in the metadata of the file. Weights beyond 2 GB go to a second
     file, `<path>.data`. The model stays as it is.
 
     Args:
         model: an early-exit model.
         path: the file to write, ending in `.onnx`, in a folder that exists.
-        dynamic: leave by the model's policy.
+        dynamic: exit by the model's policy; else evaluate every exit.
 
     Raises:
         ExitConfigurationError: the path cannot be written, the model has no policy or one exit, or a package is
@@ -134,7 +134,7 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
     if dynamic:
         if config.exit_policy is None:
             raise ExitConfigurationError(
-                "The model has no exit policy to leave by: set one with `een-hf calibrate RUN --target_cost 0.5 "
+                "The model has no exit policy: set one with `een-hf calibrate RUN --target_cost 0.5 "
                 "--save`, or give --no_dynamic for a graph of all exits."
             )
         if model.num_exits == 1:
@@ -240,10 +240,10 @@ def _random_inputs(model: EarlyExitMixin, num_rows: int, seed: int = 0) -> dict[
 
 @torch.no_grad()
 def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None:
-    """Compare the file's logits at every exit, and when it leaves, with the model's.
+    """Compare the file's logits at every exit, and where it exits, with the model's.
 
     Raises:
-        ExportError: logits differ by more than `TOLERANCE`, or a batch leaves at another exit.
+        ExportError: logits differ by more than `TOLERANCE`, or a batch exits elsewhere.
     """
     session = load_session(path)
     every = range(model.num_exits)
@@ -283,15 +283,15 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
             found, wanted = session.run(["exit_index"], feed | given)[0], exits[whole_batch_exit(chosen, exit_logits)]
             if (found != wanted).any():
                 raise ExportError(
-                    f"ONNX Runtime leaves at exit {found[0] + 1}, PyTorch at exit {wanted + 1}: nothing is written."
+                    f"ONNX Runtime exits at exit {found[0] + 1}, PyTorch at exit {wanted + 1}: nothing is written."
                 )
 
 
 def whole_batch_exit(policy: ExitPolicy, exit_logits: torch.Tensor) -> int:
-    """The 0-based first exit at which all rows of (batch, num_exits, num_labels) are sure, else the last."""
-    leaves = (policy.scores(exit_logits) >= torch.tensor(policy.thresholds)).all(0)
-    leaves[-1] = True
-    return int(leaves.int().argmax())
+    """The 0-based first exit at which all rows of logits (batch, num_exits, num_labels) exit, else the last."""
+    reached = (policy.scores(exit_logits) >= torch.tensor(policy.thresholds)).all(0)
+    reached[-1] = True
+    return int(reached.int().argmax())
 
 
 def load_session(path: str | Path) -> "onnxruntime.InferenceSession":  # noqa: F821

@@ -1,4 +1,4 @@
-"""`pipeline("early-exit-text-classification")` and its image twin: answers that say where they left."""
+"""`pipeline("early-exit-text-classification")` and the same for images: answers with the exit of each input."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _ExitAnswers:
-    """Adds to each answer where it left; comes before a stock pipeline in the bases.
+    """Adds the exit of each input to its answer; comes before a stock pipeline in the bases.
 
     The keys are `exit_layer`, the 1-based layer of the exit, and `cost_saved`, the share of the plain model's cost
     that was saved: 1 minus the exit's relative cost under the policy, at the input's own length. At the last exit it

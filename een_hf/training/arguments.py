@@ -71,7 +71,7 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
     token: str | None = field(default=None, metadata={"help": "Token for private Hub repositories."})
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Make the head anew where the checkpoint's has another number of labels."}
+        default=False, metadata={"help": "Make a new head where that of the checkpoint has another number of labels."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention kernel as transformers names it: `sdpa`, `eager`, ..."}
@@ -249,8 +249,8 @@ class CalibrationArguments:
     exit_criterion: str = field(
         default="confidence",
         metadata={
-            "help": f"What says how confident an exit is: {', '.join(criterion_names())} or package.module:Class. "
-            "Those that fit depend on the problem: `label_confidence` is for multi-label."
+            "help": f"Score that decides whether an example exits: {', '.join(criterion_names())} or "
+            "package.module:Class. Those that fit depend on the problem: `label_confidence` is for multi-label."
         },
     )
     target_cost: float | None = field(

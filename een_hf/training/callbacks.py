@@ -1,8 +1,8 @@
-"""What a person watches: a table of exits at each evaluation, curves in the run's folder, wandb and TensorBoard.
+"""Callbacks: a table of exits at each evaluation, curves in the run's folder, wandb and TensorBoard.
 
-`EarlyExitTrainer` adds the first two and puts ours in the place of the stock callbacks of wandb and TensorBoard.
-Beside the Trainer's events these callbacks know `on_exit_results(args, state, control, results)`: the final table of
-exits, budgets and policy, as in exit_results.json.
+`EarlyExitTrainer` adds the first two and replaces the stock callbacks of wandb and TensorBoard by ours.
+In addition to the Trainer's events, these callbacks have `on_exit_results(args, state, control, results)`, which gets
+the final table of exits, budgets and policy, as in exit_results.json.
 """
 
 import json
@@ -129,13 +129,13 @@ def plot_history(curves: dict[str, dict[str, list]], path: str | os.PathLike) ->
 def _result_rows(results: dict) -> dict[str, list[dict]]:
     """The final tables as flat rows: `exits`, `budgets` and, where there is a policy, `policy`."""
     policy = results["policy"]
-    leaving = policy["exit_fractions"] if policy else [None] * len(results["anytime"])
-    thresholds = policy["thresholds"] if policy else leaving
+    shares = policy["exit_fractions"] if policy else [None] * len(results["anytime"])
+    thresholds = policy["thresholds"] if policy else shares
     exits = [
         {name: row[name] for name in ("exit", "layer", "relative_cost", "loss", "ece")}
         | row["metrics"]
         | {"share_leaving": share, "threshold": threshold}
-        for row, share, threshold in zip(results["anytime"], leaving, thresholds, strict=True)
+        for row, share, threshold in zip(results["anytime"], shares, thresholds, strict=True)
     ]
     budgets = [
         {"target_cost": row["target_cost"], "relative_cost": row["relative_cost"], **row["metrics"]}

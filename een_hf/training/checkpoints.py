@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: what a kill, a full disk or a copy cut short has left is not gone on from."""
+"""Whether a checkpoint is complete: a run does not resume from one that a kill, a full disk or a copy cut short."""
 
 import json
 import logging
@@ -88,7 +88,7 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 @contextmanager
 def reading_checkpoint(folder: str | os.PathLike | None) -> Iterator[None]:
-    """Turn whatever a library raises over a damaged checkpoint into one line that names it."""
+    """Turn any error of a library over a damaged checkpoint into one line that names the checkpoint."""
     try:
         yield
     except ExitError:
@@ -114,7 +114,7 @@ def _state_fault(path: Path) -> str | None:
     except OSError:
         return f"it has no {TRAINER_STATE_NAME}"
     except (ValueError, RecursionError):
-        return f"{TRAINER_STATE_NAME} is torn"
+        return f"{TRAINER_STATE_NAME} is incomplete"
     if not isinstance(state, dict) or "global_step" not in state:
         return f"{TRAINER_STATE_NAME} holds no state"
     known = {field.name: field.default for field in fields(TrainerState)}

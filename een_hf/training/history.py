@@ -27,7 +27,7 @@ _UNKNOWN = "the weights, for all that is known"
 
 @contextmanager
 def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
-    """Keep other runs out of an output folder while this one lasts; a killed process keeps nobody out.
+    """Keep other runs out of an output folder during this run; the lock of a killed process is released.
 
     Raises:
         ExitConfigurationError: another run is under way there, or it is no folder.
@@ -93,7 +93,7 @@ def write_run(folder: str | os.PathLike, settings: dict, *, trained: bool, finis
 
 
 def history_of(source: str | None, has_head: bool) -> list[dict | None]:
-    """The flags of the runs that trained a checkpoint, first one first; a leading `None`: somebody else trained it.
+    """The flags of the runs that trained a checkpoint, the earliest first; `None` before them: trained elsewhere.
 
     Args:
         source: the checkpoint, or `None` for a model from scratch.

@@ -16,18 +16,18 @@ def exit_loss_weights(weights: list[str] | str, num_exits: int) -> torch.Tensor:
         weights: `uniform` (all 1), `linear` (k/K for exit k of K), or K numbers, as `--exit_loss_weights` takes them.
 
     Raises:
-        ExitConfigurationError: another word, not K numbers, a negative number, or nothing but zeros.
+        ExitConfigurationError: another name, not K numbers, a negative number, or nothing but zeros.
     """
-    words = [weights] if isinstance(weights, str) else list(weights)
-    if words == ["uniform"]:
+    given = [weights] if isinstance(weights, str) else list(weights)
+    if given == ["uniform"]:
         return torch.ones(num_exits)
-    if words == ["linear"]:
+    if given == ["linear"]:
         return torch.arange(1, num_exits + 1) / num_exits
     try:
-        numbers = [float(word) for word in words]
+        numbers = [float(number) for number in given]
     except ValueError:
         raise ExitConfigurationError(
-            f"--exit_loss_weights takes `uniform`, `linear` or {num_exits} numbers, not {' '.join(words)!r}."
+            f"--exit_loss_weights takes `uniform`, `linear` or {num_exits} numbers, not {' '.join(given)!r}."
         ) from None
     if len(numbers) != num_exits:
         raise ExitConfigurationError(
@@ -49,16 +49,16 @@ def class_weights(weights: list[str] | str, num_labels: int, rows) -> torch.Tens
         ExitConfigurationError: another name, not num_labels numbers, a number below 0 or not finite, nothing but
             zeros, or `balanced` for rows whose labels cannot be read without reading all of the rows.
     """
-    words = [weights] if isinstance(weights, str) else list(weights)
-    if words == ["balanced"]:
+    given = [weights] if isinstance(weights, str) else list(weights)
+    if given == ["balanced"]:
         counts = torch.bincount(_labels_of(rows), minlength=num_labels)
         present = counts > 0
         return torch.where(present, counts.sum() / (present.sum() * counts.clamp(min=1)), 1.0)
     try:
-        numbers = [float(word) for word in words]
+        numbers = [float(number) for number in given]
     except ValueError:
         raise ExitConfigurationError(
-            f"--class_weights takes `balanced` or {num_labels} numbers, not {' '.join(words)!r}."
+            f"--class_weights takes `balanced` or {num_labels} numbers, not {' '.join(given)!r}."
         ) from None
     if len(numbers) != num_labels:
         raise ExitConfigurationError(

@@ -40,8 +40,8 @@ class ResumingMixin:
                 raise CheckpointError(f"--resume_from_checkpoint: no whole one in {self.args.output_dir}.")
         elif checkpoint and (fault := checkpoint_fault(checkpoint)):
             raise CheckpointError(
-                f"--resume_from_checkpoint {checkpoint} is not there or not whole ({fault}): leave the flag out to go "
-                "on from the last whole one."
+                f"--resume_from_checkpoint {checkpoint} is not there or not whole ({fault}): leave the flag out to "
+                "resume from the last complete one."
             )
         self._resumed_from = checkpoint
         if checkpoint:
@@ -49,13 +49,13 @@ class ResumingMixin:
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _read_scheme(self, checkpoint: str) -> None:
-        """Refuse a checkpoint of another scheme; go on with its division into new and old heads."""
+        """Refuse a checkpoint of another scheme; keep its division into new and old heads."""
         path = os.path.join(checkpoint, SCHEME_FILE)
         if not os.path.exists(path):
             if not os.path.exists(os.path.join(checkpoint, OPTIMIZER_NAME)):
                 raise CheckpointError(
                     f"--resume_from_checkpoint {checkpoint} holds no optimizer (--save_only_model), so that no run "
-                    f"can go on from it: start from its weights, --model_name_or_path {checkpoint}, in another "
+                    f"can resume from it: start from its weights, --model_name_or_path {checkpoint}, in another "
                     "--output_dir."
                 )
             return
@@ -68,8 +68,8 @@ class ResumingMixin:
             self._summed_losses = torch.tensor(sums, device=self.args.device)
         if found != self.scheme:
             raise CheckpointError(
-                f"--resume_from_checkpoint {checkpoint} was trained with --method {found}, not {self.scheme}: go on "
-                f"with --method {found}, or start anew from its weights with --model_name_or_path {checkpoint}."
+                f"--resume_from_checkpoint {checkpoint} was trained with --method {found}, not {self.scheme}: "
+                f"resume with --method {found}, or start again from its weights, --model_name_or_path {checkpoint}."
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -113,7 +113,7 @@ class ResumingMixin:
             last = last_whole_checkpoint(self._get_output_dir(trial))
             raise DiskFullError(
                 f"{folder} could not be written ({error}): make room below --output_dir, then give the same command "
-                f"again. It goes on from {last or 'the start'}."
+                f"again. It continues from {last or 'the start'}."
             ) from error
 
     def _save_rng_state(self, output_dir):

@@ -265,7 +265,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As in `Trainer`; the loss is looked at when the backward pass is under way, so that no device waits for it.
+        """As in `Trainer`; the loss is read while the backward pass runs, so that the device does not wait for it.
 
         Raises:
             NonFiniteLossError: it is not finite.
@@ -286,7 +286,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         return self._operations_of_a_number * main_input.numel()
 
     def _stop_at(self, losses: torch.Tensor) -> None:
-        """Stop the run before a loss that is not finite spoils the weights; name the examples that it comes from."""
+        """Stop the run before a step with a loss that is not finite; name the examples that the loss comes from."""
         places = (~losses.isfinite().all(1)).nonzero().squeeze(1).tolist()
         if len(places) in (0, len(losses)):
             cause = "all examples of a batch: training has diverged, lower --learning_rate"
@@ -304,7 +304,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         return (self.state.epoch or 0.0) < self.args.warm_start_epochs
 
     def log(self, logs, start_time=None):
-        """As in `Trainer`; beside the training loss stands each exit's own, the mean over this process' batches."""
+        """As in `Trainer`, with the loss of each exit (mean over this process' batches) next to the training loss."""
         if "loss" in logs and self._num_summed:
             means = (self._summed_losses / self._num_summed).tolist()
             self._summed_losses, self._num_summed = 0.0, 0

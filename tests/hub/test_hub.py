@@ -485,7 +485,7 @@ def test_the_server_refuses_a_header_that_the_hub_would_refuse(card_of_run):
 def test_figures_are_those_of_the_results(card_of_run):
     card, results = card_of_run
     header, *rows = table_rows(card.text, "exit")
-    assert header == ["exit", "layer", "relative cost", "accuracy", "loss", "share leaving"]
+    assert header == ["exit", "layer", "relative cost", "accuracy", "loss", "share exiting"]
     assert len(rows) == len(results["anytime"])
     for cells, row, share in zip(rows, results["anytime"], results["policy"]["exit_fractions"], strict=True):
         wanted = [row["exit"], row["layer"], row["relative_cost"], row["metrics"]["accuracy"], row["loss"], share]

@@ -181,7 +181,7 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(finished, tmp_path):
     trainer = make_trainer(tmp_path / "run", save_total_limit=1)
     trainer.add_callback(FullDisk())
     try:
-        with pytest.raises(DiskFullError, match="--output_dir.*goes on from .*checkpoint-2"):
+        with pytest.raises(DiskFullError, match="--output_dir.*continues from .*checkpoint-2"):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

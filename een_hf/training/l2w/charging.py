@@ -45,8 +45,8 @@ class ExitForward(nn.Module):
     def forward(self, inputs: dict, shares: list[int] | None = None):
         """Without `shares` the logits of all exits (n, K, num_labels).
 
-        With them exit k answers the n_k most confident of the samples that are left, and they take no part in the
-        layers behind: their logits (n, num_labels), exit by exit, and which samples they are (n,).
+        With them exit k answers the n_k most confident of the remaining samples, which then leave out the deeper
+        layers: their logits (n, num_labels), exit by exit, and which samples they are (n,).
         """
         names = inspect.signature(self.network.embed).parameters
         inputs = {name: value for name, value in inputs.items() if name != "labels"}

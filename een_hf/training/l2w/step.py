@@ -27,7 +27,8 @@ def linear_step(
         parameters: those that have a gradient; they tell the optimizer's groups and states.
         values: theta.
         gradients: replaced by P: with the g^2 of AdamW held constant, theta' falls by P per unit of the clipped
-            gradient g. P is 0 where g is exactly 0: a word row that no batch has had yet has AdamW's P at 1/eps.
+            gradient g. P is 0 where g is exactly 0: for an embedding row whose token no batch has had yet,
+            AdamW's P would be 1/eps.
         ahead: takes theta'.
         clip: g is this times `gradients`.
         rates: learning rate of each group; default: as the optimizer has it.

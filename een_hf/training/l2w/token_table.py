@@ -36,7 +36,7 @@ def _distinct(ids: torch.Tensor, padding: int | None) -> tuple[torch.Tensor, tor
 
 @contextmanager
 def used_tokens(inputs: dict, network: nn.Module, optimizer: torch.optim.Optimizer):
-    """Cut the word table, and the optimizer's state of it, to the rows that `inputs` look up; no other tells.
+    """Reduce the embedding table, and the optimizer's state of it, to the rows that `inputs` look up.
 
     The whole table comes back at the end, whatever happened. A table that another module uses too stays whole.
     """
@@ -48,10 +48,10 @@ def used_tokens(inputs: dict, network: nn.Module, optimizer: torch.optim.Optimiz
         yield
         return
     padding = table.padding_idx
-    keys, words, place = _distinct(ids, padding)
-    few = nn.Parameter(whole.detach()[words], requires_grad=whole.requires_grad)
+    keys, tokens, place = _distinct(ids, padding)
+    few = nn.Parameter(whole.detach()[tokens], requires_grad=whole.requires_grad)
     state = optimizer.state.get(whole, {}).items()
-    state = {name: entry[words] if name != "step" and entry is not None else entry for name, entry in state}
+    state = {name: entry[tokens] if name != "step" and entry is not None else entry for name, entry in state}
     places = [
         (group["params"], n) for group in optimizer.param_groups for n, p in enumerate(group["params"]) if p is whole
     ]

@@ -57,8 +57,8 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
           own step, and the second look-ahead starts after the first step.
         - The look-ahead is the real optimizer's step, clipped and per parameter group, for SGD and AdamW, made linear
           in g: c and the g^2 of AdamW count as constants. There it is SGD's only, and nothing is clipped.
-        - A sample of the meta half leaves the batch where it is charged, which spares the layers behind: the loss and
-          its gradient are those of all samples at all exits, but for the draws of dropout.
+        - A sample of the meta half is removed from the batch at the exit where it is charged, which saves the deeper
+          layers: but for the draws of dropout, loss and gradient are those of all samples at all exits.
         - A directional derivative takes the place of the double backward (`exact` keeps it).
         - `--exit_loss_weights` multiplies w in the look-ahead too; soft labels and label smoothing are respected.
           Mixup and CutMix mix row i with row n - 1 - i: the halves of such a batch show the same images.
@@ -172,7 +172,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
                 model.train()
                 if self.in_warm_start():
                     self.meta_optimizer.zero_grad()
-                    self.meta_optimizer.step()  # without a gradient: the schedule alone goes on
+                    self.meta_optimizer.step()  # without a gradient: only the schedule advances
                     self.meta_scheduler.step()
                 else:
                     self.meta_step(self._prepare_inputs(inputs))
@@ -239,7 +239,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         if not os.path.exists(path):
             raise CheckpointError(
                 f"--resume_from_checkpoint {checkpoint} has no {STATE_FILE}, the weight network of --method l2w: "
-                f"start anew from its weights with --model_name_or_path {checkpoint}."
+                f"start again from its weights with --model_name_or_path {checkpoint}."
             )
         with reading_checkpoint(checkpoint):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -250,13 +250,13 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     # What W has learned
 
     def log(self, logs, start_time=None):
-        """As in `Trainer`; beside the loss stands what W did since the last time."""
+        """As in `Trainer`, with statistics of the weights since the last log."""
         if "loss" in logs:
             logs = {**logs, **self.weight_record.logs()}
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As in `EarlyExitTrainer`; leaves a heat map of weight against loss in the output folder."""
+        """As in `EarlyExitTrainer`; writes a heat map of weight against loss to the output folder."""
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.is_world_process_zero():
             self.weight_record.write(self.args.output_dir)
