@@ -1,5 +1,6 @@
 """`exit_logits.npz`: every exit's logits on the evaluation rows of a run."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,9 +42,10 @@ def save_exit_logits(
             raise ValueError(f"{name} has {len(array)} rows, but logits have {len(logits)}.")
         if array.dtype == object:
             arrays[name] = array.astype(str)
-    path = Path(output_dir) / LOGITS_NAME
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    path, content = Path(output_dir) / LOGITS_NAME, io.BytesIO()
+    np.savez_compressed(content, **arrays)  # not to the disk: cut short there, an archive fails once more at its end
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
     return path
 
 

@@ -1,6 +1,7 @@
 """What the exits read of every row and what the model answers: one pass of the model, kept in chunks on disk."""
 
 import hashlib
+import io
 import json
 import os
 from dataclasses import replace
@@ -60,8 +61,10 @@ def compute_features(
             if found is None:
                 found = _compute_chunk(model, rows, chunk, batch_size, feature_dtype)
                 _check_finite(*found, start, model.config.name_or_path)
+                content = io.BytesIO()  # an archive that a full disk cuts short fails once more when it is collected
+                np.savez(content, features=found[0], logits=found[1])
                 with room_for(path, ROOM), replacing(path) as temporary, temporary.open("wb") as file:
-                    np.savez(file, features=found[0], logits=found[1])
+                    file.write(content.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
             features[start : chunk.stop], logits[start : chunk.stop] = found
