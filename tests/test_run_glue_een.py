@@ -702,7 +702,7 @@ def test_bad_input_is_named_before_any_work(case, files, minilm_path, tmp_path):
         ("- just a list\n", "must be a mapping"),
         ("exit_layers: [2, 3", "^error: Recipe .*bad.yaml cannot be read: [^\n]*$"),
         ("a: \x00", "^error: Recipe .*bad.yaml cannot be read: [^\n]*$"),
-        (None, "is not there"),
+        (None, "does not exist"),
     ],
 )
 def test_bad_recipes(content, message, tmp_path):

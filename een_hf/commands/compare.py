@@ -6,8 +6,8 @@ All numbers are measured on the rows that calibrated nothing. "at 50 %": under t
 of the plain model's cost. "area": the mean of that over the budgets from where every run can answer up to 1.
 
 A run with one exit is a baseline: plain fine-tuning (--exit_layers names the last layer), or that of a smaller model.
-It has one cost, its operations over those of the plain model of the first run with several exits; from there on it
-answers in the table, and in the plot it is a point.
+It has one cost, its operations over those of the plain model of the first run with several exits; from that cost on it
+has a score in the table, and in the plot it is a point.
 """
 
 from ..evaluation import compare

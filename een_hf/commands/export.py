@@ -1,17 +1,17 @@
 """Write an early-exit model as one ONNX graph in which ONNX Runtime skips the layers after the exit.
 
-een-hf export runs/mine --output model.onnx                leaves by the model's policy
+een-hf export runs/mine --output model.onnx                exits by the model's policy
 een-hf export runs/mine --output model.onnx --no_dynamic   answers at every exit
 
 Inputs, of any batch size and length: input_ids, attention_mask, token_type_ids (BERT), pixel_values (ViT).
 Outputs: logits (batch, labels) and exit_index (batch), counted from 0; with --no_dynamic exit_logits (batch, exits,
 labels).
 
-A batch leaves as a whole: at the first exit at which all of its rows are sure. All rows then have the same exit_index,
-and logits from that exit. One row at a time leaves as in PyTorch. The thresholds are one more input, `thresholds`
-(exits), which may be left out: then those of the policy hold.
+A batch exits as a whole: at the first exit at which the criterion holds for all of its examples. All of them then have
+the same exit_index, and logits from that exit. A batch of one exits as in PyTorch. The thresholds are one more input,
+`thresholds` (exits), which is optional: the default is those of the policy.
 
-Policy, labels and exit layers stand in the file's metadata. Before it is written, its answers are compared with
+Policy, labels and exit layers are in the file's metadata. Before it is written, its answers are compared with
 PyTorch's on random inputs. Every criterion can be exported.
 """
 
@@ -36,7 +36,7 @@ def run(args) -> None:
     model = load_model(args.model)
     export_onnx(model, path, dynamic=not args.no_dynamic)
     size = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
-    policy = "answers at every exit" if args.no_dynamic else f"leaves by {model.config.exit_policy['criterion']}"
+    policy = "answers at every exit" if args.no_dynamic else f"exits by {model.config.exit_policy['criterion']}"
     print(f"Written: {path}, {size / 2**20:.1f} MiB, {policy}; ONNX Runtime and PyTorch agree on random inputs.")
 
 

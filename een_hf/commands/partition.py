@@ -4,7 +4,7 @@ een-hf partition --dataset_name cifar100 --num_partitions 1000 --scheme dir --al
     --output_dir dataset/cifar100_noniid1000
 een-hf partition --train_file texts.csv --num_partitions 10 --scheme iid --output_dir parts
 
-iid: rows by chance. dir: each part draws its shares of the classes from a Dirichlet distribution. pat: each part sees
+iid: rows at random. dir: each part draws its shares of the classes from a Dirichlet distribution. pat: each part sees
 a few classes. Sizes vary unless --balance makes them equal. Every row is in exactly one part, in OUT/train/<part> or
 OUT/valid/<part>; the test split is not touched. OUT/partition.json says what each part holds, OUT/partition.png shows
 it. Same seed, same parts.
@@ -46,7 +46,7 @@ def add_arguments(parser) -> None:
         "--format", choices=FORMATS, default="parquet", help="all columns (default), or NumPy arrays x and y"
     )
     parser.add_argument("--seed", type=int, default=42, help="default: 42")
-    parser.add_argument("--output_dir", required=True, help="a folder that is empty or not there")
+    parser.add_argument("--output_dir", required=True, help="a folder that is empty or does not exist")
     parser.add_argument("--cache_dir", help="where downloads are kept")
     parser.add_argument("--token", help="for private Hub repositories")
 

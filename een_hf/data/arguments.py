@@ -43,7 +43,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": f"What the labels mean, where their type does not say it: {', '.join(PROBLEM_TYPES)}. Default: "
-            "classes of words and whole numbers, numbers of floating point ones, several classes of lists."
+            "strings and whole numbers are classes, floating point numbers are regression targets, lists are several "
+            "classes."
         },
     )
     streaming: bool = field(

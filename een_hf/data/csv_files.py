@@ -29,7 +29,8 @@ _TYPES = {
 def csv_settings(path: str, source: str, text_columns: Sequence[str] = (), streaming: bool = False) -> dict[str, Any]:
     """Look through a csv file, and return what `datasets` must read it with.
 
-    Words as `null`, `NA` or `None` are text, not gaps. A column holds numbers only if all its values are numbers.
+    Strings such as `null`, `NA` or `None` are text, not missing values. A column holds numbers only if all its values
+    are numbers.
 
     Args:
         path: of the file.
@@ -124,7 +125,7 @@ def _check_header(header: list[str], source: str) -> None:
 
 
 def _whole_rows(reader, header: list[str], source: str) -> Iterator[list[str]]:
-    """Rows as long as the header. A blank line is no row, but in a file of one column an empty text."""
+    """Rows as long as the header. A blank line is skipped; in a file of one column it is an empty text."""
     for row in reader:
         if not row and len(header) == 1:
             row = [""]

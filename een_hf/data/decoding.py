@@ -38,7 +38,7 @@ def whole_images(rows: datasets.Dataset, column: str, skip: bool, where: str) ->
     count = f"{len(broken)} of {len(rows)}"
     if not skip:
         raise DataError(
-            f"{where}: {count} images are corrupt, the first is {named} ({problem}). Mend or "
+            f"{where}: {count} images are corrupt, the first is {named} ({problem}). Repair or "
             "remove them, or give --skip_corrupt to leave them out."
         )
     warn_of_skipped(where, len(broken), len(rows), named)

@@ -116,7 +116,7 @@ class ImageStream(torch.utils.data.IterableDataset):
                     name = row[self.image_column]["path"] or f"row {position} of the stream"
                     if not self.skip_corrupt:
                         raise DataError(
-                            f"The image {name} is corrupt ({problem}): mend or remove it, or give --skip_corrupt."
+                            f"The image {name} is corrupt ({problem}): repair or remove it, or give --skip_corrupt."
                         )
                     num_broken, first = num_broken + 1, first or name
                     continue

@@ -44,7 +44,7 @@ def load_image_data(
         seed: of the split that `--train_val_split` cuts.
         cache_dir: where downloads are kept.
         token: for private Hub repositories.
-        like: data whose problem these pose; then labels may be missing.
+        like: data with the same labels; then labels may be missing.
 
     Raises:
         DataError: a source, split, column or label that is missing or does not fit, or an image that is corrupt.

@@ -23,7 +23,7 @@ def model_label_ids(data: TaskData, label2id: dict[str, int] | None) -> list[int
     """The model's id of each of the data's labels, which may be some of the model's only.
 
     Labels are matched by name: exactly, or in either case where that is one to one. Where one side only has numbers
-    (`LABEL_0`, or data with whole numbers as labels), the number is the id; words for all labels of a model without
+    (`LABEL_0`, or data with whole numbers as labels), the number is the id; names for all labels of a model without
     names are taken in the data's order.
 
     Raises:
@@ -50,6 +50,6 @@ def model_label_ids(data: TaskData, label2id: dict[str, int] | None) -> list[int
         hint = f" ({unknown!r} differs from {' and '.join(map(repr, twins))} in case, others do too)" if twins else ""
         raise DataError(
             f"Column {data.label_column!r} has the label {unknown!r}, which the model does not know{hint}; it knows: "
-            f"{', '.join(label2id)}. Give --ignore_mismatched_sizes to make the head anew, or relabel the data."
+            f"{', '.join(label2id)}. Give --ignore_mismatched_sizes to start with a new head, or relabel the data."
         )
     return ids

@@ -1,4 +1,4 @@
-"""What a column of labels holds: names, numbers or lists, and the problem that they pose."""
+"""What a column of labels holds: names, numbers or lists, and the problem type that follows."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ LABEL_LISTS = (datasets.List, datasets.LargeList)
 
 
 def problem_type_of(feature: Any, wanted: str | None, column: str, source: str) -> str:
-    """What a column of labels poses, from its type and from what is `wanted` of it."""
+    """The problem type of a column of labels, from its type and from the type that is `wanted`."""
     dtype, kind = getattr(feature, "dtype", ""), None
     if isinstance(feature, LABEL_LISTS):
         kind = MULTI_LABEL
@@ -25,7 +25,7 @@ def problem_type_of(feature: Any, wanted: str | None, column: str, source: str) 
     elif dtype.startswith("float"):
         kind = SINGLE_LABEL if wanted == SINGLE_LABEL else REGRESSION
     if kind is None and type(feature).__name__ == "Json":  # which early versions lack
-        raise DataError(f"{source}: column {column!r} mixes words, numbers or lists: give labels of one kind.")
+        raise DataError(f"{source}: column {column!r} mixes strings, numbers or lists: give labels of one kind.")
     if kind is None:
         raise DataError(
             f"{source}: column {column!r} of type {feature} holds no labels; name one by --label_column_name."
@@ -39,7 +39,7 @@ def problem_type_of(feature: Any, wanted: str | None, column: str, source: str) 
 
 
 def label_values(rows: datasets.Dataset, column: str) -> list:
-    """Labels by name where the column has names, else as they are; `None` where ClassLabel says that there is none."""
+    """Labels by name where the column has names, else as they are; `None` where ClassLabel marks them as missing."""
     feature, values = rows.features[column], rows[column][:]
     inner = getattr(feature, "feature", feature)
     if not isinstance(inner, datasets.ClassLabel):
@@ -100,7 +100,7 @@ def read_lists(
             return values, MULTI_LABEL, None
     raise DataError(
         f"{where} holds lists of unclear meaning{f' for {wanted}' if wanted else ''}, for example {rows[0]!r}. Lists "
-        "of equal length with only 0 and 1 mark the classes of a row; lists of words or of ids without "
+        "of equal length with only 0 and 1 mark the classes of a row; lists of names or of ids without "
         f"repetition name them. Say what they are by --problem_type: {MULTI_LABEL}, or {SINGLE_LABEL} or "
         f"{REGRESSION} for lists of one value."
     )

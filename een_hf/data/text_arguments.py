@@ -34,8 +34,8 @@ class TextDataArguments(DataArguments):
     text_column_names: list[str] | None = field(
         default=None,
         metadata={
-            "help": "One text column, or two for pairs, apart by blanks or commas. Default: the task's, else the only "
-            "one, or the only two beside the label column."
+            "help": "One text column, or two for pairs, separated by spaces or commas. Default: the task's, else the "
+            "only one, or the only two beside the label column."
         },
     )
     label_column_name: str | None = field(
@@ -57,7 +57,7 @@ class TextDataArguments(DataArguments):
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that turn text into tokens. Default: this one."}
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Make tokens anew instead of from the cache."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again instead of reading the cache."})
 
     def __post_init__(self):
         if self.task_name is not None:

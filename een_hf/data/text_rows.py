@@ -18,7 +18,7 @@ def text_columns(
 ) -> list[str]:
     """The columns that are named, by the flag or by the task, else the only column of text.
 
-    Two columns of text are a pair where the label column stands beside them: without it, one of them may be the label.
+    Two columns of text are read as a pair only next to a label column: without one, one of them may hold the labels.
     """
     columns = args.text_column_names or (list(task.text_columns) if task else None)
     if columns is None:
@@ -48,15 +48,15 @@ def prepare_rows(
     blank_is_empty: bool = True,
     keep: bool = False,
 ) -> datasets.Dataset:
-    """Text columns as strings without gaps, and a row id that outlives cutting and selecting.
+    """Text columns as strings without missing values, and a row id that stays with a row when rows are selected.
 
     Args:
         rows: with the columns.
         columns: of text.
         where: what the rows are called in messages.
-        skip_empty: leave out rows of which a text is missing, instead of raising DataError.
-        blank_is_empty: whether a text of nothing but blanks is missing, too.
-        keep: give such rows an empty text instead of leaving them out.
+        skip_empty: drop rows of which a text is missing, instead of raising DataError.
+        blank_is_empty: whether a text of white space only counts as missing.
+        keep: give such rows an empty text instead of dropping them.
     """
     for column in columns:
         if rows.features[column] != datasets.Value("string"):

@@ -17,7 +17,7 @@ from .arguments import FEATURES_FOLDER
 from .rows import RetrofitRows
 
 
-ROOM = "make room below --output_dir, then give the same command again. It continues from the features that are there."
+ROOM = "make room below --output_dir, then give the same command again. It continues from the features on disk."
 
 
 def compute_features(

@@ -30,7 +30,7 @@ def load_model(
         exit_head: by default the architecture's.
 
     Raises:
-        ExitConfigurationError: there is no such model, or it is none that can be retrofitted.
+        ExitConfigurationError: a model that does not exist or cannot be retrofitted.
     """
     with loading(f"MODEL {name}"):
         found, _ = PreTrainedConfig.get_config_dict(model_source(name))

@@ -181,7 +181,7 @@ def to_batch(model: EarlyExitMixin, rows: list[dict]) -> dict[str, torch.Tensor]
 
 def _image_files(folder: str, limit: int | None) -> datasets.Dataset:
     if not os.path.isdir(folder):
-        raise DataError(f"--train_dir {folder} is no folder.")
+        raise DataError(f"--train_dir {folder} is not a folder.")
     known = Image.registered_extensions()
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in known)
     if not paths:

@@ -71,7 +71,7 @@ def parse_arguments(modality: Modality, argv: list[str], prog: str | None = None
         prog: what `--help` calls the script; its own name by default.
 
     Raises:
-        ExitConfigurationError: a recipe that is not there, or a flag or recipe key that is not known.
+        ExitConfigurationError: a recipe that does not exist, or an unknown flag or recipe key.
     """
     recipe = None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
@@ -118,10 +118,10 @@ def read_recipe(path: str) -> list[str]:
     """The flags of a recipe, as they would be given on the command line.
 
     Raises:
-        ExitConfigurationError: a file that is not there or cannot be read, or that is no mapping.
+        ExitConfigurationError: a file that does not exist, cannot be read, or is not a mapping.
     """
     if not os.path.exists(path):
-        raise ExitConfigurationError(f"Recipe {path} is not there; recipes of this project are in recipes/.")
+        raise ExitConfigurationError(f"Recipe {path} does not exist; recipes of this project are in recipes/.")
     try:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)

@@ -40,7 +40,7 @@ def check_flags(modality: Modality, args: RunArguments) -> None:
 def find_start(args: RunArguments) -> str | None:
     """The checkpoint to resume from, or `None` for a fresh start.
 
-    A run that ended before its first checkpoint leaves nothing to continue from, and its folder free.
+    A run that ended before its first checkpoint has nothing to continue from; its folder may be used again.
 
     Raises:
         ExitConfigurationError: the folder belongs to a finished run, to a run with other settings, or to neither.

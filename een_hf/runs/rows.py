@@ -91,7 +91,7 @@ def has_labels(rows: Any) -> bool:
 def _rows_of_file(path: str, modality: Modality, args: RunArguments, data: TaskData, loaded: LoadedModel) -> Any:
     """Encoded rows of a file (text) or a folder (images); labels are optional."""
     if not os.path.exists(path):
-        raise ExitConfigurationError(f"--calibration_file {path} is not there.")
+        raise ExitConfigurationError(f"--calibration_file {path} does not exist.")
     names = {field.name for field in fields(args.data)}
     other = "dataset_name dataset_config_name partition_dir partition_id train_val_split max_predict_samples".split()
     other += [f"{split}_{args.data.path_kind}" for split in ("train", "validation", "test")]

@@ -582,7 +582,7 @@ def test_help_says_what_every_flag_is():
         ({"calibration_share": 0.1}, "too few"),
         ({"batch_size": 0}, "--batch_size"),
         ({"head_learning_rate": 0}, "--head_learning_rate"),
-        ({"train_file": "nowhere.csv"}, "nowhere.csv is not there"),
+        ({"train_file": "nowhere.csv"}, "nowhere.csv does not exist"),
         ({"train_file": "texts.txt"}, "must end in"),
         ({"text_column_names": "body"}, "no column 'body'"),
         ({"tokenizer_name": "nowhere/at/all"}, "tokenizer"),

@@ -217,7 +217,7 @@ def test_the_processor_gives_the_models_size(tmp_path, model):
     [
         ({}, "give --dataset_name"),
         ({"dataset_name": "digits", "train_dir": "."}, "two sources"),
-        ({"train_dir": "nowhere"}, "--train_dir nowhere is not there"),
+        ({"train_dir": "nowhere"}, "--train_dir nowhere does not exist"),
         ({"dataset_name": "digits", "mixup": -1.0}, "--mixup"),
         ({"dataset_name": "digits", "cutmix": math.inf}, "--cutmix must be finite"),
         ({"dataset_name": "digits", "random_erase": 2.0}, "--random_erase"),

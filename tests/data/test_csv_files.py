@@ -129,7 +129,7 @@ def test_what_is_no_such_file_is_said_with_its_remedy(load, tmp_path, content, e
         ('{"text": "a", "label": 1}\n', "utf-16", "UTF-16.*iconv"),
         ("", "utf-8", "is empty"),
         ("[]", "utf-8", "has no rows"),
-        ('{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n', "utf-8", "mixes words, numbers or lists"),
+        ('{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n', "utf-8", "mixes strings, numbers or lists"),
     ],
 )
 def test_json_is_said_the_same(load, tmp_path, content, encoding, message):

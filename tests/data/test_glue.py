@@ -464,7 +464,7 @@ def test_flags_as_words_of_the_command_line():
         ({}, "--task_name, --dataset_name, or --train_file"),
         ({"task_name": "sst3"}, "--task_name 'sst3'.*sst2"),
         ({"train_file": "rows.txt"}, r"--train_file rows.txt must end in one of: .csv, .json, .jsonl, .parquet"),
-        ({"train_file": "nowhere.csv"}, "--train_file nowhere.csv is not there"),
+        ({"train_file": "nowhere.csv"}, "--train_file nowhere.csv does not exist"),
         ({"task_name": "sst2", "train_val_split": 1.5}, "--train_val_split.*between 0 and 1"),
         ({"task_name": "sst2", "problem_type": "regression"}, "leave --problem_type out"),
         (
@@ -540,7 +540,7 @@ def test_a_validation_label_that_training_never_saw(load, write, caplog):
     "train, validation, task, message",
     [
         ([0, 1], [0.5, 1.5], None, "regression in split 'validation'"),
-        ([0, 1], ["a", "b"], None, "labels that are words and labels that are numbers"),
+        ([0, 1], ["a", "b"], None, "labels that are strings and labels that are numbers"),
         ([0, 1], [0, 2], "sst2", "the label 2; the labels are: negative, positive"),
         (["good", "bad"], ["good"], "sst2", "the label 'bad'; the labels are: negative, positive"),
     ],

@@ -26,11 +26,11 @@ def partition_indices(
     min_size: int = 1,
     seed: int = 42,
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """Deal every row to one part.
+    """Assign every row to one part.
 
-    `iid`: by chance. `dir`: each part draws shares of the classes from a symmetric Dirichlet distribution, and the
+    `iid`: at random. `dir`: each part draws shares of the classes from a symmetric Dirichlet distribution, and the
     classes of its rows from these shares. All parts draw at once; where a class is drawn more often than it has rows,
-    chance decides which draws get them, and the others are drawn again, by the same shares over the classes that
+    a random choice of the draws gets them, and the others are drawn again, by the same shares over the classes that
     still have rows (by the rows left, where these shares are zero). `pat`: each part sees `classes_per_partition`
     classes; a class is seen by a number of parts that grows with its rows, which are spread over these parts.
 

@@ -27,7 +27,7 @@ def load_partition(folder: str | os.PathLike, partition_id: int | str) -> datase
         partition_id: number of a part, or `all`.
 
     Raises:
-        DataError: a folder that holds no partition, a part that is not there, or a file that cannot be read or is
+        DataError: a folder that holds no partition, a part that does not exist, or a file that cannot be read or is
             not what partition.json says.
     """
     folder = Path(folder)

@@ -50,7 +50,7 @@ def write_partition(
     Args:
         data: what the row numbers point into.
         parts: row numbers in random order, from `partition_indices`.
-        output_dir: a folder that is empty or not there.
+        output_dir: a folder that is empty or does not exist.
         format: `parquet` with all columns, images as the encoded bytes they are, or `npz` with `x` and `y`.
         valid_fraction: at least 0, below 1; with 0 there are no `valid` files.
         input_column_names: of npz: one image column, one text column or two. Default: the only ones there are.
@@ -114,7 +114,7 @@ def write_partition(
 
 
 def check_output_dir(folder: str | os.PathLike) -> None:
-    """Raise DataError where files would be overwritten. What a killed process left may be."""
+    """Raise DataError where files would be overwritten. Files that a killed process left may be overwritten."""
     folder = Path(folder)
     if folder.is_symlink() and not folder.exists():
         raise DataError(f"--output_dir {folder} is a link to nothing: make the folder that it names, or give another.")
