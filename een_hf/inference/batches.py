@@ -1,0 +1,125 @@
+"""A callable from columns to columns, for engines that deal out batches to many processes."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from ..extras import named_extras
+from ..models import AutoEarlyExitModel, ExitConfigurationError, ExitPolicy
+from .predict import predict
+
+
+class ExitBatchPredictor:
+    """Answers batches of columns with early exits: what Ray Data's `map_batches` and Spark's `predict_batch_udf` call.
+
+    It is sent to another process as a path and settings; each process loads the model at its first batch. Columns come
+    back as they were, with three more: `label`, `score` (the probability of it that the policy decides by; NaN in
+    regression, where `label` holds the numbers) and `exit_layer`.
+
+    Args:
+        path: folder or Hub name of an early-exit model with its processor.
+        column: of the texts or images (PIL, bytes of a file, or arrays of height, width and channels).
+        pair_column: of the second texts, where the model takes pairs.
+        batch_size: examples per step.
+        policy: who exits; `None`: the model's own; `False`: nobody before the last exit.
+        device: default: cuda where there is one.
+        max_length: longer texts are cut, to no more than the model takes.
+
+    Raises:
+        ExitConfigurationError: at the first batch: no early-exit model, or a policy or column that does not fit.
+
+    Example:
+        >>> predict = ExitBatchPredictor("runs/demo")
+        >>> predict({"id": np.array([7]), "text": np.array(["Shares fell."])})
+        {"id": array([7]), "text": array(["Shares fell."]), "label": array(["business"]), ...}
+    """
+
+    def __init__(
+        self,
+        path: str,
+        column: str = "text",
+        *,
+        pair_column: str | None = None,
+        batch_size: int = 32,
+        policy: ExitPolicy | dict | bool | None = None,
+        device: str | None = None,
+        max_length: int | None = None,
+    ):
+        self.path, self.column, self.pair_column = path, column, pair_column
+        self.batch_size, self.device, self.max_length = batch_size, device, max_length
+        self.policy = policy.to_dict() if isinstance(policy, ExitPolicy) else policy
+        self._model = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None, "_processor": None}
+
+    def __call__(self, batch: Mapping[str, Any] | Any) -> dict[str, np.ndarray]:
+        """
+        Args:
+            batch: columns of equal length by name; or the one column alone, which Spark gives.
+
+        Returns:
+            the columns and the answers; of one column alone the answers.
+        """
+        if not isinstance(batch, Mapping):
+            batch, kept = {self.column: batch}, {}
+        else:
+            kept = {name: np.asarray(values) for name, values in batch.items()}
+        self._load()
+        for name in filter(None, (self.column, self.pair_column)):
+            if name not in batch:
+                raise ExitConfigurationError(f"The batch has no column {name!r}; it has: {', '.join(batch)}.")
+        return {**kept, **self._answers(batch)}
+
+    def _load(self) -> None:
+        if self._model is not None:
+            return
+        model = AutoEarlyExitModel.from_pretrained(self.path).eval()
+        if self.policy is not None:
+            model.set_exit_policy(self.policy or None)
+        self._text = model.main_input_name == "input_ids"
+        self._processor = (AutoTokenizer if self._text else AutoImageProcessor).from_pretrained(self.path)
+        if not self._text:
+            with named_extras():
+                from ..data.images import EvaluationTransform
+
+            self._processor = EvaluationTransform(self._processor, model.config.num_channels)
+        limits = (self.max_length, model.config.max_input_length if self._text else None)
+        self._longest = min(filter(None, limits), default=None)
+        self._model = model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def _answers(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        config = self._model.config
+        rows = self._texts(batch) if self._text else [self._image(image) for image in batch[self.column]]
+        found = predict(self._model, rows, self.batch_size, progress=False)
+        scores = np.full(len(rows), np.nan, np.float32) if found.confidence is None else found.confidence.numpy()
+        if found.confidence is None:
+            labels = found.logits[:, 0].numpy()
+        elif config.problem_type == "multi_label_classification":
+            chosen = [[config.id2label[place] for place in row.nonzero()[:, 0].tolist()] for row in found.logits > 0]
+            labels = np.fromiter(chosen, dtype=object, count=len(chosen))
+        else:
+            labels = np.array([config.id2label[place] for place in found.logits.argmax(-1).tolist()], dtype=str)
+        layers = np.array(config.exit_layers)[found.exit_index.numpy()]
+        return {"label": labels, "score": scores, "exit_layer": layers}
+
+    def _texts(self, batch: Mapping[str, Any]) -> list[dict]:
+        names = filter(None, (self.column, self.pair_column))
+        columns = [[str(text) for text in batch[name]] for name in names]
+        if not columns[0]:
+            return []
+        encoded = self._processor(*columns, truncation=self._longest is not None, max_length=self._longest)
+        return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+
+    def _image(self, given) -> dict[str, torch.Tensor]:
+        from PIL import Image
+
+        if isinstance(given, bytes):
+            given = Image.open(io.BytesIO(given))
+        elif not isinstance(given, Image.Image):
+            given = Image.fromarray(np.asarray(given))
+        return {"pixel_values": self._processor(given)}
