@@ -464,6 +464,33 @@ def inference(data: dict, name: str, plots: Path | None) -> str:
     return "\n".join([*parts, *(plain_table(rows) for rows in of_kind.values())])
 
 
+def screened(data: dict, name: str, plots: Path | None) -> str:
+    """Options that the library does not offer, against joint exits in the same plain loop."""
+    runs, lines = defaultdict(dict), []
+    for row in data["rows"]:
+        runs[row["data"], row["option"]][row["seed"]] = row
+    for (task, option), of in runs.items():
+        base = runs.get((task, "joint"), {})
+        seeds, exits = sorted(of.keys() & base.keys()), np.mean([row["exits"] for row in of.values()], 0)
+        cells = [task, option, str(len(of)), " ".join(f"{score:.3f}" for score in exits)]
+        for place in (*(f"{share:g}" for share in SHARES), "last"):
+            if option == "joint" or not all(place in of[seed]["right"] for seed in seeds) or not seeds:
+                cells.append("")
+                continue
+            bits = [[unpack_bits(r[seed]["right"][place], r[seed]["num_rows"]) for seed in seeds] for r in (of, base)]
+            cells.append(str(Difference([], tuple(map(np.array, bits)))))
+        lines.append(cells)
+    commands = "\n".join(dict.fromkeys(row["command"] for row in data["rows"]))
+    machines = " / ".join(dict.fromkeys(machine_text(row["machine"]) for row in data["rows"]))
+    text = (
+        "MiniLM-L6 in a plain loop, one epoch; differences to `joint` of the same loop, paired by seed and row. "
+        "`benchmarks/screen.py` says what each option is. `plain heads`: as with `--standardize_heads false`. What is "
+        f"not above joint on two data sets is not built. {machines}.\n\n```\n{commands}\n```\n"
+    )
+    head = ["data", "option", "seeds", "exits", *(f"budget {share:.0%}" for share in SHARES), "last exit"]
+    return "\n".join(["## Ways of training that were tried\n", text, table(head, lines)])
+
+
 STEP_COLUMNS = [f"{what} / {other}" for what in ("time", "memory") for other in ("plain fine-tuning", "joint")]
 
 
@@ -565,6 +592,7 @@ SECTIONS = {
     "gpu_quality_": one_seed,
     "gpu_": gpu,
     "quality_": quality,
+    "screen": screened,
     "planted_": planted,
     "inference_": inference,
     "training_step_": training_step,

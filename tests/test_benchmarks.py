@@ -265,6 +265,32 @@ def test_cells_run_side_by_side_within_their_time(tmp_path):
     assert failed == {"c": "the time is over", "d": "the time is over"} and sorted(done) == ["a", "b"]
 
 
+def test_options_that_were_tried_stand_beside_joint(tmp_path):
+    """What breaks: an option that is built, or left out, by a difference of other seeds or rows than its own."""
+    random, rows = np.random.default_rng(0), []
+    for option, seeds in (("joint", (1, 2, 3)), ("distill", (2, 3)), ("stock", (2,))):
+        for seed in seeds:
+            places = ("last",) if option == "stock" else ("0.25", "0.5", "0.75", "last")
+            right = {place: pack_bits(random.random(50) < 0.7) for place in places}
+            row = {"data": "news", "option": option, "seed": seed, "num_rows": 50, "exits": [0.5, 0.7], "right": right}
+            rows.append({**row, "command": f"python benchmarks/screen.py {option}", "machine": MACHINE})
+    page = write_page(tmp_path, screen={"rows": rows})
+    lines = {line[1]: line for line in cells(page, "news")}
+    bits = {
+        option: np.array(
+            [unpack_bits(row["right"]["0.5"], 50) for row in rows if (row["option"], row["seed"]) in wanted]
+        )
+        for option, wanted in (
+            ("joint", [("joint", 2), ("joint", 3)]),
+            ("distill", [("distill", 2), ("distill", 3)]),
+        )
+    }
+    mean = bits["distill"].mean() - bits["joint"].mean()
+    assert lines["distill"][2:4] == ["2", "0.500 0.700"] and lines["distill"][5].startswith(f"{mean:+.3f} [")
+    assert lines["stock"][4:7] == ["", "", ""] and "[" in lines["stock"][7]
+    assert "[" not in "".join(lines["joint"]) and "screen.py distill\n" in page
+
+
 def test_gpu_quality_says_how_it_is_called(tmp_path):
     """What breaks: a command line that the script reads otherwise than it says, or runs that start without data."""
     script = str(ROOT / "benchmarks" / "gpu_quality.sh")
