@@ -261,6 +261,7 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
         f"## Quality: {found.task}\n",
         f"Recipe `{found.recipe}`, seeds {', '.join(map(str, found.seeds))}, by `benchmarks/quality.py`; "
         f"{' / '.join(found.machines)}. The first of its runs:\n\n```\n{found.first['command']}\n```\n",
+        *([data["note"] + "\n"] if "note" in data else []),
         f"{metric} at every exit, all {count} evaluation rows; relative cost in the head:\n",
         table(["scheme", *(f"exit {e['exit']}, {e['relative_cost']:.2f}" for e in exits)], anytime),
         f"{metric} under a budget, on the {count - count // 2} reported rows (certified: from the last exit):\n",
@@ -351,6 +352,7 @@ def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
         table([*head, "fewer layers"], lines),
         "Half of the cost is within 0.003 of plain fine-tuning, or above it, on: "
         f"{'; '.join(kept) or 'none'}. It is further below on: {'; '.join(lost) or 'none'}.\n",
+        *(f"{note}\n" for note in dict.fromkeys(data["note"] for _, data in files if "note" in data)),
         "![metric less plain fine-tuning, against cost](plots/summary.png)\n",
     ]
     return "\n".join(parts)
@@ -491,6 +493,22 @@ def screened(data: dict, name: str, plots: Path | None) -> str:
     return "\n".join(["## Ways of training that were tried\n", text, table(head, lines)])
 
 
+def architectures(data: dict, name: str, plots: Path | None) -> str:
+    """Runs of several models, one seed each."""
+    lines, commands = [], dict.fromkeys(row["command"] for row in data["rows"])
+    for row in data["rows"]:
+        exits = (f"{e['accuracy']:.3f} (layer {e['layer']}, {e['relative_cost']:.2f})" for e in row["exits"])
+        lines.append([row["model"], row["data"], str(row["seed"]), str(row["evaluation_rows"]), ", ".join(exits)])
+    return "\n".join(
+        [
+            "## Other architectures, one seed each\n",
+            f"{machine_text(data['machine'])}.\n",
+            "\n".join(["```", *commands, "```\n"]),
+            table(["model", "data", "seed", "evaluation rows", "accuracy of exits (layer, relative cost)"], lines),
+        ]
+    )
+
+
 STEP_COLUMNS = [f"{what} / {other}" for what in ("time", "memory") for other in ("plain fine-tuning", "joint")]
 
 
@@ -593,6 +611,7 @@ SECTIONS = {
     "gpu_": gpu,
     "quality_": quality,
     "screen": screened,
+    "architectures": architectures,
     "planted_": planted,
     "inference_": inference,
     "training_step_": training_step,

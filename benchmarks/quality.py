@@ -251,7 +251,8 @@ def main() -> None:
     stem = Path(args.recipe).stem
     path = args.results / f"quality_{args.name or stem.removesuffix('_joint')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    content = json.loads(path.read_text()) if path.exists() else {"recipe": args.recipe, "rows": []}
+    rows = content["rows"]
     done = {(row["method"], row["seed"]) for row in rows}
     cells = [cell for cell in product(args.methods, range(1, args.seeds + 1)) if cell not in done]
     logs = args.runs / stem
@@ -264,7 +265,7 @@ def main() -> None:
 
     def finished(name: str) -> None:
         rows.append(json.loads((logs / f"{name}.json").read_text()))
-        path.write_text(json.dumps({"recipe": args.recipe, "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"done: {name}", flush=True)
 
     failed = side_by_side(commands, args.jobs, args.time_limit, logs, finished)
