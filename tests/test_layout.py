@@ -106,3 +106,22 @@ def test_the_old_attribute_of_a_scheme_is_the_new_one():
 
     with pytest.warns(DeprecationWarning, match="scheme"):
         assert JointExitTrainer.method == JointExitTrainer.scheme == "joint"
+
+
+def test_the_old_name_of_the_calibration_rows_is_taken():
+    """What breaks: code of before that names its rows; the new name says what transformers would."""
+    from een_hf.training import JointExitTrainer
+
+    class Asked(Exception):
+        pass
+
+    class Trainer(JointExitTrainer):
+        def __init__(self):
+            pass
+
+        def predict_exits(self, dataset, metric_key_prefix="test"):
+            assert dataset == [{"input_ids": [1, 2]}]
+            raise Asked
+
+    with pytest.warns(DeprecationWarning, match="calibration_dataset"), pytest.raises(Asked):
+        Trainer().calibrate(calibration_data=[{"input_ids": [1, 2]}], target_cost=0.5)

@@ -1,5 +1,6 @@
 """Evaluating, answering and calibrating with every exit of a model in training."""
 
+import warnings
 from itertools import islice
 
 import numpy as np
@@ -101,11 +102,11 @@ class EvaluationMixin:
         answers = (None if parts[0] is None else torch.cat(parts)[order] for parts in answers)
         return ExitPredictions(*answers), [kept[place][1] for place in order.tolist()]
 
-    def calibrate(self, calibration_data, cost: str = "operations", latency_batch_size: int = 1, **settings):
+    def calibrate(self, calibration_dataset=None, cost: str = "operations", latency_batch_size: int = 1, **settings):
         """Choose an exit policy on rows that nothing else has chosen; it is returned, not set.
 
         Args:
-            calibration_data: rows as `evaluate` takes them.
+            calibration_dataset: rows as `evaluate` takes them.
             cost: `operations`, or `latency`, measured on the model's device.
             latency_batch_size: examples that run together where latency is measured.
             **settings: of `een_hf.calibrate`, for example `target_cost=0.5`, or `max_risk=0.02,
@@ -117,8 +118,12 @@ class EvaluationMixin:
         from ..calibration import calibrate
         from ..evaluation import cost_inputs, relative_costs, relative_latencies
 
-        unit, size = CostUnit(cost), cost_inputs(calibration_data)
-        prediction = self.predict_exits(calibration_data, "calibration")
+        if "calibration_data" in settings:
+            message = "calibration_data is deprecated: name it calibration_dataset."
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            calibration_dataset = settings.pop("calibration_data")
+        unit, size = CostUnit(cost), cost_inputs(calibration_dataset)
+        prediction = self.predict_exits(calibration_dataset, "calibration")
         network = self.accelerator.unwrap_model(self.model)
         settings.setdefault("problem_type", network.config.problem_type or "single_label_classification")
         if unit == CostUnit.OPERATIONS:
