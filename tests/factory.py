@@ -3,7 +3,14 @@
 import inspect
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertTokenizer,
+    Trainer,
+    ViTImageProcessor,
+)
 
 from een_hf.models import MODEL_CLASSES
 from een_hf.training import EarlyExitTrainingArguments, get_scheme
@@ -15,6 +22,8 @@ TEXT = {"vocab_size": 60, "max_position_embeddings": 16}
 IMAGE = {"image_size": 8, "patch_size": 4}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+LABELS = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
 # `exit_results.json` of a run with two exits.
 RESULTS = {
     "method": "joint",
@@ -83,6 +92,13 @@ def tiny_stock_model(kind: str = "bert", *, seed: int = 0, **changes):
     torch.manual_seed(seed)
     auto_class = AutoModelForSequenceClassification if reads_text(kind) else AutoModelForImageClassification
     return auto_class.from_config(AutoConfig.for_model(kind, **tiny_settings(kind, **changes)))
+
+
+def tiny_processor(kind: str = "bert", tokens=TOKENS, size: int = IMAGE["image_size"]):
+    """A tokenizer of these tokens, or a processor of square images."""
+    if reads_text(kind):
+        return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
+    return ViTImageProcessor(size={"height": size, "width": size})
 
 
 def tiny_rows(kind: str = "bert", count: int = 24, *, length: int = 8, seed: int = 1, learnable: bool = False) -> list:

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from factory import tiny_model
 from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 
@@ -13,7 +14,7 @@ from een_hf.commands import main as commands_main
 from een_hf.data import DataError, TextDataArguments, load_digits, load_partition, load_text_data
 from een_hf.data.image_arguments import ImageDataArguments
 from een_hf.data.images import IMAGES, load_image_data
-from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
+from een_hf.models import EarlyExitViTForImageClassification
 from een_hf.runs.model import labels_of_checkpoint
 from een_hf.training.arguments import ModelArguments
 
@@ -118,18 +119,9 @@ def test_real_cifar100(shared_dir):
 
 @pytest.fixture
 def model():
-    config = EarlyExitViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=12,
-        patch_size=4,
-        id2label=dict(enumerate(["eel", "cat", "dog"])),
-        label2id={"eel": 0, "cat": 1, "dog": 2},
-    )
-    torch.manual_seed(0)
-    return EarlyExitViTForImageClassification(config).eval()
+    names = ["eel", "cat", "dog"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    return tiny_model("vit", image_size=12, num_hidden_layers=2, **labels).eval()
 
 
 def test_labels_follow_the_checkpoints_names(tmp_path, model):

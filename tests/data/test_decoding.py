@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from factory import tiny_model
 from PIL import Image
 from transformers import ViTImageProcessor
 
@@ -19,7 +20,6 @@ from een_hf.data.partition import LabelledRows, write_partition
 from een_hf.data.transforms import EvaluationTransform
 from een_hf.hub import write_examples
 from een_hf.inference.pipelines import EarlyExitImageClassificationPipeline
-from een_hf.models import EarlyExitViTConfig, EarlyExitViTForImageClassification
 from een_hf.retrofitting import RetrofitArguments
 from een_hf.retrofitting.rows import UnlabelledImages
 
@@ -77,9 +77,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    config = EarlyExitViTConfig(**shape, image_size=8, patch_size=4, num_labels=len(UPRIGHT) + 10)
-    return EarlyExitViTForImageClassification(config).eval()
+    return tiny_model("vit", num_hidden_layers=1, num_labels=len(UPRIGHT) + 10).eval()
 
 
 def processor():

@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from factory import tiny_model
 
 from een_hf.calibration import calibrate
 from een_hf.evaluation import BatchSeconds, ExitCosts, latency_costs, relative_latencies
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification, ExitPolicy
+from een_hf.models import ExitPolicy
 from een_hf.models.policies import NEVER
 
 
@@ -94,11 +95,8 @@ def test_exits_that_take_more_time_than_they_save_are_left_out(decision):
 )
 def test_any_model_can_be_measured(criterion, fields, batch_size, cuda_graphs):
     """Fails if the policies that are timed do not fit a problem or a criterion, or one of them stays set."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    config = EarlyExitBertConfig(**shape, num_hidden_layers=3, max_position_embeddings=16, **fields)
-    model = EarlyExitBertForSequenceClassification(config)
-    params = {"tolerance": 0.1} if config.problem_type == "regression" else None
+    model = tiny_model(**fields)
+    params = {"tolerance": 0.1} if model.config.problem_type == "regression" else None
     settings = {"batch_size": batch_size, "criterion": criterion, "params": params, "repeats": 1}
     costs, about = relative_latencies(model, **settings, sequence_length=8, cuda_graphs=cuda_graphs)
     assert isinstance(costs, ExitCosts) and len(costs) == 3 and costs.alone[-1] == 1.0 and min(costs) > 0

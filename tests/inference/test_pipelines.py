@@ -8,16 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from factory import LABELS, TOKENS, tiny_model, tiny_processor
 from PIL import Image
-from transformers import BertTokenizer, ViTImageProcessor, pipeline
+from transformers import pipeline
 
-import een_hf
 from een_hf import ExitConfigurationError
 from een_hf.evaluation import relative_costs, stock_model, text_functions
 
 
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
-SHAPE |= {"exit_layers": [1, 3, 4], "initializer_range": 0.5}
+SHAPE = {"num_hidden_layers": 4, "exit_layers": [1, 3, 4], "initializer_range": 0.5}
 TEXTS = ["a b c d e f g h i j", "c", "d e f", "j j j a", "b a", "i h g f e", "a", "c d c d c d c"]
 IMAGES = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (8, 8, 3), dtype=np.uint8)) for n in range(8)]
 
@@ -39,14 +38,10 @@ def with_policy(model, batches):
 def bert(tmp_path_factory):
     """(folder, model, single inputs as the model takes them)"""
     folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
-    torch.manual_seed(0)
-    names = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
-    config = een_hf.EarlyExitBertConfig(vocab_size=len(words), max_position_embeddings=32, **names, **SHAPE)
+    tokenizer = tiny_processor("bert")
     batches = [tokenizer(text, return_tensors="pt") for text in TEXTS]
-    model = with_policy(een_hf.EarlyExitBertForSequenceClassification(config), batches)
+    model = tiny_model("bert", vocab_size=len(TOKENS), max_position_embeddings=32, **LABELS, **SHAPE)
+    with_policy(model, batches)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, model, batches
@@ -55,11 +50,9 @@ def bert(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vit")
-    processor = ViTImageProcessor(size={"height": 8, "width": 8})
-    torch.manual_seed(0)
-    config = een_hf.EarlyExitViTConfig(image_size=8, patch_size=4, num_labels=3, **SHAPE)
+    processor = tiny_processor("vit")
     batches = [processor(image, return_tensors="pt") for image in IMAGES]
-    model = with_policy(een_hf.EarlyExitViTForImageClassification(config), batches)
+    model = with_policy(tiny_model("vit", **SHAPE), batches)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder, model, batches
@@ -176,7 +169,7 @@ def test_texts_are_cut_at_the_models_length(bert):
 
 def test_timed_texts_are_cut_at_the_models_length(bert):
     """A run with a larger --max_seq_length trains and evaluates, and would end in a traceback when it is timed."""
-    tokenizer = BertTokenizer(str(bert[0] / "vocab.txt"))
+    tokenizer = tiny_processor("bert")
     texts = [" ".join("abcdefghij" * 4), "a"]
     functions = text_functions(bert[1], tokenizer, [texts], max_length=99, batch_size=2)
     assert [len(function()) for name, function in functions.items() if name.startswith("stock")] == [2]
@@ -212,7 +205,7 @@ def test_without_a_policy_every_input_pays_for_all(bert, cuda_graphs):
 
 def test_a_model_without_exits_is_refused(bert):
     folder, model, _ = bert
-    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    tokenizer = tiny_processor("bert")
     with pytest.raises(ExitConfigurationError, match="early-exit-text-classification.*BertForSequenceClassification"):
         pipeline("early-exit-text-classification", model=stock_model(model), tokenizer=tokenizer, device="cpu")
 

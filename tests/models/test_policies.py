@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from damage import wrong_contents
+from factory import tiny_model
 
 from een_hf.models import (
     EarlyExitBertConfig,
@@ -435,9 +436,7 @@ def test_from_results_says_what_is_missing(results):
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
 def test_exit_fields_of_another_kind_are_refused(tmp_path, count):
     """What breaks: an edited config ends in a traceback when the model is loaded, or when it reads its first batch."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 1, "intermediate_size": 8}
-    model = EarlyExitBertForSequenceClassification(EarlyExitBertConfig(vocab_size=9, **shape)).eval()
+    model = tiny_model().eval()
     about = {"calibrated_for": {"target_cost": 0.5}, "guarantee": {"risk": "consistency", "limit": 0.1}}
     policy = {"criterion": "patience", "thresholds": [0.6, 0.6, 0.0], "temperatures": [1.0, 2.0, 1.0]}
     model.set_exit_policy({**policy, "params": {"tolerance": 0.3}, **about})

@@ -9,19 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from factory import LABELS, TOKENS, tiny_model, tiny_processor
 from PIL import Image
-from transformers import BertTokenizer, ViTImageProcessor
-
-from een_hf.models import (
-    EarlyExitBertConfig,
-    EarlyExitBertForSequenceClassification,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
-)
 
 
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
-LABELS = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
+SHAPE = {"num_hidden_layers": 4, "exit_layers": [1, 3, 4], "initializer_range": 0.5}
 
 
 def random_texts(count, longest=24, seed=0):
@@ -43,13 +35,9 @@ def policy_of_thirds(model, inputs):
 
 
 def make_bert(folder, **settings):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
-    torch.manual_seed(0)
-    settings = {"exit_layers": [1, 3, 4], "initializer_range": 0.5, "exit_pooling": "mean", **settings}
-    config = EarlyExitBertConfig(vocab_size=len(words), max_position_embeddings=40, **SHAPE, **LABELS, **settings)
-    model = EarlyExitBertForSequenceClassification(config).eval()
+    tokenizer = tiny_processor("bert")
+    settings = {**SHAPE, **LABELS, "exit_pooling": "mean", **settings}
+    model = tiny_model("bert", vocab_size=len(TOKENS), max_position_embeddings=40, **settings).eval()
     model.set_exit_policy(policy_of_thirds(model, [tokenizer(text, return_tensors="pt") for text in random_texts(60)]))
     return SimpleNamespace(folder=folder, model=model, processor=tokenizer)
 
@@ -66,11 +54,7 @@ def bert(tmp_path_factory):
 def vit(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("vit"), np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(30)]
-    processor = ViTImageProcessor(size={"height": 8, "width": 8})
-    torch.manual_seed(0)
-    settings = {"exit_layers": [1, 3, 4], "initializer_range": 0.5}
-    config = EarlyExitViTConfig(image_size=8, patch_size=4, **SHAPE, **LABELS, **settings)
-    model = EarlyExitViTForImageClassification(config).eval()
+    processor, model = tiny_processor("vit"), tiny_model("vit", **SHAPE, **LABELS).eval()
     model.set_exit_policy(policy_of_thirds(model, [processor(image, return_tensors="pt") for image in images]))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
+from factory import tiny_model
 
 from een_hf.commands import main
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
 
 from .conftest import random_texts
 
@@ -40,10 +40,7 @@ def test_what_cannot_be_served(tmp_path):
             main(["serve", "no-such-model", "--port", str(taken.getsockname()[1])])
     with pytest.raises(SystemExit, match="error: .*no-such-model"):
         main(["serve", str(tmp_path / "no-such-model"), "--port", "0"])
-    config = EarlyExitBertConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
-    )
-    EarlyExitBertForSequenceClassification(config).bert.save_pretrained(tmp_path)
+    tiny_model().bert.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="no fine-tuned classifier"):
         main(["serve", str(tmp_path), "--port", "0"])
 
