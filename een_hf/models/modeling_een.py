@@ -214,6 +214,12 @@ class EarlyExitMixin:
             return self.last_head_modules
         return [self.exit_heads[str(self.config.exit_layers[exit_index])]]
 
+    def head_module_names(self) -> list[str]:
+        """Names of the modules that hold the parameters of all heads: `modules_to_save` of a PEFT configuration."""
+        heads = [head for exit_index in range(self.num_exits) for head in self.exit_head_modules(exit_index)]
+        parts = {id(part) for head in heads for part in head.modules() if part._parameters}
+        return [name for name, module in self.named_modules() if id(module) in parts]
+
     def is_new_head(self, exit_index: int) -> bool:
         """Whether a parameter of this exit's (0-based) head did not come from the checkpoint.
 

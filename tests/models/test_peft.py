@@ -1,0 +1,72 @@
+"""LoRA around an early-exit model: it trains, saves, loads and merges to the same exits."""
+
+import pytest
+import torch
+
+from een_hf.inference import predict
+from een_hf.models import (
+    EarlyExitBertConfig,
+    EarlyExitBertForSequenceClassification,
+    EarlyExitViTConfig,
+    EarlyExitViTForImageClassification,
+)
+
+
+peft = pytest.importorskip("peft", reason="needs the extra peft")
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+SHAPE |= {"exit_layers": [1, 3, 4], "num_labels": 3, "initializer_range": 0.5}
+
+
+def make(kind, aggregation):
+    torch.manual_seed(0)
+    if kind == "vit":
+        config = EarlyExitViTConfig(image_size=8, patch_size=4, exit_aggregation=aggregation, **SHAPE)
+        return EarlyExitViTForImageClassification(config), {"pixel_values": torch.randn(12, 3, 8, 8)}
+    config = EarlyExitBertConfig(vocab_size=30, exit_aggregation=aggregation, **SHAPE)
+    return EarlyExitBertForSequenceClassification(config), {"input_ids": torch.randint(1, 30, (12, 9))}
+
+
+@torch.no_grad()
+def exits_of(model, inputs):
+    return model.eval()(**inputs, early_exit=False).exit_logits
+
+
+@pytest.mark.parametrize("kind,aggregation", [("bert", "none"), ("bert", "boosted"), ("vit", "none")])
+def test_lora_trains_saves_loads_and_merges(tmp_path, kind, aggregation):
+    """What breaks: heads that were trained beside the adapter are not saved with it, and exits answer at random."""
+    model, inputs = make(kind, aggregation)
+    labels, before = torch.randint(0, 3, (12,)), {name: p.clone() for name, p in model.named_parameters()}
+    model.save_pretrained(tmp_path / "base")
+    targets = ["query", "value"] if kind == "bert" else ["q_proj", "v_proj"]
+    settings = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=model.head_module_names())
+    tuned = peft.get_peft_model(model, settings)
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], 0.1)
+    losses = []
+    for _ in range(8):
+        loss = tuned.train()(**inputs, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    trained = exits_of(tuned, inputs)
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(exits_of(again, inputs), trained, atol=1e-6, rtol=1e-6)
+    merged = again.merge_and_unload()
+    assert type(merged) is type(model) and merged.state_dict().keys() == before.keys()
+    torch.testing.assert_close(exits_of(merged, inputs), trained, atol=1e-5, rtol=1e-5)
+    changed = {name.rsplit(".", 1)[0] for name, p in merged.named_parameters() if not torch.equal(p, before[name])}
+    assert set(merged.head_module_names()) <= changed  # every head was trained, the adapted layers too
+    # The merged model is one like any other: it exits, and is saved and loaded.
+    policy = {"criterion": "confidence", "thresholds": [0.6, 0.6, 0.0]}
+    merged.set_exit_policy(policy)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = type(model).from_pretrained(tmp_path / "merged").eval()
+    rows = [{name: values[row] for name, values in inputs.items()} for row in range(12)]
+    tuned.set_exit_policy(policy)
+    with torch.no_grad():
+        wanted = tuned.eval()(**inputs)
+    found = predict(loaded, rows, progress=False)
+    assert found.exit_index.equal(wanted.exit_index)
+    torch.testing.assert_close(found.logits, wanted.logits, atol=1e-5, rtol=1e-5)
