@@ -1,7 +1,7 @@
 """The errors of this library, and how commands answer with them.
 
 `ExitError` is the base. `ExitConfigurationError` is about settings and inputs (`DataError`, `MissingPackageError` and
-`CheckpointError` are kinds of it); the others are about what happened while a run was under way.
+`CheckpointError` are kinds of it); the others are about what happened during a run.
 """
 
 import errno

@@ -95,10 +95,10 @@ def count_operations(
 
     They are counted as torch's `FlopCounterMode` does: two for a multiply-accumulate.
     """
-    twin = _meta_copy(model).eval()
-    inputs = dummy_inputs(twin, sequence_length=sequence_length, image_size=image_size)
-    layers = list(twin.backbone_layers)
-    heads = [twin.exit_head_modules(exit_index) for exit_index in range(len(twin.config.exit_layers))]
+    shadow = _meta_copy(model).eval()
+    inputs = dummy_inputs(shadow, sequence_length=sequence_length, image_size=image_size)
+    layers = list(shadow.backbone_layers)
+    heads = [shadow.exit_head_modules(exit_index) for exit_index in range(len(shadow.config.exit_layers))]
     counter = FlopCounterMode(display=False)
     spent = {module: 0 for module in (*layers, *(part for head in heads for part in head))}
 
@@ -112,15 +112,15 @@ def count_operations(
         module.register_forward_pre_hook(start)
         module.register_forward_hook(stop)
     with torch.no_grad(), counter:
-        twin(**inputs, early_exit=False)
+        shadow(**inputs, early_exit=False)
 
     embedding = counter.get_total_flops() - sum(spent.values())
     up_to_layer = list(accumulate((spent[layer] for layer in layers), initial=embedding))
     head_costs = [sum(spent[part] for part in head) for head in heads]
     plain = up_to_layer[-1] + head_costs[-1]
-    alone = [up_to_layer[layer] + head for layer, head in zip(twin.config.exit_layers, head_costs, strict=True)]
+    alone = [up_to_layer[layer] + head for layer, head in zip(shadow.config.exit_layers, head_costs, strict=True)]
     costs = ExitCosts(alone, head_costs)
-    return (ExitCosts(costs) if twin.config.exit_aggregation == "boosted" else costs), plain
+    return (ExitCosts(costs) if shadow.config.exit_aggregation == "boosted" else costs), plain
 
 
 def mean_length(attention_masks: Iterable[Sequence[int]]) -> int:
@@ -143,10 +143,10 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shape and dtype but no storage."""
     memo = {id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=False) for parameter in model.parameters()}
     memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    twin = copy.deepcopy(model, memo)
+    shadow = copy.deepcopy(model, memo)
     # The eager kernel runs on any device and spells out the products; which kernel runs does not change their number.
-    twin.set_attn_implementation("eager")
-    return twin
+    shadow.set_attn_implementation("eager")
+    return shadow
 
 
 def dummy_inputs(

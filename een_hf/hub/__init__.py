@@ -1,6 +1,6 @@
 """What a run shows on the Hub.
 
-- `card`: the model card, made of `sections`; `header` tells the card of a run from others.
+- `card`: the model card, made of `sections`; `header` recognises the card of a run.
 - `examples`: the rows that a card shows.
 - `endpoints`: the file by which Inference Endpoints run a model.
 - `settings`: what of a run's flags may be shown.

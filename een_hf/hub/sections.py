@@ -92,7 +92,7 @@ model = {auto_class}.from_pretrained({name}, trust_remote_code=True)
 processor = {processor}.from_pretrained({name}, trust_remote_code=True)
 ```
 
-The code of the model lies beside its weights. Where the package `een_hf` is imported, `trust_remote_code` is not
+The code of the model is stored with its weights. Where the package `een_hf` is imported, `trust_remote_code` is not
 needed, and {pipeline} also answers at which layer each
 input exited and what it saved. The model exits early in eval mode; `model(**inputs, early_exit=False)` evaluates every
 exit, and its `exit_logits` has shape (batch, {len(results["exit_layers"])}, labels)."""

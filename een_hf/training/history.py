@@ -30,7 +30,7 @@ def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other runs out of an output folder during this run; the lock of a killed process is released.
 
     Raises:
-        ExitConfigurationError: another run is under way there, or it is no folder.
+        ExitConfigurationError: another run is writing there, or it is not a folder.
     """
     folder = Path(folder)
     check_folder("output_dir", folder)
@@ -57,7 +57,7 @@ def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def read_run(folder: str | os.PathLike) -> dict | None:
-    """The record of the run in a folder, or of the run that a checkpoint belongs to; `None`: there is none.
+    """The record of the run in a folder, or of the run that a checkpoint belongs to; `None` without a record.
 
     Raises:
         ExitConfigurationError: a record that is damaged; its file is named.
@@ -106,7 +106,7 @@ def history_of(source: str | None, has_head: bool) -> list[dict | None]:
 
 
 def rows_chose(now: dict, history: list[dict | None], *, trains: bool, new_head: bool) -> str | None:
-    """What the calibration rows of a run chose already, in it or before: no guarantee is to be had from them then.
+    """What the calibration rows were used for already, in this run or before: then they certify nothing.
 
     Args:
         now: the run's flags.
@@ -155,6 +155,6 @@ def _split_with(path: str, run: dict) -> str | None:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two paths are the same, or one lies below the other."""
+    """Whether two paths are the same, or one contains the other."""
     one, other = Path(one).resolve(), Path(other).resolve()
     return one == other or one in other.parents or other in one.parents

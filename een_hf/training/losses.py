@@ -1,4 +1,4 @@
-"""Weights per exit and per class, which every scheme multiplies into its own."""
+"""Weights per exit and per class, which multiply those of every scheme."""
 
 import numpy as np
 import torch
@@ -83,9 +83,9 @@ def _labels_of(rows) -> torch.Tensor:
     if name is None or not hasattr(rows, "__len__"):
         raise ExitConfigurationError(
             "--class_weights balanced needs the labels of all rows before training, as a column of a datasets.Dataset "
-            "or in a list; a stream gives none: give one number per label."
+            "or in a list; a stream has no such column: give one number per label."
         )
     labels = torch.as_tensor(np.asarray(rows[name] if columns else [row[name] for row in rows]))
     if labels.is_floating_point() or labels.dim() != 1:
-        raise ExitConfigurationError("--class_weights balanced counts class ids; these labels are none.")
+        raise ExitConfigurationError("--class_weights balanced counts class ids; these labels are not class ids.")
     return labels.long()

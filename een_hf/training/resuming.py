@@ -31,7 +31,7 @@ class ResumingMixin:
         """As in `Trainer`; `True` resumes from the last whole checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint to resume from is half-written, or belongs to another scheme.
+            CheckpointError: the checkpoint to resume from is missing or incomplete, or was written by another scheme.
         """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:

@@ -133,7 +133,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         use_early_exit_callbacks(self)
 
     def _accept(self, model: EarlyExitMixin, args: EarlyExitTrainingArguments, train_dataset) -> None:
-        """Check that a model can be trained as the arguments say, prepare it, and forget what belongs to another.
+        """Check that a model can be trained with these arguments, prepare it, and reset the state of an earlier model.
 
         Raises:
             ExitConfigurationError: a model without exits, or arguments that do not fit it.

@@ -45,8 +45,8 @@ def halve(inputs: dict) -> tuple[dict, dict]:
 
 
 def _lay_out(gradients: list[torch.Tensor], parameters: list[nn.Parameter]) -> None:
-    """Copy what shares memory with an earlier one (at one row, so do two gradients of ViT's embeddings), and what does
-    not lie in memory as its parameter does, which steps over many tensors at once ask for."""
+    """Copy what shares memory with an earlier one (at one row, so do two gradients of ViT's embeddings), and what has
+    another memory layout than its parameter: steps over many tensors at once need equal layouts."""
     taken = set()
     for n, (gradient, parameter) in enumerate(zip(gradients, parameters, strict=True)):
         storage = gradient.untyped_storage().data_ptr()
@@ -94,7 +94,7 @@ class LookAhead:
     """How the meta loss changes with the weights of samples, if the optimizer's next step used them.
 
     Args:
-        trainer: tells the model, the optimizer, the weight network and the settings.
+        trainer: has the model, the optimizer, the weight network and the settings.
     """
 
     def __init__(self, trainer: "MetaWeightedExitTrainer"):
@@ -109,7 +109,7 @@ class LookAhead:
             w of the train half, (n, K), with its graph through W; dL_meta/dw, (n, K); L_meta.
         """
         method = self.method()
-        # The rounding of TF32 would drown a change of 1e-6 in a parameter.
+        # The rounding of TF32 is larger than a change of 1e-6 in a parameter.
         with float32_precision(None if method == "forward" else "ieee"):
             if method == "exact":
                 with sdpa_kernel(SDPBackend.MATH):

@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def stand_ins(parameters: list[nn.Parameter]):
-    """Put new tensors in the place of the parameters' values, which come back at the end, whatever happened.
+    """Replace the parameters' values by new tensors; the values are put back at the end, also after an error.
 
     Gives the values and the new tensors, which hold nothing yet.
     """
@@ -42,7 +42,7 @@ def replaced(network: nn.Module, tensors: dict[int, torch.Tensor]):
 
 @contextmanager
 def restored(tensors: list[torch.Tensor]):
-    """Give copies of `tensors`, and put them back at the end, whatever happened."""
+    """Give copies of `tensors`, and put them back at the end, also after an error."""
     saved = [tensor.detach().clone() for tensor in tensors]
     try:
         yield saved

@@ -24,7 +24,7 @@ def linear_step(
 
     Args:
         optimizer: read only.
-        parameters: those that have a gradient; they tell the optimizer's groups and states.
+        parameters: those that have a gradient; keys to the optimizer's groups and states.
         values: theta.
         gradients: replaced by P: with the g^2 of AdamW held constant, theta' falls by P per unit of the clipped
             gradient g. P is 0 where g is exactly 0: for an embedding row whose token no batch has had yet,

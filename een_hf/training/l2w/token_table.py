@@ -38,7 +38,7 @@ def _distinct(ids: torch.Tensor, padding: int | None) -> tuple[torch.Tensor, tor
 def used_tokens(inputs: dict, network: nn.Module, optimizer: torch.optim.Optimizer):
     """Reduce the embedding table, and the optimizer's state of it, to the rows that `inputs` look up.
 
-    The whole table comes back at the end, whatever happened. A table that another module uses too stays whole.
+    The whole table is put back at the end, also after an error. A table that another module uses too is not reduced.
     """
     ids = inputs.get("input_ids")
     table = None if ids is None else network.get_input_embeddings()
