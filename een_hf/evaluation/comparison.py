@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..models import ExitConfigurationError
+from .curves import curve_area, metric_at_cost
 from .plots import plot_comparison
-from .results import curve_area, metric_at_cost, read_exit_results
+from .results import read_exit_results
 
 
 SHARES = (0.25, 0.5, 0.75)
