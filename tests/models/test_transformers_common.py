@@ -1,4 +1,4 @@
-"""Classes of every architecture pass the tests that transformers runs on its own models, in the release that is installed."""
+"""Our classes pass the tests that transformers runs on its own models, in the release that is installed."""
 
 import os
 import shutil
