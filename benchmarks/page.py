@@ -578,6 +578,29 @@ def partition(data: dict, name: str, plots: Path | None) -> str:
     return "\n".join(["## Partition\n", source(data), text, table(head, lines)])
 
 
+def serving(data: dict, name: str, plots: Path | None) -> str:
+    lines, limits = [], data["targets"]
+    for row in data["rows"]:
+        if row["what"] == "saturation":
+            what, ratio = f"saturation, answers a second (stock: up to {row['stock_max_rows']} rows)", row["ratio"]
+            values = [f"{row[f'{kind}_per_second']:.1f}" for kind in ("stock", "exits")]
+            judged = target(ratio, limits["throughput at saturation"], at_least=True)
+        elif "p99_ratio" in row:
+            what, ratio = f"{row['what']}, p50 and p99 in ms ({row['num_requests']} requests)", row["p99_ratio"]
+            values = [f"{row[f'{kind}_p50_ms']:.0f}, {row[f'{kind}_p99_ms']:.0f}" for kind in ("stock", "exits")]
+            judged = target(ratio, limits["p99 at 80 % load"]) if row["what"].startswith("open loop, 80%") else ""
+        elif "ratio" in row:
+            what, ratio = "a lone request, ms (model called directly, engine)", row["ratio"]
+            values = [f"{row[f'{kind}_ms']:.2f}" for kind in ("model", "engine")]
+            judged = target(ratio, limits[row["what"]])
+        else:
+            continue
+        lines.append([what, *values, f"{ratio:.3f}", judged])
+    text = "`een-hf serve` against the same server around the stock pipeline with dynamic batching.\n"
+    head = ["what", "stock", "with exits", "ratio", "target"]
+    return "\n".join(["## Serving\n", source(data), text, *filter(None, [data.get("note")]), table(head, lines)])
+
+
 def generic(data: dict, name: str, plots: Path | None) -> str:
     return "\n".join([f"## {name.replace('_', ' ').capitalize()}\n", source(data), plain_table(data["rows"])])
 
@@ -616,6 +639,7 @@ SECTIONS = {
     "inference_": inference,
     "training_step_": training_step,
     "partition": partition,
+    "serving": serving,
 }
 
 
