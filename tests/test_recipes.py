@@ -15,6 +15,9 @@ from PIL import Image
 from test_run_glue_een import write_task
 from transformers import AutoTokenizer, BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
 
+from een_hf.data.images import IMAGES
+from een_hf.data.text import TEXT
+from een_hf.runs import parse_arguments
 from een_hf.training import get_scheme
 from een_hf.training.history import RUN_FILE
 
@@ -27,6 +30,14 @@ def own_flags(method):
     """What only this method reads, and where its run goes."""
     kind = get_scheme(method).arguments_class
     return {"method", "output_dir", *(field.name for field in (fields(kind) if kind else ()))}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_holds_flags_of_its_script(path):
+    """What breaks: a recipe ends at a flag that was renamed, or its runs overwrite those of another."""
+    modality = IMAGES if path.stem.startswith(("cifar", "digits")) else TEXT
+    arguments = parse_arguments(modality, [str(path), "--use_cpu"])  # bf16 needs that or a GPU
+    assert Path(arguments.training.output_dir) == Path("runs") / path.stem
 
 
 @pytest.mark.parametrize("family", ["cifar100_noniid_vit", "sst2_bert", "digits_vit_smoke"])

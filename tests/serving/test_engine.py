@@ -233,7 +233,7 @@ def test_a_full_queue_refuses_and_a_deadline_ends_a_request(bert):
                 await engine.predict(["b"] * 4)
             await first
             with pytest.raises(asyncio.TimeoutError):
-                await engine.predict(["a"], timeout=1e-9)
+                await engine.predict(["a"], timeout=0)
             while engine.num_waiting:
                 await asyncio.sleep(0.001)
             return await engine.predict(["b"] * 3)
