@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import urllib.request
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -126,12 +127,12 @@ class EarlyExitImageClassificationPipeline(_ExitAnswers, ImageClassificationPipe
 
 def _open_image(source: str, timeout: float | None) -> "Image.Image":
     """An image as transformers' pipelines find it: an address, a file, or base64 with or without its media type."""
-    import httpx
     from PIL import Image  # not needed for text
 
     if source.startswith(("http://", "https://")):
-        answer = httpx.get(source, timeout=timeout, follow_redirects=True)
-        return Image.open(io.BytesIO(answer.raise_for_status().content))
+        request = urllib.request.Request(source, headers={"User-Agent": "een_hf"})
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return Image.open(io.BytesIO(answer.read()))
     if os.path.isfile(source):
         return Image.open(source)
     try:

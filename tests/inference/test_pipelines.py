@@ -1,9 +1,13 @@
 """Pipelines, transformers' own and the early-exit ones, against a plain loop over single inputs."""
 
 import ast
+import base64
 import logging
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -240,3 +244,22 @@ print(sorted({name.split(".")[0] for name in sys.modules.keys() - before}))
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"sklearn", "matplotlib", "datasets", "timm", "pandas"} & set(ast.literal_eval(found))
+
+
+def test_an_image_is_answered_alike_wherever_it_is(vit, tmp_path):
+    """What breaks: an address or an encoded image is read otherwise than the file, or needs a package of its own."""
+    folder, *_ = vit
+    path = tmp_path / "image.png"
+    IMAGES[0].save(path)
+    classify = pipeline("early-exit-image-classification", model=str(folder))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        forms = [IMAGES[0], str(path), f"{address}/image.png", encoded, f"data:image/png;base64,{encoded}"]
+        wanted, *found = [classify(form) for form in forms]
+        assert found == [wanted] * 4
+        with pytest.raises(OSError, match="404"):
+            classify(f"{address}/none.png")
+        server.shutdown()
