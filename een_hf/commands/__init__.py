@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    if not argv:
+        parser.print_help()
+        sys.exit(2)
     name = parser.parse_args(argv[:1]).command
     with one_line_errors(), named_extras():
         command = importlib.import_module(f"{__name__}.{name}")
