@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 class Evaluator(EarlyExitTrainer):
     """Evaluates a model as it is: no scheme is asked, and none changes how its exits answer."""
 
-    method = None
+    scheme = None
 
     def check_model(self, model):
         pass

@@ -187,6 +187,8 @@ def test_the_precision_of_the_weights(flags, dtype, half, tmp_path):
         kinds = {tensor.dtype for state in run.trainer.optimizer.state.values() for tensor in state.values()}
         assert kinds <= {dtype, torch.float32}
     assert {parameter.dtype for parameter in run.loaded.model.parameters()} == {dtype}
+    # A tracker calls a run by its scheme; one that trains nothing has none.
+    assert run.trainer.args.method == (args.training.method if "--do_train" in flags else None)
 
 
 def test_training_in_half_precision_is_warned_of(half, tmp_path, caplog):
