@@ -88,7 +88,7 @@ class EvaluationMixin:
 
         with accelerator.autocast():
             own = predict(
-                accelerator.unwrap_model(self.model).to(self.args.device),
+                accelerator.unwrap_model(self.model).to(self.args.device).eval(),
                 own_rows(),
                 self.args.per_device_eval_batch_size,
                 collator=self._get_collator_with_removed_columns(self.data_collator, "test"),

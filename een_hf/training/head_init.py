@@ -18,7 +18,7 @@ def standardize_heads(
     of it. A head that starts from small random weights spends hundreds of steps on that common part, the last one the
     most where the encoder was trained by comparing texts. Shapes and formulas of the heads do not change.
 
-    A layer is new where its bias is zero, as it is made; heads of a single linear layer are left as they are.
+    A layer is new where its bias is zero, as it is made. Heads with fewer than two linear layers are left as they are.
 
     Args:
         heads: the modules of each head, as `exit_head_modules` gives them.
@@ -42,9 +42,10 @@ def standardize_heads(
         for hook in hooks:
             hook.remove()
     for of_head in layers:
-        first, *later = (layer for layer in outputs if layer in of_head)
-        if not later or first.bias is None or first.bias.any():
+        called = [layer for layer in outputs if layer in of_head]
+        if len(called) < 2 or called[0].bias is None or called[0].bias.any():
             continue
+        first = called[0]
         found = torch.cat(outputs[first])
         sums = reduce(torch.cat([found.sum(0), found.square().sum().view(1), found.new_tensor([len(found)])]))
         mean = sums[:-2] / sums[-1]

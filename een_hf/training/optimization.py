@@ -21,7 +21,8 @@ class OptimizationMixin:
         """As in `Trainer`; before the first step new heads are fitted to its examples (`--standardize_heads`)."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         network = self.accelerator.unwrap_model(self.model)
-        if self.args.standardize_heads and not self.state.global_step and network.newly_initialized is not None:
+        pretrained = network.newly_initialized is not None
+        if self.args.standardize_heads and not self.state.global_step and pretrained and self.new_heads():
 
             def run():
                 training = network.training

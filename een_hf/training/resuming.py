@@ -44,6 +44,7 @@ class ResumingMixin:
                 "resume from the last complete one."
             )
         self._resumed_from = checkpoint
+        self._forget_steps()
         if checkpoint:
             self._read_scheme(checkpoint)
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)

@@ -161,10 +161,14 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
                 " and ".join(sorted(map(str, half))),
             )
         self._new_heads: list[int] | None = None
-        self._summed_losses, self._num_summed = 0.0, 0  # of each exit, since the last log
-        self._place = (0, -1)  # global step, and micro-batch within it
+        self._forget_steps()
         self._operations_of_a_number: int | None = None  # that the model takes in, forward and backward
         self._unchecked = None, float  # losses of the present micro-batch, and what reads the number made of them
+
+    def _forget_steps(self) -> None:
+        """Begin to count: what an earlier training has left is not of this one."""
+        self._summed_losses, self._num_summed = 0.0, 0  # of each exit, since the last log
+        self._place = (0, -1)  # global step, and micro-batch within it
 
     def _hp_search_setup(self, trial):
         super()._hp_search_setup(trial)

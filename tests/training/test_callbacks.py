@@ -88,6 +88,16 @@ def test_training_losses_by_exit_add_up(trained):
         assert logs["exit1_loss"] + logs["exit2_loss"] == pytest.approx(logs["loss"], abs=2e-4)
 
 
+def test_another_training_logs_its_own_losses(tmp_path):
+    """What breaks: steps after the last log of one training count in the first log of the next."""
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=2, learning_rate=0.0, logging_first_step=False)
+    for _ in range(2):
+        trainer.train()
+        (logs,) = [logs for logs in trainer.state.log_history if "exit1_loss" in logs]
+        assert logs["exit1_loss"] + logs["exit2_loss"] == pytest.approx(logs["loss"], abs=2e-4)
+        trainer.model.classifier.weight.data.mul_(50)
+
+
 def test_an_empty_log_has_no_curves():
     assert exit_curves([{"loss": 1.0, "step": 1}]) == {}
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, BertConfig, BertForSequenceClassification, BertModel
 
 from een_hf.models import MODEL_CLASSES, AutoEarlyExitModel
+from een_hf.models.exits import EXIT_HEADS, ExitHead, register_exit_head
 from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer
 from een_hf.training.head_init import standardize_heads
 
@@ -109,3 +110,50 @@ def test_the_trainer_does_it_once(tmp_path):
     assert all(torch.equal(tensor, once.state_dict()[name]) for name, tensor in twice.state_dict().items())
     scratch = MODEL_CLASSES["bert"](made.config)
     assert not trained(scratch, tmp_path).exit_heads["1"].dense.bias.any()
+
+
+def test_the_examples_are_read_for_new_heads_only(tmp_path):
+    """What breaks: a pass of the model before a training that has no new head."""
+    torch.manual_seed(0)
+    model = AutoEarlyExitModel.from_pretrained(backbone(tmp_path / "bert", "bert"), num_labels=3)
+    model.save_pretrained(tmp_path / "exits")
+    for folder, passes in (("bert", 3), ("exits", 2)):
+        model = AutoEarlyExitModel.from_pretrained(tmp_path / folder, num_labels=3)
+        counted = []
+        model.bert.embeddings.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        trained(model, tmp_path)
+        assert len(counted) == passes
+
+
+def test_heads_without_a_linear_layer_are_left(tmp_path, monkeypatch):
+    """What breaks: a head of one's own that multiplies by itself ends the training at its first step."""
+    torch.manual_seed(0)
+
+    class Products(ExitHead):
+        def __init__(self, config):
+            super().__init__(config)
+            self.weight = nn.Parameter(torch.randn(self.width, config.num_labels))
+
+        def classify(self, pooled):
+            return pooled @ self.weight
+
+    monkeypatch.setitem(EXIT_HEADS, "products", None)
+    register_exit_head("products")(Products)
+    model = AutoEarlyExitModel.from_pretrained(backbone(tmp_path / "bert", "bert"), num_labels=3, exit_head="products")
+    before = copy.deepcopy(model.state_dict())
+    standardize(model, inputs())
+    assert all(torch.equal(model.exit_heads[k].weight, before[f"exit_heads.{k}.weight"]) for k in "12")
+
+
+def test_a_stream_without_rows_ends_the_training(tmp_path):
+    class Nothing(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    model = AutoEarlyExitModel.from_pretrained(backbone(tmp_path / "bert", "bert"), num_labels=3)
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "max_steps": 2}
+    quiet["accelerator_config"] = {"dispatch_batches": False}
+    args = EarlyExitTrainingArguments(str(tmp_path), **quiet)
+    trainer = JointExitTrainer(model=model, args=args, train_dataset=Nothing())
+    trainer.train()
+    assert trainer.state.global_step == 0

@@ -523,6 +523,21 @@ def test_class_weights_in_every_scheme(tmp_path, scheme, kind):
     trainer.train()
 
 
+def test_class_weights_do_not_weigh_predictions(tmp_path):
+    """What breaks: after training, prediction gives metrics weighted losses, evaluation plain ones."""
+    seen = []
+
+    def metrics(prediction):
+        seen.append(prediction.losses)
+        return {"loss_of_all": float(prediction.losses.mean())}
+
+    settings = {"class_weights": ["5", "1", "2"], "include_for_metrics": ["loss"], "max_steps": 1}
+    trainer = make_trainer(tmp_path, tiny_model(**NO_DROPOUT), compute_metrics=metrics, **settings)
+    trainer.train()
+    predicted = trainer.predict(trainer.eval_dataset).metrics["test_loss_of_all"]
+    assert predicted == pytest.approx(trainer.evaluate()["eval_loss_of_all"], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("weights", "named"),
     [

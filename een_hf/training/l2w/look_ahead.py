@@ -309,7 +309,7 @@ class LookAhead:
                     yield
 
     def outputs(self, inputs: dict, parameters: dict | None = None, shares: list[int] | None = None):
-        """What `_Forward` gives, at `parameters` where given."""
+        """What `ExitForward` gives, at `parameters` where given."""
         network = ExitForward(self.trainer.model)
         with self._precision():
             if parameters is None:
