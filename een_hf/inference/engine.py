@@ -37,6 +37,7 @@ class ExitEngine:
         for ids, inputs in batches:
             examples = self.model.embed(**inputs)
             self.model.check_mask(examples.attention_mask, True, examples.hidden.shape[:2])
+            self.model.check_padding(examples.attention_mask)
             self.waiting[0].append(replace(examples, ids=ids.to(examples.hidden.device)))
             while (stage := self._deepest_full()) is not None:
                 yield from self._step(stage)

@@ -72,7 +72,7 @@ def predict(
 
     Raises:
         ExitConfigurationError: something else than rows of model inputs, or than texts where there is a tokenizer, or
-            a text longer than the model takes.
+            a text longer than the model takes, or padded on the left where its answer depends on that (DeBERTa).
     """
     rows, order = _rows_of(dataset), None
     total = len(dataset) if hasattr(dataset, "__len__") else total

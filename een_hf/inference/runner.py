@@ -9,7 +9,7 @@ from itertools import chain
 
 import torch
 
-from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError, ExitPolicy
+from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitPolicy
 from ..models.stages import Examples
 from .programs import Decisions, Lane, capture, row_bucket, wait_for
 
@@ -210,11 +210,7 @@ class ExitRunner:
             mask = inputs.pop("attention_mask", None)
             if mask is not None and mask.dim() != 2:
                 self.model.check_mask(mask, dynamic=True)
-            if mask is not None and not (self.model.answers_left_padding or bool((mask[:, 0] != 0).all())):
-                raise ExitConfigurationError(
-                    "A text is padded on the left, where the head of this network reads the first position, whose "
-                    "answer then depends on the length of the batch: pad on the right (tokenizer.padding_side)."
-                )
+            self.model.check_padding(mask)
             padded = wanted > length or (mask is not None and self._guess_padded(mask))
             if padded:
                 inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.int64) if mask is None else mask

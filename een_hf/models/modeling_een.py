@@ -460,6 +460,22 @@ class EarlyExitMixin:
                 "exit_pooling='cls' only."
             )
 
+    def check_padding(self, attention_mask: torch.Tensor | None) -> None:
+        """Refuse padding on the left where the answer to a text depends on how much of it there is.
+
+        Args:
+            attention_mask: (batch, length); `None` means no padding.
+
+        Raises:
+            ExitConfigurationError: a text begins with padding that an exit reads.
+        """
+        if attention_mask is None or self.answers_left_padding or bool((attention_mask[:, 0] != 0).all()):
+            return
+        raise ExitConfigurationError(
+            "A text is padded on the left, where the head of this network reads the first position, whose answer then "
+            "depends on the length of the batch: pad on the right (tokenizer.padding_side)."
+        )
+
     def run_all(self, examples: Examples, **kwargs) -> list[torch.Tensor]:
         """The logits (batch, num_labels) of every exit."""
         stack = self.stack_heads

@@ -263,9 +263,7 @@ class AsyncExitEngine:
         if elapsed > 1:
             self._rate, self._counted, self._counted_since = self._counted / elapsed, 0, time.perf_counter()
 
-    def _answers(self, request: Request) -> ExitAnswers | None:
-        if request.num_answered < len(request.rows) or not request.rows:
-            return None  # nobody waits for them
+    def _answers(self, request: Request) -> ExitAnswers:
         logits = torch.stack([row.logits for row in request.rows])
         exit_index = torch.tensor([row.exit_index for row in request.rows])
         tempered = logits if request.policy is None else request.policy.temper(logits, exit_index)
@@ -275,7 +273,7 @@ class AsyncExitEngine:
 
     # On the event loop
 
-    def _finish(self, results: list[tuple[Request, ExitAnswers | Exception | None]], count: int) -> None:
+    def _finish(self, results: list[tuple[Request, ExitAnswers | Exception]], count: int) -> None:
         self._num_waiting -= count
         if self._num_waiting == 0:
             self._idle.set()

@@ -37,7 +37,7 @@ class Reader:
         max_pixels: int,
         done: Callable[[Request, Exception | None], None],
     ):
-        self.config, self.done, self.length_step, self.max_pixels = model.config, done, length_step, max_pixels
+        self.model, self.done, self.length_step, self.max_pixels = model, done, length_step, max_pixels
         self.text = model.main_input_name == "input_ids"
         self._names, self._main = frozenset(input_names(model)), model.main_input_name
         # A tokenizer's settings are its state: nobody else may use it meanwhile, nor may two threads.
@@ -150,9 +150,12 @@ class Reader:
         length = shape[0]
         if length == 0:
             raise ExitConfigurationError("A row has no tokens.")
-        self.config.check_input_length(length, "A text")
+        self.model.config.check_input_length(length, "A text")
         mask = inputs.get("attention_mask")
         masked = mask is not None and not bool(mask.all())
+        if mask is not None:
+            self.model.check_mask(mask[None], True, (1, length))
+            self.model.check_padding(mask[None])
         return Row(request, inputs, -(-length // self.length_step), length, masked)
 
 

@@ -236,6 +236,7 @@ class _Answerer:
             _RefusedError: with the answer that says why.
             ClientDisconnect: nobody waits any more.
         """
+        started = time.perf_counter()
         try:
             body = await asyncio.wait_for(self._body(request), self.limits.timeout)
         except asyncio.TimeoutError:
@@ -255,7 +256,8 @@ class _Answerer:
             )
         policy = asked.parameters.policy
         policy = False if policy == "full" else policy and policy.model_dump(exclude_none=True)
-        timeout = min(asked.parameters.timeout or math.inf, self.limits.timeout)
+        left = self.limits.timeout - (time.perf_counter() - started)
+        timeout = min(asked.parameters.timeout or math.inf, left)
         answers = await self._while_connected(request, self.engine.predict(examples, policy, timeout))
         rows = await self._labels(answers, asked)
         return rows if self.text or isinstance(asked.inputs, list) else rows[0]
@@ -327,6 +329,8 @@ class _Answerer:
         if policy is not None and function != "none":
             logits = policy.temper(logits, answers.exit_index)
         scores = self._scores(logits, function).numpy()
+        if not np.isfinite(scores).all():  # which JSON cannot carry
+            raise _RefusedError(500, "backend", "The model answers with NaN or infinity.")
         rows = []
         for number, row in enumerate(scores):
             order = np.argsort(-row, kind="stable")[: wanted.top_k]

@@ -3,11 +3,13 @@
 import asyncio
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from factory import tiny_model
 
-from een_hf import ExitConfigurationError, ExitPolicy
+from een_hf import ExitConfigurationError, ExitPolicy, predict
 from een_hf.inference.runner import input_names
 from een_hf.serving import AsyncExitEngine, EngineBusyError, EngineClosedError, EngineObserver
 from een_hf.serving.stages import Request, Row, StageWorker
@@ -174,6 +176,8 @@ def test_a_request_that_cannot_be_answered_harms_no_other(bert):
         ({"input_ids": [2] * 50}, ExitConfigurationError),
         ({"input_ids": []}, ExitConfigurationError),
         ({"input_ids": [[2, 3]]}, ExitConfigurationError),
+        ({"input_ids": [2, 5, 3], "attention_mask": [1, 1]}, ExitConfigurationError),
+        ({"input_ids": [2, 5, 3], "attention_mask": [[1, 1, 1]] * 3}, ExitConfigurationError),
         ({"pixel_values": [2]}, ExitConfigurationError),
         (7, ExitConfigurationError),
         (("a", "b", "c"), ExitConfigurationError),
@@ -199,6 +203,29 @@ def test_a_request_that_cannot_be_answered_harms_no_other(bert):
     for text, answers in zip(texts, found[:20] + found[20 + len(bad) :], strict=True):
         assert_answers(bert, [text], answers)
     assert_answers(bert, texts, after)
+
+
+@pytest.mark.parametrize(("pooling", "refused"), [("cls", True), ("mean", False)])
+def test_padding_on_the_left_that_changes_answers_is_refused(pooling, refused):
+    """What breaks: DeBERTa's first token of padding sees all padding, also that for the longer texts of others."""
+    settings = {"exit_pooling": pooling, "last_exit_pooling": pooling, "initializer_range": 0.5}
+    model = tiny_model("deberta", max_position_embeddings=40, **settings).eval()
+    padded = {"input_ids": [0, 0, 2, 5, 6, 3], "attention_mask": [0, 0, 1, 1, 1, 1]}
+    rows = [padded, {"input_ids": [2, 5, 6, 3, 7, 8, 9, 10], "attention_mask": [1] * 8}]
+
+    async def main():
+        async with AsyncExitEngine(model, length_step=16) as engine:
+            return await engine.predict(rows)
+
+    if refused:
+        with pytest.raises(ExitConfigurationError, match="pad on the right"):
+            asyncio.run(main())
+        with pytest.raises(ExitConfigurationError, match="pad on the right"):
+            predict(model, rows)
+        return
+    served = SimpleNamespace(model=model)
+    assert_answers(served, rows, asyncio.run(main()))
+    assert_answers(served, rows, predict(model, rows))
 
 
 def test_cancelled_rows_are_removed_at_the_next_stage(bert):

@@ -1,6 +1,8 @@
 """The server, a real one on a loopback port, against the pipelines and the clients that people have."""
 
+import asyncio
 import base64
+import copy
 import io
 import json
 import logging
@@ -11,10 +13,11 @@ import time
 
 import httpx
 import pytest
+import torch
 from huggingface_hub import InferenceClient
 from transformers import pipeline
 
-from een_hf.serving import AsyncExitEngine, EngineObserver, PrometheusObserver, ServerLimits
+from een_hf.serving import AsyncExitEngine, EngineObserver, PrometheusObserver, ServerLimits, create_app
 
 from .conftest import random_texts, running
 
@@ -234,6 +237,38 @@ def test_a_busy_server_says_when_to_come_back_and_ends_what_takes_too_long(bert)
             slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
             slow.settimeout(30)
             assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_the_time_of_the_body_counts(bert):
+    """What breaks: a slow body and a slow answer together take twice what a request may take."""
+    engine, given = engine_of(bert), []
+    answer = engine.predict
+    engine.predict = lambda examples, policy, timeout: (given.append(timeout), answer(examples, policy, timeout))[1]
+
+    async def body():
+        yield b'{"inputs": '
+        await asyncio.sleep(0.3)
+        yield b'"a"}'
+
+    async def main():
+        app = httpx.ASGITransport(create_app(engine, limits=ServerLimits(timeout=20)))
+        async with engine, httpx.AsyncClient(transport=app, base_url="http://a") as client:
+            for content in (body(), b'{"inputs": "a", "parameters": {"timeout": 5}}'):
+                assert (await client.post("/predict", content=content)).status_code == 200
+
+    asyncio.run(main())
+    assert given[0] < 19.8 and given[1] == 5
+
+
+def test_answers_that_are_not_finite_end_in_an_error(bert):
+    """What breaks: JSON has no NaN, and a request that is answered by none is not counted."""
+    model = copy.deepcopy(bert.model)
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    engine = AsyncExitEngine(model, bert.processor, observer=PrometheusObserver())
+    with running(engine) as address:
+        answer = httpx.post(f"{address}/predict", json={"inputs": "a", "parameters": {"policy": "full"}})
+        assert answer.status_code == 500 and "NaN" in answer.json()["error"]
+        assert 'een_requests_total{status="500"} 1.0' in httpx.get(f"{address}/metrics").text
 
 
 def test_rows_of_a_client_that_is_gone_are_removed(bert):
