@@ -120,7 +120,13 @@ class AsyncExitEngine:
         await self.stop()
 
     async def start(self) -> None:
-        """Start the threads; requests are accepted on this event loop from now on."""
+        """Start the threads; requests are accepted on this event loop from now on.
+
+        Raises:
+            EngineClosedError: the engine has been started or stopped before.
+        """
+        if self._loop is not None or self._closed:
+            raise EngineClosedError("An engine is started once: make another one.")
         self._loop, self._idle = asyncio.get_running_loop(), asyncio.Event()
         self._idle.set()
         self._thread.start()

@@ -289,6 +289,27 @@ def test_stopping_answers_what_was_accepted(bert):
         assert_answers(bert, [text], answers)
 
 
+def test_an_engine_is_started_once(bert):
+    """What breaks: a second start takes the loop from a running engine; one after `stop` leaves a thread for ever."""
+
+    async def main():
+        async with AsyncExitEngine(bert.model, bert.processor) as engine:
+            answering = asyncio.create_task(engine.predict(["a", "b c"]))
+            await asyncio.sleep(0)
+            with pytest.raises(EngineClosedError, match="started once"):
+                await engine.start()
+            answers = await answering
+        with pytest.raises(EngineClosedError, match="started once"):
+            await engine.start()
+        stopped = AsyncExitEngine(bert.model, bert.processor)
+        await stopped.stop()
+        with pytest.raises(EngineClosedError, match="started once"):
+            await stopped.start()
+        return answers
+
+    assert_answers(bert, ["a", "b c"], asyncio.run(main()))
+
+
 def test_nobody_waits_for_ever_when_the_worker_fails(bert):
     """What breaks: a fault outside of a batch ends the thread, and requests hang."""
 
