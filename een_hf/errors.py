@@ -56,12 +56,22 @@ def refuse_nan(flags: Mapping[str, object]) -> None:
                 raise ExitConfigurationError(f"--{name} must be a number, not {number}.")
 
 
-def check_folder(flag: str, folder: str | os.PathLike) -> None:
-    """Raise ExitConfigurationError where an output folder, or a folder around it, is a file."""
+def make_folder(flag: str, folder: str | os.PathLike) -> None:
+    """Make an output folder.
+
+    Args:
+        flag: that names it.
+        folder: it may be there already.
+
+    Raises:
+        ExitConfigurationError: it, or a folder around it, is a file, or it cannot be made.
+    """
     folder = Path(folder)
     present = next(filter(os.path.lexists, (folder, *folder.parents)), None)
     if present is not None and not present.is_dir():
         raise ExitConfigurationError(f"--{flag} {folder}: {present} is no folder; give another.")
+    with refused(f"--{flag} {folder} cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def is_full_disk(error: BaseException | None) -> bool:

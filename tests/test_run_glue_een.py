@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import (
@@ -617,6 +618,8 @@ def test_flags_override_a_recipe(tmp_path):
 
 BAD = {
     "nothing to do": ([], "Nothing to do"),
+    "steps": (["--do_train", "--max_steps=-7"], "--max_steps must be at least -1, not -7"),
+    "logging steps": (["--do_train", "--logging_steps=-1"], "--logging_steps must be at least 0, not -1"),
     "layer outside": (["--do_train", "--exit_layers", "2", "7"], "exit_layers"),
     "layer twice": (["--do_train", "--exit_layers", "2", "2"], "exit_layers"),
     "weights": (["--do_train", "--exit_loss_weights", "1", "2"], "--exit_loss_weights has 2 numbers.*3 exits"),
@@ -693,6 +696,21 @@ def test_bad_input_is_named_before_any_work(case, files, minilm_path, tmp_path):
     with pytest.raises(SystemExit, match=message):
         main(TEXT, [*tiny(minilm_path, *rows), *flags, f"--output_dir={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("do", ["--do_eval", "--do_predict"])
+def test_a_checkpoint_without_a_layer_is_not_evaluated(do, finished, files, tmp_path):
+    """What breaks: the figures, and the card, of a layer that was drawn at random."""
+    shutil.copytree(finished, tmp_path / "part")
+    weights = load_file(tmp_path / "part" / "model.safetensors")
+    whole = {name: value for name, value in weights.items() if not name.startswith("bert.encoder.layer.1.")}
+    assert len(whole) < len(weights)
+    save_file(whole, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    flags = [f"--model_name_or_path={tmp_path / 'part'}", "--use_cpu", f"--output_dir={tmp_path / 'out'}", do]
+    rows = [f"--{split}_file={files[split]}" for split in ("validation", "test")]
+    with pytest.raises(SystemExit, match="--model_name_or_path .*part lacks weights, for example bert.encoder"):
+        main(TEXT, [*flags, *rows])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,8 @@ def _load(name: str, device: str | None, dtype: str | None):
         model = AutoEarlyExitModel.from_pretrained(name, dtype=getattr(torch, dtype) if dtype else "auto")
         if model.is_new_head(model.num_exits - 1):
             raise ExitConfigurationError(f"{name} brings no fine-tuned classifier: serve one that does.")
+        if missing := model.missing_weights():
+            raise ExitConfigurationError(f"{name} lacks weights, for example {missing[0]}: serve a whole checkpoint.")
         text = model.main_input_name == "input_ids"
         processor = (AutoTokenizer if text else AutoImageProcessor).from_pretrained(name)
         return model.eval().to(device), processor

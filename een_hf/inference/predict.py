@@ -268,7 +268,7 @@ def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, np.n
     """Each row's model inputs; other columns are left out.
 
     Raises:
-        ExitConfigurationError: a row without the model's input, or with a batch dimension.
+        ExitConfigurationError: a row without the model's input or without tokens, or with a batch dimension.
     """
     names, main = input_names(model), model.main_input_name
     dimensions = 3 if main == "pixel_values" else 1
@@ -287,6 +287,11 @@ def _inputs_of(rows: Iterable, model: EarlyExitMixin) -> Iterator[dict[str, np.n
                 f"{where} has {main} of shape {tuple(inputs[main].shape)}: a row is one example, with "
                 f"{dimensions} dimension{'s' * (dimensions > 1)}."
             )
+        if main == "input_ids" and main in inputs:
+            if not len(inputs[main]):
+                raise ExitConfigurationError(f"{where} has no tokens: its {main} are empty.")
+            if torch.as_tensor(inputs[main][:1]).is_floating_point():
+                raise ExitConfigurationError(f"{where} has {main} of {inputs[main].dtype}: tokens are whole numbers.")
         yield inputs
 
 

@@ -121,6 +121,13 @@ class EarlyExitConfigMixin:
             EXIT_HEADS[self.exit_head]
         _one_of("last_exit_pooling", self.last_exit_pooling, (None, *self.last_exit_poolings))
         _one_of("exit_aggregation", self.exit_aggregation, ("none", "boosted"))
+        self._call_hooks()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._call_hooks()  # a pickled config, alone or of a model, can come into a process that made none
+
+    def _call_hooks(self) -> None:
         for hook in CONFIG_HOOKS:
             hook(type(self))
 

@@ -230,6 +230,12 @@ class EarlyExitMixin:
         weights = {id(part) for module in self.exit_head_modules(exit_index) for part in module.parameters()}
         return any(id(p) in weights and name in self.newly_initialized for name, p in self.named_parameters())
 
+    def missing_weights(self) -> list[str]:
+        """Names of the parameters outside the heads that did not come from the checkpoint, and are random."""
+        missing, heads = self.newly_initialized or (), range(self.num_exits)
+        known = {id(part) for k in heads for head in self.exit_head_modules(k) for part in head.parameters()}
+        return [name for name, part in self.named_parameters() if name in missing and id(part) not in known]
+
     def compute_exit(self, exit_index: int, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """The logits (batch, num_labels) of one exit's own head; a boosted sum is not included."""
         if exit_index == self.num_exits - 1:

@@ -270,6 +270,16 @@ def decide(
     return scores >= threshold, state
 
 
+def _plain_numbers(values, limit: float):
+    """A list, array or tensor of numbers as a list of floats from -`limit` to `limit`; all else as it is."""
+    if isinstance(values, np.ndarray | torch.Tensor):
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
+        return values
+    values = [value.item() if isinstance(value, np.generic | torch.Tensor) else value for value in values]
+    return [max(-limit, min(limit, float(value))) if is_number(value) else value for value in values]
+
+
 @dataclass(frozen=True)
 class ExitPolicy:
     """Criterion and thresholds: who leaves at which exit.
@@ -312,12 +322,14 @@ class ExitPolicy:
         return get_criterion(self.criterion, self.params)
 
     def to_dict(self) -> dict:
-        """A plain dict, ready for strict JSON; thresholds beyond `NEVER`, infinite ones too, become `NEVER`."""
+        """A plain dict, ready for strict JSON; thresholds beyond `NEVER`, infinite ones too, become `NEVER`.
+
+        What is no number stays as it is, for `validate` to name.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["thresholds"] = [max(-NEVER, min(NEVER, float(threshold))) for threshold in self.thresholds]
+        values["thresholds"] = _plain_numbers(self.thresholds, NEVER)
         for name in ("temperatures", "confidence_temperatures"):
-            if values[name] is not None:
-                values[name] = [float(temperature) for temperature in values[name]]
+            values[name] = _plain_numbers(values[name], math.inf)
         return values
 
     @classmethod

@@ -63,8 +63,7 @@ def _check_model(name: str, model: EarlyExitMixin) -> None:
             f"MODEL {name} has no classifier of sequences or images: parameters of its last head are missing. "
             "Give a fine-tuned one."
         )
-    missing = [part for part in sorted(model.newly_initialized) if not part.startswith("exit_heads.")]
-    if missing:
+    if missing := model.missing_weights():
         raise ExitConfigurationError(
             f"MODEL {name} lacks weights, for example {missing[0]}: what it answers would be random."
         )

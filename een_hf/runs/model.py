@@ -46,6 +46,11 @@ def load_for_run(modality: Modality, args: RunArguments, data: TaskData) -> Load
     """
     name = args.model.model_name_or_path
     model = load_model(modality, args.model, data, trains=args.training.do_train)
+    if not args.training.do_train and (missing := model.missing_weights()):
+        raise ExitConfigurationError(
+            f"--model_name_or_path {name} lacks weights, for example {missing[0]}: what it answers would be random. "
+            "Give a whole checkpoint, or train it first (--do_train)."
+        )
     new_head = model.is_new_head(model.num_exits - 1)
     history = history_of(name, has_head=not new_head)
     modality.fit_model(model, args.data)

@@ -19,8 +19,10 @@ from .publishing import is_publishing
 DTYPES = ("float32", "bfloat16", "float16")
 # The least value of numbers that transformers does not check, or not before a run has begun.
 _AT_LEAST = {
+    -1: "max_steps",  # none given
     0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs warmup_steps "
-    "label_smoothing_factor seed data_seed eval_delay dataloader_num_workers neftune_noise_alpha",
+    "label_smoothing_factor seed data_seed logging_steps eval_steps save_steps eval_delay dataloader_num_workers "
+    "neftune_noise_alpha",
     1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
     "save_total_limit dataloader_prefetch_factor torch_empty_cache_steps",
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import check_folder
+from ..errors import make_folder
 from ..models import ExitConfigurationError
 
 
@@ -33,9 +33,8 @@ def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
         ExitConfigurationError: another run is writing there, or it is not a folder.
     """
     folder = Path(folder)
-    check_folder("output_dir", folder)
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    new = not os.path.exists(folder)
+    make_folder("output_dir", folder)
     held = None
     try:
         if fcntl is not None:

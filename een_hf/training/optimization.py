@@ -2,8 +2,10 @@
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from ..errors import refused
+from ..models import ExitConfigurationError
 from .head_init import standardize_heads
 
 
@@ -41,6 +43,23 @@ class OptimizationMixin:
             return self.args.head_learning_rate
         pretrained = self.accelerator.unwrap_model(self.model).newly_initialized is not None
         return rate * (20 if pretrained and "adam" in type(optimizer).__name__.lower() else 1)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        """As in `Trainer`, where most optimizers take some of `--optim_args` and leave the others unread.
+
+        Raises:
+            ExitConfigurationError: names one that is left.
+        """
+        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        taken = {*settings, *(name for group in settings.get("params", ()) for name in group)}
+        for pair in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+            name = pair.split("=")[0]
+            if not {name, f"{name.rstrip('0123456789')}s"} & taken:  # `betas` holds what is given as beta1, beta2
+                raise ExitConfigurationError(
+                    f"--optim_args {args.optim_args}: --optim {args.optim.value} has no use for {name!r} there."
+                )
+        return optimizer_class, settings
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As in `Trainer`, with newly made heads in parameter groups of their own."""

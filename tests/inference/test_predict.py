@@ -374,6 +374,8 @@ def test_a_data_set_without_index_errors_ends():
         (BatchEncoding({"input_ids": [[1, 2], [3]]}), ["BatchEncoding of input_ids", "Dataset.from_dict"]),
         ({"input_ids": [[1, 2], [3]], "labels": [0, 1]}, ["dict of input_ids, labels", "Dataset.from_dict"]),
         (datasets.DatasetDict(test=datasets.Dataset.from_dict({"input_ids": [[1]]})), ["its splits (test)"]),
+        ([{"input_ids": []}], ["Row 0", "no tokens"]),
+        ([{"input_ids": [1.0, 2.0]}], ["Row 0", "float", "whole numbers"]),
         ([{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], ["Row 0", "(1, 4)", "1 dimension"]),
         ([{"input_ids": [1]}, {"input_ids": [1] * 21}], ["row 1", "21 tokens", "at most 20", "max_length=20"]),
         ([{"input_ids": [1] * 21}, {"input_ids": [1]}], ["row 0", "21 tokens", "at most 20", "max_length=20"]),

@@ -3,10 +3,15 @@
 import copy
 import json
 import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from factory import tiny_model
 from transformers import BertConfig, BertForMultipleChoice, BertForTokenClassification
 
 from een_hf.models import EarlyExitBertForSequenceClassification, ExitConfigurationError
@@ -710,3 +715,12 @@ def test_classifier_dropout_reaches_every_head():
         EarlyExitBertForSequenceClassification.config_class.from_dict({**config.to_dict(), "model_type": None})
     )
     assert (model.dropout.p, model.exit_heads["1"].dropout.p) == (0.4, 0.4)
+
+
+def test_a_model_that_another_process_pickled_is_saved_with_its_code(tmp_path):
+    """What breaks: a queue worker's `save_pretrained` leaves a folder that loads only where een_hf is installed."""
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(tiny_model()))
+    code = "import pickle, sys; pickle.load(open(f'{sys.argv[1]}/model.pkl', 'rb')).save_pretrained(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
+    assert "auto_map" in json.loads((tmp_path / "config.json").read_text())
+    assert (tmp_path / "modeling_een_bert.py").is_file()

@@ -244,10 +244,11 @@ def test_wrong_keys_are_named(values, word):
 )
 def test_a_policy_that_does_not_fit_names_what_would(policy, words):
     """Too few thresholds, or one that is no number, would silently switch exits off."""
-    with pytest.raises(ExitConfigurationError) as error:
-        policy.validate(3, None, 4)
-    for word in words:
-        assert word in str(error.value)
+    for check in (lambda: policy.validate(3, None, 4), lambda: tiny_model().set_exit_policy(policy)):
+        with pytest.raises(ExitConfigurationError) as error:
+            check()
+        for word in words:
+            assert word in str(error.value)
 
 
 @pytest.mark.parametrize(

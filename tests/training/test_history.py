@@ -116,6 +116,13 @@ def test_a_folder_is_one_runs_while_it_lasts(tmp_path):
     assert not (tmp_path / "failed").exists()
 
 
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    folder = tmp_path / ("a" * 300)  # longer than names may be
+    with pytest.raises(ExitConfigurationError, match="--output_dir .* cannot be made"):
+        with only_run_in(folder / "run"):
+            pass
+
+
 @pytest.mark.parametrize("below", ["", "runs/mine"])
 def test_an_output_folder_that_is_a_file(below, tmp_path):
     (tmp_path / "out").write_text("kept")

@@ -59,6 +59,7 @@ HONOURED = {
     "resume_from_checkpoint": "test_interruption: test_naming_a_half_written_checkpoint_is_an_error",
     "save_only_model": "test_interruption: test_weights_alone_are_nothing_to_go_on_from",
     "dataloader_drop_last": "test_evaluation_drops_no_row",
+    "optim_args": "test_arguments_that_an_optimizer_leaves_unread_are_refused",
     "bf16": "test_trainer: test_predictions_are_made_in_the_precision_of_the_evaluation",
 }
 # Not concerned: what `Trainer` does alone, before, after or around our code; a value under which training, evaluation
@@ -73,7 +74,6 @@ NOT_CONCERNED = {
     "lr_scheduler_kwargs": {},
     "warmup_steps": 0.5,
     "optim": "adafactor",
-    "optim_args": "amsgrad=True",
     "weight_decay": 0.1,
     "adam_beta1": 0.8,
     "adam_beta2": 0.99,
@@ -442,6 +442,27 @@ def test_new_heads_follow_the_rate_of_an_optimizer_class(tmp_path, kind, factor)
     trainer = make_trainer(tmp_path, model, optimizer_cls_and_kwargs=(kind, {"lr": 0.01}))
     rates = {group["lr"] for group in trainer.create_optimizer().param_groups}
     assert sorted(rates) == pytest.approx(sorted({0.01, 0.01 * factor}))
+
+
+@pytest.mark.parametrize(
+    ("optim", "given", "wrong"),
+    [
+        ("sgd", "momentum=0.5, dampening=0.25", None),
+        ("sgd", "momentum=0.5, foo=1", "foo"),
+        ("adamw_torch", "amsgrad=True", "amsgrad"),
+        ("adafactor", "beta3=0.1", "beta3"),
+    ],
+)
+def test_arguments_that_an_optimizer_leaves_unread_are_refused(optim, given, wrong, tmp_path):
+    """What breaks: a run with a misspelt `--optim_args` trains by the defaults and says nothing."""
+    trainer = make_trainer(tmp_path, optim=optim, optim_args=given)
+    if wrong is None:
+        assert all((g["momentum"], g["dampening"]) == (0.5, 0.25) for g in trainer.create_optimizer().param_groups)
+        return
+    with pytest.raises(
+        ExitConfigurationError, match=f"--optim_args {given}: --optim {optim} has no use for '{wrong}'"
+    ):
+        trainer.train()
 
 
 def test_noise_on_embeddings_reaches_every_exit(tmp_path):

@@ -19,6 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from ...errors import make_folder
 from ..decoding import decode_image
 from ..sources import check_columns
 from ..task import DataError
@@ -133,7 +134,7 @@ def _unfinished(folder: Path) -> Iterator[None]:
         DataError: another process is writing there.
     """
     new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("output_dir", folder)
     with open(folder / _MARK, "w") as mark:
         try:
             if fcntl is not None:
