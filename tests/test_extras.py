@@ -105,6 +105,14 @@ def test_named_packages_are_in_their_extra():
         assert f'"{names.get(package, package)}>=' in listed
 
 
+def test_names_of_extras_are_those_of_the_metadata():
+    """What breaks: the built metadata has `-` for `_`, and pip 23.2 then installs nothing of such an extra."""
+    section = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
+    names = re.findall(r"^([\w-]+) = \[", section.split("[project.scripts]")[0], re.MULTILINE)
+    assert "demo-app" in names
+    assert [name for name in names if name != re.sub(r"[-_.]+", "-", name).lower()] == []
+
+
 def test_version_is_in_one_place():
     """What breaks: a release whose metadata and module say different versions."""
     assert 'version = {attr = "een_hf.__version__"}' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

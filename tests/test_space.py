@@ -73,7 +73,7 @@ def test_it_shows_the_exit_that_the_policy_takes(app, folder, monkeypatch):
 
 @pytest.mark.slow
 def test_the_page_answers(app, folder, monkeypatch):
-    pytest.importorskip("gradio", reason="needs the extra demo_app")
+    pytest.importorskip("gradio", reason="needs the extra demo-app")
     client = pytest.importorskip("gradio_client")
     explainer = with_budgets(folder, app, monkeypatch)
     page = app.build(explainer)
