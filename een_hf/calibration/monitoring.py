@@ -124,14 +124,15 @@ def disagreement(answers: np.ndarray, last: np.ndarray, problem_type: str, risk:
     """How far answers differ from the last exit's, (num_rows,) in [0, 1].
 
     Args:
-        answers: logits (num_rows, num_labels) that were answered with.
+        answers: logits (num_rows, num_labels) that were answered with: an array, or a tensor on the CPU.
         last: logits (num_rows, num_labels) of the last exit.
         problem_type: `single_label_classification` or `multi_label_classification`.
         risk: `consistency`: 1 where any label differs; `hamming`: the share of labels that do.
     """
+    answers, last = np.asarray(answers), np.asarray(last)
     if problem_type == "single_label_classification":
-        return (np.argmax(answers, -1) != np.argmax(last, -1)).astype(np.float64)
-    differs = (np.asarray(answers) > 0) != (np.asarray(last) > 0)
+        return (answers.argmax(-1) != last.argmax(-1)).astype(np.float64)
+    differs = (answers > 0) != (last > 0)
     return differs.mean(-1) if risk == "hamming" else differs.any(-1).astype(np.float64)
 
 

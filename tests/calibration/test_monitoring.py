@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from een_hf import ExitConfigurationError
 from een_hf.calibration.monitoring import RiskMonitor, bet, bets_against, disagreement, evidence_of
@@ -81,6 +82,8 @@ def test_one_by_one_or_all_at_once():
 def test_disagreement_of_answers():
     answers, last = np.array([[2.0, 1], [0, 1], [5, 1]]), np.array([[1.0, 2], [0, 9], [1, 0]])
     assert disagreement(answers, last, "single_label_classification").tolist() == [1, 0, 0]
+    tensors = torch.tensor(answers), torch.tensor(last)  # as models and `predict` give them
+    assert disagreement(*tensors, "single_label_classification").tolist() == [1, 0, 0]
     answers, last = np.array([[2.0, -1], [1, 1]]), np.array([[1.0, 2], [3, 9]])
     assert disagreement(answers, last, "multi_label_classification").tolist() == [1, 0]
     assert disagreement(answers, last, "multi_label_classification", "hamming").tolist() == [0.5, 0]
