@@ -17,11 +17,8 @@ PyTorch's on random inputs. Every criterion can be exported.
 
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
-from ..errors import loading
+from ..inference.loading import load_early_exit_model
 from ..inference.onnx import check_output, export_onnx
-from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
 
 
 def add_arguments(parser) -> None:
@@ -33,31 +30,8 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     path = Path(args.output)
     check_output(path)
-    model = load_model(args.model)
+    model = load_early_exit_model(args.model, device="cpu")
     export_onnx(model, path, dynamic=not args.no_dynamic)
     size = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
     policy = "answers at every exit" if args.no_dynamic else f"exits by {model.config.exit_policy['criterion']}"
     print(f"Written: {path}, {size / 2**20:.1f} MiB, {policy}; ONNX Runtime and PyTorch agree on random inputs.")
-
-
-def load_model(name: str) -> EarlyExitMixin:
-    """The early-exit model of a folder or Hub name.
-
-    Raises:
-        ExitConfigurationError: there is no such model, it has no exits, or weights are missing.
-    """
-    with loading(f"MODEL {name}"):
-        config, _ = PreTrainedConfig.get_config_dict(name)
-    if not config:
-        raise ExitConfigurationError(f"MODEL {name} cannot be loaded: it holds no config.json.")
-    found = config.get("model_type")
-    model_class = next((kind for kind in MODEL_CLASSES.values() if kind.config_class.model_type == found), None)
-    if model_class is None:
-        raise ExitConfigurationError(
-            f"MODEL {name} is of type {found!r} and has no exits: train some, or see `een-hf retrofit --help`."
-        )
-    with loading(f"MODEL {name}"):
-        model = model_class.from_pretrained(name)
-    if model.newly_initialized:
-        raise ExitConfigurationError(f"MODEL {name} lacks weights, for example {min(model.newly_initialized)}.")
-    return model

@@ -14,7 +14,8 @@ import socket
 
 import torch
 
-from ..models import AutoEarlyExitModel, ExitConfigurationError
+from ..inference.loading import load_early_exit_model, load_processor
+from ..models import ExitConfigurationError
 from ..serving import AsyncExitEngine, Auditor, PrometheusObserver, ServerLimits, create_app
 
 
@@ -57,7 +58,8 @@ def run(args) -> None:
     listening = _listen(args.host, args.port, args.reuse_port)  # before the model is loaded: a port may be taken
     if args.threads:
         torch.set_num_threads(args.threads)
-    model, processor = _load(args.model, args.device, args.dtype)
+    model = load_early_exit_model(args.model, device=args.device, dtype=args.dtype)
+    processor = load_processor(args.model, model)
     auditor = None
     if args.audit_rate is not None:
         auditor = Auditor(model, args.audit_rate, args.audit_limit, args.audit_confidence, args.on_alarm)
@@ -98,22 +100,3 @@ def _listen(host: str, port: int, reuse_port: bool) -> socket.socket:
         )
     except (OSError, OverflowError, ValueError) as error:
         raise ExitConfigurationError(f"--host {host} --port {port}: cannot listen there ({error}).") from error
-
-
-def _load(name: str, device: str | None, dtype: str | None):
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = AutoEarlyExitModel.from_pretrained(name, dtype=getattr(torch, dtype) if dtype else "auto")
-        if model.is_new_head(model.num_exits - 1):
-            raise ExitConfigurationError(f"{name} brings no fine-tuned classifier: serve one that does.")
-        if missing := model.missing_weights():
-            raise ExitConfigurationError(f"{name} lacks weights, for example {missing[0]}: serve a whole checkpoint.")
-        text = model.main_input_name == "input_ids"
-        processor = (AutoTokenizer if text else AutoImageProcessor).from_pretrained(name)
-        return model.eval().to(device), processor
-    except ExitConfigurationError:
-        raise
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        raise ExitConfigurationError(f"{name} cannot be served on {device}: {error}") from error

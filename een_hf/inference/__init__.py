@@ -2,8 +2,17 @@
 
 from .batches import ExitBatchPredictor
 from .engine import ExitEngine
+from .loading import load_early_exit_model
 from .predict import ExitPredictions, pad_rows, predict
 from .runner import ExitRunner
 
 
-__all__ = ["ExitBatchPredictor", "ExitEngine", "ExitPredictions", "ExitRunner", "pad_rows", "predict"]
+__all__ = [
+    "ExitBatchPredictor",
+    "ExitEngine",
+    "ExitPredictions",
+    "ExitRunner",
+    "load_early_exit_model",
+    "pad_rows",
+    "predict",
+]

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer
 
 from ..extras import named_extras
-from ..models import AutoEarlyExitModel, ExitConfigurationError, ExitPolicy
+from ..models import ExitConfigurationError, ExitPolicy
+from .loading import load_early_exit_model, load_processor
 from .predict import predict
 
 
@@ -78,11 +78,11 @@ class ExitBatchPredictor:
     def _load(self) -> None:
         if self._model is not None:
             return
-        model = AutoEarlyExitModel.from_pretrained(self.path).eval()
+        model = load_early_exit_model(self.path, device=self.device, what="path")
         if self.policy is not None:
             model.set_exit_policy(self.policy or None)
         self._text = model.main_input_name == "input_ids"
-        self._processor = (AutoTokenizer if self._text else AutoImageProcessor).from_pretrained(self.path)
+        self._processor = load_processor(self.path, model, what="path")
         if not self._text:
             with named_extras():
                 from ..data.images import EvaluationTransform
@@ -90,7 +90,7 @@ class ExitBatchPredictor:
             self._processor = EvaluationTransform(self._processor, model.config.num_channels)
         limits = (self.max_length, model.config.max_input_length if self._text else None)
         self._longest = min(filter(None, limits), default=None)
-        self._model = model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model = model
 
     def _answers(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         config = self._model.config

@@ -25,7 +25,7 @@ from .conftest import random_texts
         (["--max_rows", "0"], "max_rows must be at least 1"),
         (["--max_wait_ms", "nan"], "--max_wait_ms must be a number"),
         (["--port", "99999"], "--host 127.0.0.1 --port 99999: cannot listen there"),
-        (["--device", "nonsense"], "cannot be served on nonsense"),
+        (["--device", "nonsense"], "on device nonsense cannot be loaded"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(bert, flags, said):
@@ -41,7 +41,7 @@ def test_what_cannot_be_served(tmp_path):
     with pytest.raises(SystemExit, match="error: .*no-such-model"):
         main(["serve", str(tmp_path / "no-such-model"), "--port", "0"])
     tiny_model().bert.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="no fine-tuned classifier"):
+    with pytest.raises(SystemExit, match="error: MODEL .* lacks weights, for example classifier.bias"):
         main(["serve", str(tmp_path), "--port", "0"])
 
 

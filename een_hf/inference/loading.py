@@ -1,0 +1,54 @@
+"""A trained early-exit model from its folder or from the Hub."""
+
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
+
+from ..errors import loading
+from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
+
+
+def load_early_exit_model(
+    name: str, *, device: str | None = None, dtype: str | None = None, what: str = "MODEL"
+) -> EarlyExitMixin:
+    """The early-exit model of a folder or Hub name, in eval mode; its exits are trained.
+
+    Args:
+        name: folder or Hub name.
+        device: for example `cuda:1`; by default the GPU where there is one.
+        dtype: for example `bfloat16`; by default the checkpoint's.
+        what: the argument that `name` was given by, for messages.
+
+    Raises:
+        ExitConfigurationError: no such model, one without exits, weights that are missing, or no such device.
+    """
+    what = f"{what} {name}"
+    with loading(what):
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    if not config:
+        raise ExitConfigurationError(f"{what} cannot be loaded: it holds no config.json.")
+    found = config.get("model_type")
+    model_class = next((kind for kind in MODEL_CLASSES.values() if kind.config_class.model_type == found), None)
+    if model_class is None:
+        raise ExitConfigurationError(
+            f"{what} is of type {found!r} and has no exits: train some, or see `een-hf retrofit --help`."
+        )
+    with loading(what):
+        model = model_class.from_pretrained(name, dtype=getattr(torch, dtype) if dtype else "auto").eval()
+    if model.newly_initialized:
+        raise ExitConfigurationError(f"{what} lacks weights, for example {min(model.newly_initialized)}.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with loading(f"{what} on device {device}"):
+        return model.to(device)
+
+
+def load_processor(name: str, model: EarlyExitMixin, *, what: str = "MODEL") -> Any:
+    """The tokenizer or image processor beside `model`.
+
+    Raises:
+        ExitConfigurationError: there is none.
+    """
+    kind = AutoTokenizer if model.main_input_name == "input_ids" else AutoImageProcessor
+    with loading(f"The {'tokenizer' if kind is AutoTokenizer else 'image processor'} of {what} {name}"):
+        return kind.from_pretrained(name, trust_remote_code=False)
