@@ -65,8 +65,12 @@ class ResumingMixin:
             found, self._new_heads = written["method"], written.get("new_heads")
             if not isinstance(found, str) or not all(type(k) is int for k in self._new_heads or ()):
                 raise ValueError(f"{SCHEME_FILE} names no scheme")
-            sums, self._num_summed = written.get("unlogged_losses") or (0.0, 0)
-            self._summed_losses = torch.tensor(sums, device=self.args.device)
+            if (unlogged := written.get("unlogged_losses")) is not None:
+                sums, self._num_summed = unlogged
+                self._summed_losses = torch.tensor(sums, dtype=torch.float32, device=self.args.device)
+                num_exits = self.accelerator.unwrap_model(self.model).num_exits
+                if self._summed_losses.shape != (num_exits,) or type(self._num_summed) is not int:
+                    raise ValueError(f"{SCHEME_FILE} holds no loss for each of {num_exits} exits")
         if found != self.scheme:
             raise CheckpointError(
                 f"--resume_from_checkpoint {checkpoint} was trained with --method {found}, not {self.scheme}: "
