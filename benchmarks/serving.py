@@ -118,6 +118,8 @@ class Client:
     async def ask(self, text: str) -> tuple[int, bytes]:
         """Status and body."""
         loop = asyncio.get_running_loop()
+        while self.free and self.free[-1].transport.is_closing():  # the server keeps idle connections for some seconds
+            self.free.pop()
         if self.free:
             connection = self.free.pop()
         else:
