@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The server under load against one built the same way around the stock pipeline.
 
-Both are the same HTTP code on one thread of torch. The stock server batches dynamically: whoever waits when the
-pipeline is free runs together, up to `--stock_rows`; of several such limits the fastest is compared. Then:
+Both are the same HTTP code on one thread of torch. The stock server batches dynamically: the texts that wait when the
+pipeline is free run together, up to `--stock_rows`; of several such limits the fastest is compared. Then:
 
 - saturation: `--connections` clients, each sending its next text at once;
 - open loop: Poisson arrivals at shares of the stock server's capacity, latencies from the scheduled time;

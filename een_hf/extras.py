@@ -1,6 +1,7 @@
 """Which extra of een_hf brings a package that is missing."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from .errors import chain_of
@@ -37,6 +38,24 @@ def named_extras() -> Iterator[None]:
         raise MissingPackageError(
             f'This needs the package {package}, which is not installed: pip install "een_hf[{_EXTRA_OF[package]}]".'
         ) from error
+
+
+def imported_on_use(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], object]:
+    """The `__getattr__` of a package whose modules are imported on first use; a missing package names its extra.
+
+    Args:
+        package: its full path.
+        names: by module of the package, the names that it holds.
+    """
+    module_of = {name: module for module, held in names.items() for name in held}
+
+    def find(name: str) -> object:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        with named_extras():
+            return getattr(importlib.import_module(f".{module_of[name]}", package), name)
+
+    return find
 
 
 def _package_of(error: BaseException) -> str:

@@ -10,9 +10,7 @@
 Each module is imported on first use.
 """
 
-import importlib
-
-from ..extras import named_extras
+from ..extras import imported_on_use
 
 
 _NAMES = {
@@ -25,13 +23,6 @@ _NAMES = {
     "temperatures": ("fit_temperatures",),
     "thresholds": ("geometric_thresholds", "without_idle_exits"),
 }
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str):
-    if name in _MODULE_OF:
-        with named_extras():
-            return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = sorted(name for names in _NAMES.values() for name in names)
+__getattr__ = imported_on_use(__name__, _NAMES)

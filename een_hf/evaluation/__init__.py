@@ -3,10 +3,8 @@
 Each module is imported on first use: measuring speed, for one, needs no data sets.
 """
 
-import importlib
-
 from .._moved import moved_names
-from ..extras import named_extras
+from ..extras import imported_on_use
 
 
 _NAMES = {
@@ -40,13 +38,10 @@ _NAMES = {
 }
 _CALIBRATION = "CalibrationReport budgeted_curve calibrate check_risk check_target_cost policy_row".split()
 _moved = moved_names(__name__, dict.fromkeys(_CALIBRATION, "een_hf.calibration"))
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_present = imported_on_use(__name__, _NAMES)
 
-__all__ = sorted(_MODULE_OF)
+__all__ = sorted(name for names in _NAMES.values() for name in names)
 
 
 def __getattr__(name: str):
-    if name in _MODULE_OF:
-        with named_extras():
-            return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    return _moved(name, stacklevel=3)
+    return _present(name) if name in __all__ else _moved(name, stacklevel=3)

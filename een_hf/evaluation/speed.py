@@ -68,7 +68,7 @@ def text_functions(
         max_length: longer texts are cut, to no more than the model takes.
         batch_size: of all three.
     """
-    max_length = min(max_length, model.config.max_input_length or max_length)
+    max_length = model.config.input_limit(max_length)
     rows = list(texts[0]) if len(texts) == 1 else list(zip(*texts, strict=True))
     tokenize = partial(tokenizer, truncation=True, max_length=max_length)
 

@@ -85,11 +85,10 @@ class ExitBatchPredictor:
         self._processor = load_processor(self.path, model, what="path")
         if not self._text:
             with named_extras():
-                from ..data.images import EvaluationTransform
+                from ..data.transforms import EvaluationTransform
 
             self._processor = EvaluationTransform(self._processor, model.config.num_channels)
-        limits = (self.max_length, model.config.max_input_length if self._text else None)
-        self._longest = min(filter(None, limits), default=None)
+        self._longest = model.config.input_limit(self.max_length)
         self._model = model
 
     def _answers(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -142,6 +142,10 @@ class EarlyExitConfigMixin:
         """The most tokens that a text may have, special ones included; `None`: the positions set no limit."""
         return getattr(self, "max_position_embeddings", None)
 
+    def input_limit(self, max_length: int | None) -> int | None:
+        """The most tokens to keep of a text: no more than `max_length`, nor than the model takes; `None`: all."""
+        return min(filter(None, (max_length, self.max_input_length)), default=None)
+
     def check_input_length(self, num_tokens: int, what: str) -> None:
         """Raise ExitConfigurationError where texts, called `what`, have more tokens than the positions reach."""
         longest = self.max_input_length

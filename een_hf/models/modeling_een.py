@@ -289,7 +289,7 @@ class EarlyExitMixin:
         return self
 
     def set_exit_policy(self, policy: "ExitPolicy | dict | None") -> None:
-        """Set the policy that eval mode leaves by, after checking that it fits; `None` means no early exit.
+        """Set the policy by which examples exit in eval mode, after checking that it fits; `None` means no early exit.
 
         Raises:
             ExitConfigurationError: the policy does not fit the number of exits or the problem.
@@ -308,7 +308,7 @@ class EarlyExitMixin:
         self.config.exit_policy = policy
 
     def get_exit_policy(self) -> ExitPolicy | None:
-        """The policy in the config, checked; made anew only after the config has changed.
+        """The policy in the config, checked; read again only after the config has changed.
 
         Raises:
             ExitConfigurationError: the policy does not fit the number of exits or the problem.

@@ -1,7 +1,7 @@
-"""Exit criteria and the policy that a model leaves by.
+"""Exit criteria, and the policy by which examples exit.
 
-A criterion scores how sure an exit is, higher = surer. A row leaves at the first exit whose score reaches that exit's
-threshold ("at least as sure as the threshold" leaves); the last exit takes whoever is left. A NaN score never leaves.
+A criterion scores the confidence of an exit. An example exits at the first exit whose score is at least that exit's
+threshold; the last exit answers all that remain. An example never exits by a score of NaN.
 """
 
 import json
@@ -286,8 +286,8 @@ class ExitPolicy:
 
     Args:
         criterion: a registered name.
-        thresholds: one per exit; a row leaves at the first exit whose score is at least its threshold. The last is
-            ignored: the last exit takes whoever is left. `NEVER` is a threshold that no score reaches.
+        thresholds: one per exit; an example exits at the first exit whose score is at least its threshold. The last
+            is ignored: the last exit answers all that remain. `NEVER` is a threshold that no score reaches.
         temperatures: one per exit, or `None`; logits are divided by them for scoring, and for what people read as
             confidence.
         params: the criterion's parameters.

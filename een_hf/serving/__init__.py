@@ -3,15 +3,11 @@
 The server is imported on first use: it needs the extra `serve`, the engine does not.
 """
 
-import importlib
-
-from ..extras import named_extras
+from ..extras import imported_on_use
 from .auditing import Auditor
 from .engine import AsyncExitEngine, EngineBusyError, EngineClosedError, ExitAnswers
 from .stages import EngineObserver
 
-
-_LAZY = {"PrometheusObserver": "metrics", "ServerLimits": "server", "create_app": "server"}
 
 __all__ = [
     "AsyncExitEngine",
@@ -25,9 +21,4 @@ __all__ = [
     "create_app",
 ]
 
-
-def __getattr__(name: str):
-    if name in _LAZY:
-        with named_extras():
-            return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = imported_on_use(__name__, {"metrics": ("PrometheusObserver",), "server": ("ServerLimits", "create_app")})

@@ -42,8 +42,7 @@ class Reader:
         self._names, self._main = frozenset(input_names(model)), model.main_input_name
         # A tokenizer's settings are its state: nobody else may use it meanwhile, nor may two threads.
         self.processor = copy.deepcopy(processor) if self.text else processor
-        limits = (max_length, model.config.max_input_length if self.text else None)
-        self.max_length = min(filter(None, limits), default=None)
+        self.max_length = model.config.input_limit(max_length)
         if not self.text and processor is not None:
             with named_extras():
                 from ..data.decoding import decode_image

@@ -27,7 +27,7 @@ MAX_PROGRAMS = 32
 class Programs:
     """The programs of a look-ahead, made where a shape comes for the second time.
 
-    Graphs are captured anew where parameters, or the optimizer's state of them, are no longer where they were. One
+    Graphs are captured again where parameters, or the optimizer's state of them, are no longer where they were. One
     pool of memory serves all: no two run at a time.
     """
 
