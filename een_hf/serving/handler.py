@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -25,12 +26,13 @@ class EndpointHandler:
 
     def __init__(self, path: str = ""):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
-            self.processor = AutoTokenizer.from_pretrained(path)
-        except ValueError:  # a model of images
+        config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+        if "AutoModelForImageClassification" in config.auto_map:
             model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True)
             self.processor = AutoImageProcessor.from_pretrained(path)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
+            self.processor = AutoTokenizer.from_pretrained(path)
         self.model = model.eval().to(device)
 
     @torch.inference_mode()
