@@ -1,10 +1,13 @@
 """The runner's programs answer as the model does: every line but capture and replay runs on a CPU too."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from factory import tiny_model
+from operations import Operations
 
 from een_hf import ExitConfigurationError, ExitPolicy
 from een_hf.inference import ExitRunner, predict
@@ -131,14 +134,23 @@ def test_no_wait_where_no_smaller_bucket_follows():
     inputs = make_inputs(model, 16)
     scores = anytime(model, inputs)[:, 0].softmax(-1).amax(-1)
     policy = ExitPolicy("confidence", [float(scores.max()), NEVER, 0.5, 0.0])  # one exits at exit 1
-    runner, waits = ExitRunner(model, policy), []
+    all_exit = {name: value[scores.argmax()].expand(16, -1) for name, value in inputs.items()}
+    runner, calls = ExitRunner(model, policy), []
+    model.backbone_layers[1].register_forward_hook(lambda *_: calls.append(1))
+
+    def runs_on(inputs):
+        calls.clear()
+        answers = runner(**inputs)
+        return bool(calls), answers.exit_index
+
+    behind, exits = runs_on(all_exit)
+    assert not behind and exits.tolist() == [0] * 16  # nothing is known yet: the count is waited for
     for _ in range(3):
-        assert_as_anytime(runner, model, inputs, policy)
-        (lane,) = runner._lanes.values()
-        waits.append([lane.may_shrink(segment, 16, 16) for segment in range(2)])
-        lane.start(16)
-    assert waits[0] == [True, True]
-    assert waits[-1][0] is False
+        behind, exits = runs_on(inputs)
+        assert behind and exits.tolist().count(0) == 1
+    # As the batches before, hardly any example is expected to exit: the layers behind start without asking.
+    behind, exits = runs_on(all_exit)
+    assert behind and exits.tolist() == [0] * 16
 
 
 def test_nothing_is_decided_where_nobody_can_exit():
@@ -288,13 +300,21 @@ def test_nothing_is_recorded_for_gradients(device):
     """Static tensors with a history keep every tensor of every batch: gigabytes after a few."""
     model = make_model("bert", device)
     inputs = make_inputs(model, 6)
+    policy, runners = midway_policy(model, inputs), []
+    gc.collect()
+    before = recorded()
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        runner = ExitRunner(model, midway_policy(model, inputs))
+        runners.append(ExitRunner(model, policy))
         with mode():
-            answers = runner(**inputs)
-        (lane,) = runner._lanes.values()
-        held = [answers.logits, lane.logits, *lane.buffers[0].tensors(), *lane.buffers[1].tensors()]
-        assert not any(tensor.requires_grad or tensor.is_inference() for tensor in held)
+            answers = runners[-1](**inputs)
+        assert recorded() == before and not answers.logits.requires_grad
+    assert_as_anytime(runners[1], model, inputs, policy)
+
+
+def recorded():
+    """How many tensors there are that have a history, or that only inference mode can write."""
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum(tensor.grad_fn is not None or tensor.is_inference() for tensor in tensors)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -360,32 +380,47 @@ def test_predict_by_programs_equals_the_engine(kind):
     assert predict(model, [], cuda_graphs=True).logits.shape == (0, 3)
 
 
-def test_what_graphs_read_is_watched_and_kept():
+def makes_buffers(runner, inputs):
+    """Whether a batch is answered by new programs, on tensors of their own."""
+    with Operations() as operations:
+        runner(**inputs)
+    return torch.ops.aten.zeros.default in operations.ran
+
+
+def lend(tensor):
+    """Puts a tensor into memory of which the answer says whether it is still held: `None` once it is not."""
+    memory = tensor.detach().numpy().copy()
+    tensor.data = torch.from_numpy(memory)
+    return weakref.ref(memory)
+
+
+@pytest.mark.parametrize("change", ["data", "parameter", "module", "part"])
+def test_what_graphs_read_is_watched_and_kept(change):
     """A graph of replaced weights or modules answers for another network; one of freed memory ends the process."""
     model = make_model("bert")
-    runner, inputs, weight = ExitRunner(model), make_inputs(model, 3), model.classifier.weight
-    layer = model.bert.encoder.layer[0].output
-    changes = (
-        lambda: setattr(weight, "data", weight.data.clone()),
-        lambda: setattr(model.classifier, "weight", torch.nn.Parameter(weight.data.clone())),
-        lambda: setattr(layer, "dense", Twice(layer.dense)),
-        lambda: model.register_module("another", torch.nn.Linear(1, 1)),
-    )
-    for change in changes:
-        runner(**inputs)
-        assert runner._is_current()
-        read = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        change()
-        assert read <= {tensor.data_ptr() for tensor in runner._held}
-        assert not runner._is_current()
+    inputs, weight, layer = make_inputs(model, 3), model.classifier.weight, model.bert.encoder.layer[0].output
+    changes = {
+        "data": lambda: setattr(weight, "data", weight.data.clone()),
+        "parameter": lambda: setattr(model.classifier, "weight", torch.nn.Parameter(weight.data.clone())),
+        "module": lambda: setattr(layer, "dense", Twice(layer.dense)),
+        "part": lambda: model.register_module("another", torch.nn.Linear(1, 1)),
+    }
+    held, runner = lend(weight), ExitRunner(model)
+    assert makes_buffers(runner, inputs) and not makes_buffers(runner, inputs)
+    changes[change]()
+    del weight, changes
+    assert held() is not None  # a graph may be running
+    assert makes_buffers(runner, inputs) and not makes_buffers(runner, inputs)
+    assert (held() is None) == (change in ("data", "parameter"))
 
 
 def test_what_the_network_cannot_take_is_refused_before_it_runs():
     """On a device it would end in an assertion that no later call survives."""
-    model = make_model("bert", exit_pooling="cls")
+    model, calls = make_model("bert", exit_pooling="cls"), []
+    model.bert.embeddings.register_forward_pre_hook(lambda *_: calls.append(1))
     runner = ExitRunner(model)
     with pytest.raises(ExitConfigurationError, match="41 tokens, the model takes at most 40"):
         runner(**make_inputs(model, 2, 41))
     with pytest.raises(ExitConfigurationError, match="4-D"):
         runner(input_ids=torch.ones(2, 5, dtype=torch.int64), attention_mask=torch.ones(2, 1, 5, 5))
-    assert not runner._lanes
+    assert not calls
