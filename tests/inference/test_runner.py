@@ -398,17 +398,16 @@ def lend(tensor):
 def test_what_graphs_read_is_watched_and_kept(change):
     """A graph of replaced weights or modules answers for another network; one of freed memory ends the process."""
     model = make_model("bert")
-    inputs, weight, layer = make_inputs(model, 3), model.classifier.weight, model.bert.encoder.layer[0].output
+    inputs, head, layer = make_inputs(model, 3), model.classifier, model.bert.encoder.layer[0].output
     changes = {
-        "data": lambda: setattr(weight, "data", weight.data.clone()),
-        "parameter": lambda: setattr(model.classifier, "weight", torch.nn.Parameter(weight.data.clone())),
+        "data": lambda: setattr(head.weight, "data", head.weight.data.clone()),
+        "parameter": lambda: setattr(head, "weight", torch.nn.Parameter(head.weight.data.clone())),
         "module": lambda: setattr(layer, "dense", Twice(layer.dense)),
         "part": lambda: model.register_module("another", torch.nn.Linear(1, 1)),
     }
-    held, runner = lend(weight), ExitRunner(model)
+    held, runner = lend(head.weight), ExitRunner(model)
     assert makes_buffers(runner, inputs) and not makes_buffers(runner, inputs)
     changes[change]()
-    del weight, changes
     assert held() is not None  # a graph may be running
     assert makes_buffers(runner, inputs) and not makes_buffers(runner, inputs)
     assert (held() is None) == (change in ("data", "parameter"))
