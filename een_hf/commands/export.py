@@ -1,15 +1,15 @@
 """Write an early-exit model as one ONNX graph in which ONNX Runtime skips the layers after the exit.
 
-een-hf export runs/mine --output model.onnx                exits by the model's policy
-een-hf export runs/mine --output model.onnx --no_dynamic   answers at every exit
+een-hf export runs/mine --output model.onnx                batches exit by the model's policy
+een-hf export runs/mine --output model.onnx --no_dynamic   every exit is evaluated
 
 Inputs, of any batch size and length: input_ids, attention_mask, token_type_ids (BERT), pixel_values (ViT).
 Outputs: logits (batch, labels) and exit_index (batch), counted from 0; with --no_dynamic exit_logits (batch, exits,
 labels).
 
-A batch exits as a whole: at the first exit at which the criterion holds for all of its examples. All of them then have
-the same exit_index, and logits from that exit. A batch of one exits as in PyTorch. The thresholds are one more input,
-`thresholds` (exits), which is optional: the default is those of the policy.
+A batch exits as a whole: at the first exit where the scores of all its examples reach the threshold. All of them then
+have the same exit_index, and logits from that exit. A batch of one exits as in PyTorch. A further input, `thresholds`
+(exits), is optional: its default is the thresholds of the policy.
 
 Policy, labels and exit layers are in the file's metadata. Before it is written, its answers are compared with
 PyTorch's on random inputs. Every criterion can be exported.
@@ -24,7 +24,7 @@ from ..inference.onnx import check_output, export_onnx
 def add_arguments(parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of an early-exit model")
     parser.add_argument("--output", required=True, help="file to write, ending in .onnx")
-    parser.add_argument("--no_dynamic", action="store_true", help="skip nothing: a graph that answers at every exit")
+    parser.add_argument("--no_dynamic", action="store_true", help="write a graph that evaluates every exit")
 
 
 def run(args) -> None:

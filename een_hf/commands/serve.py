@@ -4,10 +4,10 @@ een-hf serve runs/mine --port 8000
 
 curl 127.0.0.1:8000/predict -H 'Content-Type: application/json' -d '{"inputs": "A fine film."}'
 
-POST /predict takes and answers what text-embeddings-inference and Inference Endpoints do; images are sent as such
-(--data-binary @cat.png -H 'Content-Type: image/png') or in base64. GET /docs describes it, /health, /info and /metrics
-(Prometheus) watch it. Requests in progress share every stage; SIGTERM answers them and ends. Nothing that a request
-holds is logged.
+POST /predict has the requests and responses of text-embeddings-inference and Inference Endpoints; images are sent as
+files (--data-binary @cat.png -H 'Content-Type: image/png') or in base64. GET /docs describes the requests; /health,
+/info and /metrics (Prometheus) are for monitoring. The examples of all requests in progress run the stages together.
+After SIGTERM the server answers the requests in progress and ends. The content of requests is never logged.
 """
 
 import socket
@@ -21,29 +21,35 @@ from ..serving import AsyncExitEngine, Auditor, PrometheusObserver, ServerLimits
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="an early-exit model: a folder or a Hub name")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine only")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
-    parser.add_argument("--reuse_port", action="store_true", help="let several servers listen at one port (Linux)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: only this machine")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0: any free one; default: 8000")
+    parser.add_argument("--reuse_port", action="store_true", help="let several servers listen on one port (Linux)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda if there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; default: torch's own")
-    parser.add_argument("--max_rows", type=int, help="rows that run together; default: 64 on CUDA, else 8")
+    parser.add_argument("--threads", type=int, help="number of torch's threads on the CPU; default: torch's own")
+    parser.add_argument("--max_rows", type=int, help="most rows that run together; default: 64 on CUDA, else 8")
     parser.add_argument(
-        "--max_wait_ms", type=float, default=5.0, help="how long survivors wait for others; default: 5"
+        "--max_wait_ms", type=float, default=5.0, help="milliseconds that rows wait before a deeper stage; default: 5"
     )
-    parser.add_argument("--max_waiting", type=int, default=1024, help="rows unanswered before 503; default: 1024")
-    parser.add_argument("--max_length", type=int, help="longer texts are cut; default: what the model takes")
-    parser.add_argument("--max_inputs", type=int, default=64, help="inputs of one request; default: 64")
-    parser.add_argument("--max_body_bytes", type=int, default=2 << 20, help="of a request; default: 2 MiB")
+    parser.add_argument(
+        "--max_waiting", type=int, default=1024, help="most rows that are not answered, beyond it 503; default: 1024"
+    )
+    parser.add_argument("--max_length", type=int, help="tokens of a text; default: what the model takes")
+    parser.add_argument("--max_inputs", type=int, default=64, help="most inputs of one request; default: 64")
+    parser.add_argument("--max_body_bytes", type=int, default=2 << 20, help="largest request; default: 2 MiB")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds that a request may take; default: 30")
     parser.add_argument(
-        "--audit_rate", type=float, help="share of the inputs that run on to the last exit, to watch the policy's risk"
+        "--audit_rate",
+        type=float,
+        help="share of the inputs that continue to the last exit after their answer, to monitor the policy's risk",
     )
     parser.add_argument(
-        "--audit_limit", type=float, help="of answers that differ from the last exit's; default: the certified one"
+        "--audit_limit",
+        type=float,
+        help="largest share of answers that may differ from the last exit's; default: the certified limit",
     )
     parser.add_argument(
-        "--audit_confidence", type=float, default=0.95, help="that there is no false alarm; default: 0.95"
+        "--audit_confidence", type=float, default=0.95, help="probability of no false alarm; default: 0.95"
     )
     parser.add_argument(
         "--on_alarm", choices=["log", "full"], default="log", help="full: no early exit after an alarm; default: log"

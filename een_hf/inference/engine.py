@@ -1,4 +1,4 @@
-"""The engine: survivors of several batches share the deeper stages."""
+"""`ExitEngine`: the examples of several batches that continue run the deeper stages together."""
 
 import operator
 from collections.abc import Iterable, Iterator
@@ -11,16 +11,20 @@ from ..models.stages import Examples
 
 
 class ExitEngine:
-    """Runs examples through a model whose deeper stages see full batches.
+    """Runs examples through a model in such a way that the deeper stages get full batches too.
 
-    Survivors of several batches wait before each stage and run together once `batch_size` of them have gathered, the
-    deepest full stage first. Fewer than `batch_size` examples wait before each stage between two steps, and one step
-    adds at most `batch_size`, before the first stage or the next: at most (num_exits + 1) * batch_size examples'
-    hidden states are held at any time, plus one window of inputs.
+    Examples of several batches that continue wait before each stage and run together as soon as there are `batch_size`
+    of them; of several full stages the deepest runs first. Between two steps fewer than `batch_size` examples wait
+    before each stage, and one step adds at most `batch_size`. So the hidden states of at most
+    (num_exits + 1) * batch_size examples are held at any time, plus one window of inputs.
 
     Args:
-        model: an early-exit model; its `config.exit_policy` decides who exits, without one every example runs through.
-        batch_size: examples per step.
+        model: an early-exit model. Its `config.exit_policy` decides where examples exit; without a policy every
+            example runs to the last exit.
+        batch_size: number of examples per step, at least 1.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
     """
 
     def __init__(self, model: EarlyExitMixin, batch_size: int = 32):
@@ -33,7 +37,18 @@ class ExitEngine:
         self.waiting: list[list[Examples]] = [[] for _ in self.exits]
 
     def run(self, batches: Iterable[tuple[torch.Tensor, dict]]) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Yield (ids, logits, exit index) of examples as they exit, from batches of (ids, model inputs)."""
+        """Answer batches of examples.
+
+        Args:
+            batches: pairs of ids (batch,), int64, and model inputs, each (batch, ...).
+
+        Yields:
+            ids (n,), logits (n, num_labels) and 0-based exit of n examples, as soon as they exit; not in the order of
+            the input.
+
+        Raises:
+            ExitConfigurationError: a mask that is not 2-D, or padding on the left that the model cannot take.
+        """
         for ids, inputs in batches:
             examples = self.model.embed(**inputs)
             self.model.check_mask(examples.attention_mask, True, examples.hidden.shape[:2])
@@ -46,7 +61,14 @@ class ExitEngine:
                 yield from self._step(stage)
 
     def num_waiting(self, stage: int) -> int:
-        """Examples that wait before this stage, 0-based among the exits that are evaluated."""
+        """How many examples wait before a stage.
+
+        Args:
+            stage: 0-based, among the exits that are evaluated.
+
+        Returns:
+            number of examples.
+        """
         return sum(map(len, self.waiting[stage]))
 
     def _deepest_full(self) -> int | None:
@@ -54,9 +76,9 @@ class ExitEngine:
         return next((stage for stage in stages if self.num_waiting(stage) >= self.batch_size), None)
 
     def _take(self, stage: int) -> Examples:
-        """Up to `batch_size` of those that wait before a stage, in the order they came: longest texts first.
+        """Up to `batch_size` of the examples that wait before a stage, first come, first served.
 
-        Images of another size go by themselves: nothing masks what would have to be filled up.
+        Images of different sizes never run together, since padding of an image cannot be masked.
         """
         parts, room = [], self.batch_size
         queue, text = self.waiting[stage], self.model.main_input_name == "input_ids"

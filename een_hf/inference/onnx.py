@@ -1,8 +1,8 @@
-"""An early-exit model as one ONNX graph.
+"""Export of an early-exit model as one ONNX graph.
 
-In the dynamic graph every stage after the first (its layers, its exit and the decision) is the branch of an `If`: ONNX
-Runtime does not run it after the batch has exited. All rows of a batch exit together, at the first exit where the
-scores of all reach the threshold; a single row exits where it does in PyTorch.
+In the dynamic graph every stage after the first (its layers, its exit and the decision) is a branch of an `If`, which
+ONNX Runtime does not run after the batch has exited. All rows of a batch exit together, at the first exit where the
+scores of all rows reach the threshold; a batch of one row exits where it does in PyTorch.
 """
 
 import copy
@@ -31,7 +31,7 @@ THRESHOLDS = "thresholds"
 
 
 class _AllExits(nn.Module):
-    """Model inputs to exit_logits (batch, num_exits, num_labels)."""
+    """The graph of all exits: from model inputs to exit_logits (batch, num_exits, num_labels)."""
 
     output_names = ["exit_logits"]
 
@@ -44,7 +44,12 @@ class _AllExits(nn.Module):
 
 
 class FirstSureExit(nn.Module):
-    """Model inputs and thresholds (num_exits,) to logits (batch, num_labels) and exit_index (batch,)."""
+    """The dynamic graph: from inputs and thresholds (num_exits,) to logits (batch, num_labels), exit_index (batch,).
+
+    Args:
+        model: an early-exit model.
+        policy: its exit policy.
+    """
 
     output_names = ["logits", "exit_index"]
 
@@ -106,27 +111,33 @@ def _exits_of(model: EarlyExitMixin, policy: ExitPolicy) -> list[int]:
 def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -> None:
     """Write an early-exit model as one ONNX graph in float32, after checking it against PyTorch.
 
-    Inputs, the batch and the length of texts of any size: `input_ids`, `attention_mask` and `token_type_ids` (batch,
-    length), int64, of these what the model takes, or `pixel_values` (batch, channels, height, width).
+    Inputs of the graph: `pixel_values` (batch, channels, height, width), or those of `input_ids`, `attention_mask` and
+    `token_type_ids` (batch, length), int64, that the model takes. Batch and length of texts may be of any size.
 
-    Dynamic: outputs `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based. The whole batch exits at
-    the first exit where the scores of all rows reach the threshold: `exit_index` is the same for all rows, and all
-    `logits` are from that exit. The thresholds of the model's policy are the default of one more input, `thresholds`
-    (num_exits,), so that a caller may give others. Exits that the policy never uses are not in the graph. Otherwise
-    one output, `exit_logits` (batch, num_exits, num_labels).
+    Outputs of the dynamic graph: `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based. The whole
+    batch exits at the first exit where the scores of all rows reach the threshold: `exit_index` is the same for all
+    rows, and all `logits` are from that exit. A further input, `thresholds` (num_exits,), is optional; its default is
+    the thresholds of the model's policy. Exits that the policy never uses are not in the graph.
+
+    Output of the graph that is not dynamic: `exit_logits` (batch, num_exits, num_labels).
 
     Policy, labels, exit layers and aggregation are in the metadata of the file. Weights beyond 2 GB go to a second
-    file, `<path>.data`. The model stays as it is.
+    file, `<path>.data`. The model is not changed.
 
     Args:
         model: an early-exit model.
         path: the file to write, ending in `.onnx`, in a folder that exists.
-        dynamic: exit by the model's policy; else evaluate every exit.
+        dynamic: `True`: the batch exits by the model's policy; `False`: every exit is evaluated.
 
     Raises:
         ExitConfigurationError: the path cannot be written, the model has no policy or one exit, or a package is
             missing.
         ExportError: the answers of ONNX Runtime differ from those of PyTorch.
+
+    Example:
+        >>> een_hf.export_onnx(model, "model.onnx")
+        >>> session = een_hf.inference.onnx.load_session("model.onnx")
+        >>> logits, exit_index = session.run(None, dict(tokenizer(texts, return_tensors="np")))
     """
     path = Path(path)
     check_output(path)
@@ -141,11 +152,11 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
             raise ExitConfigurationError("The model has one exit, nothing can be skipped: give --no_dynamic.")
         policy = model.get_exit_policy()
     model = copy.deepcopy(model).float().cpu().eval()
-    # Its mask is finite: rows that are all padding stay numbers.
+    # Its mask is finite, so that rows that consist of padding only do not become NaN.
     model.set_attn_implementation("eager")
     program = _export(model, policy)
     program.model.metadata_props.update(_metadata(model, policy))
-    # In the same folder, so that what was checked moves into place as it is.
+    # In the same folder, so that the checked files can be moved into place by renaming.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
         written = Path(folder) / path.name
         program.save(written)
@@ -156,7 +167,14 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
 
 
 def check_output(path: Path) -> None:
-    """Raise ExitConfigurationError where `path` is no place for a graph, or the packages to write it are missing."""
+    """Check that a graph can be written.
+
+    Args:
+        path: the file to write.
+
+    Raises:
+        ExitConfigurationError: `path` does not end in `.onnx` or its folder does not exist, or a package is missing.
+    """
     if path.suffix != ".onnx":
         raise ExitConfigurationError(f"--output {path} must end in .onnx, for example {path.with_suffix('.onnx')}.")
     if not path.parent.is_dir():
@@ -174,7 +192,7 @@ def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONN
     axes = {0: torch.export.Dim("batch")}
     if "input_ids" in inputs:
         axes[1] = torch.export.Dim("length", max=model.config.max_input_length)
-    # One dict and not keywords: releases of torch disagree on what names the shapes of keywords.
+    # One dict instead of keywords: releases of torch disagree on how the shapes of keywords are named.
     graph, arguments, shapes = _AllExits(model), {"inputs": inputs}, {"inputs": dict.fromkeys(inputs, axes)}
     names = [*inputs]
     if policy is not None:
@@ -195,7 +213,7 @@ def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONN
             verbose=False,
         )
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # tracebacks with the paths of this machine
+        node.metadata_props.clear()  # they hold tracebacks with the paths of this machine
     if policy is not None:
         import onnx_ir
 
@@ -219,7 +237,7 @@ def _metadata(model: EarlyExitMixin, policy: ExitPolicy | None) -> dict[str, str
 
 
 def _random_inputs(model: EarlyExitMixin, num_rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random pixels, or random tokens whose rows end at different lengths."""
+    """Random pixels, or random tokens with rows of different lengths."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
         size = config.image_size
@@ -268,7 +286,7 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
             )
     if policy is None:
         return
-    # Decisions are taken from the graph's own logits: those of PyTorch may round to the other side of a threshold.
+    # Decisions are computed from the graph's own logits: PyTorch's may round to the other side of a threshold.
     rule = replace(
         policy,
         thresholds=[policy.thresholds[index] for index in exits],
@@ -288,14 +306,29 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
 
 
 def whole_batch_exit(policy: ExitPolicy, exit_logits: torch.Tensor) -> int:
-    """The 0-based first exit at which all rows of logits (batch, num_exits, num_labels) exit, else the last."""
+    """The first exit at which all rows of a batch exit.
+
+    Args:
+        policy: the exit policy.
+        exit_logits: (batch, num_exits, num_labels).
+
+    Returns:
+        0-based exit; the last one if the rows do not agree on an earlier one.
+    """
     reached = (policy.scores(exit_logits) >= torch.tensor(policy.thresholds)).all(0)
     reached[-1] = True
     return int(reached.int().argmax())
 
 
 def load_session(path: str | Path) -> "onnxruntime.InferenceSession":  # noqa: F821
-    """ONNX Runtime on the CPU, without its warning that thresholds may be given."""
+    """A session of ONNX Runtime on the CPU, without its warning that thresholds may be given.
+
+    Args:
+        path: an exported graph.
+
+    Returns:
+        the session.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

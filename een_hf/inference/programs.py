@@ -1,12 +1,12 @@
 """Captured programs: the stages of a network on static tensors, as CUDA graphs where there is CUDA.
 
-A batch of one shape runs in a `Lane`. The exits at which examples may leave the batch cut the network into segments. A
-program runs one segment on the first R examples of the lane's buffers: the layers, the head, the decision; it writes
-the answers to the places they belong to, and those who continue, closed up, to the front of the next buffers. Only
-their number goes to the host, which may then choose a smaller R. Examples beyond that number are surplus: what is
-computed of them goes to a spare place, the first of every static tensor.
+A batch of one shape runs in a `Lane`. The exits at which examples can exit cut the network into segments. A program
+runs one segment on the first R examples of the lane's buffers: the layers, the head, the decision. It writes the
+answers to their places in the batch, and moves the examples that continue to the front of the next buffers. Only their
+number is read by the host, which may then choose a smaller R. The rows beyond that number are surplus: their results
+are written to a spare place, the first of every static tensor.
 
-Elsewhere than on CUDA a program is the same function, run eagerly on the same tensors.
+On devices other than CUDA a program is the same function, run eagerly on the same tensors.
 """
 
 import gc
@@ -23,7 +23,15 @@ from ..models.stages import Examples
 
 
 def row_bucket(count: int, capacity: int) -> int:
-    """The fewest rows that a program of a lane of `capacity` rows runs on so that `count` examples fit."""
+    """The smallest number of rows for which a lane of `capacity` rows has a program and which holds `count` examples.
+
+    Args:
+        count: number of examples.
+        capacity: number of rows of the lane.
+
+    Returns:
+        number of rows.
+    """
     step = max(1, capacity // (16 if capacity >= 64 else 8))
     return min(capacity, -(-count // step) * step)
 
@@ -39,7 +47,7 @@ def segments_of(model, policy: ExitPolicy | None) -> list[list[int]]:
 
 
 class Decisions:
-    """A policy whose numbers are on the device: another policy of the same kind changes numbers, not programs."""
+    """A policy whose numbers are on the device, so that another policy of the same kind needs no new programs."""
 
     def __init__(self, model, policy: ExitPolicy | None):
         self.segments = segments_of(model, policy)
@@ -52,7 +60,7 @@ class Decisions:
 
     @staticmethod
     def kind(model, policy: ExitPolicy | None) -> tuple:
-        """What programs depend on."""
+        """The properties of a policy that programs depend on."""
         if policy is None:
             return (str(segments_of(model, None)),)
         params = repr(sorted(policy.params.items()))
@@ -78,13 +86,13 @@ class Lane:
 
     Args:
         model: an early-exit model in eval mode.
-        decisions: of the policy.
-        capacity: examples.
-        inputs: model inputs, tensors (batch, ...) that show shapes and dtypes; anything else is a constant.
-        padded: whether `attention_mask` may hold zeros; otherwise it is left out.
+        decisions: the decisions of the policy.
+        capacity: the largest number of examples.
+        inputs: model inputs; of tensors (batch, ...) only shape and dtype are read, anything else is a constant.
+        padded: whether `attention_mask` may contain zeros; if not, it is omitted.
         pool: memory pool of the graphs; `None`: run eagerly.
-        stream: that they are captured on.
-        run_stage: the model's own, or compiled.
+        stream: the stream that the graphs are captured on.
+        run_stage: the model's `run_stage`, as it is or compiled.
     """
 
     def __init__(
@@ -93,7 +101,7 @@ class Lane:
         self.model, self.decisions, self.capacity, self.padded = model, decisions, capacity, padded
         self.pool, self.stream, self.run_stage = pool, stream, run_stage
         device = model.device
-        # A cast that autocast keeps would be read by the graph long after it is gone.
+        # Autocast would free its cached casts while the graph still reads them.
         enabled = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type)
         self.autocast = partial(torch.autocast, device.type, dtype, enabled, cache_enabled=False)
@@ -110,14 +118,14 @@ class Lane:
         self.read = list(zip(self.counts[1:].split(1), host[1:].split(1), strict=True))
         self.events = [torch.cuda.Event() if device.type == "cuda" else None for _ in decisions.segments]
         self.batch = 0
-        # Of the examples that reach a segment, the share that continues after it, over past batches; 0: not known.
+        # The share of the examples of a segment that continues after it, averaged over past batches; 0: not known.
         self.shares = [0.0] * len(decisions.segments)
-        self.buffers: list[Examples | None] = [None, None]  # by turns: what a segment reads, and what it writes
+        self.buffers: list[Examples | None] = [None, None]  # a segment reads one and writes the other, in turn
         self.logits = self.exit_index = None
         self.programs: dict[tuple[int, int], _Program] = {}
 
     def replays(self, segment: int, rows: int) -> bool:
-        """Whether a graph runs this segment on so many rows."""
+        """Whether a graph has been captured of this segment on `rows` rows."""
         program = self.programs.get((segment, rows))
         return program is not None and program.graph is not None
 
@@ -134,17 +142,20 @@ class Lane:
                 event.record()
 
     def count_after(self, segment: int) -> int:
-        """How many examples continue after a segment; waits for it."""
+        """How many examples continue after a segment. Waits until the device has run the segment."""
         if self.events[segment] is not None:
             wait_for(self.events[segment])
         return int(self.host_counts[segment + 1])
 
     def may_shrink(self, segment: int, rows: int, present: float) -> bool:
-        """Whether, by past batches, so many exit after a segment that fewer rows follow: else nobody need wait."""
+        """Whether, judging by past batches, so many examples exit that the next segment can run on fewer rows.
+
+        If not, the host does not have to wait for the number of examples.
+        """
         return self.capacity == 1 or row_bucket(math.ceil(self.shares[segment] * present), self.capacity) < rows
 
     def start(self, batch: int) -> None:
-        """Begin a batch of this size, and learn from the counts of the one before where they have arrived."""
+        """Begin a batch of this size, and update the shares from the counts of the last batch that have arrived."""
         before = self.batch
         if self.capacity > 1:
             for segment, event in enumerate(self.events[:-1]):
@@ -157,7 +168,7 @@ class Lane:
             self.batch = batch
 
     def compute(self, segment: int, rows: int) -> None:
-        """The segment itself; it may run twice without harm, since it writes nothing that it reads."""
+        """Run a segment. It may run twice without harm, since it writes nothing that it reads."""
         with self.autocast():
             self._compute(segment, rows)
 
@@ -223,8 +234,8 @@ class Lane:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-# Seconds of asking whether a device has got so far, before sleeping: to be woken takes longer than most segments, and
-# asking keeps other threads from running.
+# For so many seconds an event is polled before the thread sleeps: waking up takes longer than most segments, but
+# polling keeps other threads from running.
 _PATIENCE = 3e-4
 
 
@@ -238,7 +249,7 @@ def wait_for(event: "torch.cuda.Event") -> None:
 
 
 class _Program:
-    """One segment at one number of rows: captured on its first call, replayed from then on."""
+    """One segment for one number of rows: captured at its first call, replayed at every call."""
 
     def __init__(self, lane: Lane, segment: int, rows: int):
         self.lane, self.segment, self.rows, self.graph = lane, segment, rows, None
@@ -254,12 +265,17 @@ class _Program:
 
 
 def capture(function: Callable[[], object], pool, stream) -> "torch.cuda.CUDAGraph":
-    """A CUDA graph of `function`, which runs twice before, so that libraries make their workspaces outside of it.
+    """Capture a CUDA graph of `function`.
+
+    The function runs twice before the capture, so that libraries allocate their workspaces outside the graph.
 
     Args:
         function: reads and writes static tensors.
-        pool: memory pool that graphs share which never run at the same time.
-        stream: to capture on; the pool reuses memory within one stream only.
+        pool: memory pool, shared by graphs that never run at the same time.
+        stream: the stream to capture on; the pool reuses memory within one stream only.
+
+    Returns:
+        the graph.
     """
     here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(here)
@@ -267,11 +283,11 @@ def capture(function: Callable[[], object], pool, stream) -> "torch.cuda.CUDAGra
         for _ in range(2):
             function()
     stream.synchronize()
-    # A graph or tensor that the garbage collector frees meanwhile would end the capture.
+    # If the garbage collector freed a graph or tensor during the capture, the capture would fail.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        # Other threads, those that send batches, go on.
+        # Other threads, for example those that send batches, may use CUDA meanwhile.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             function()
     finally:

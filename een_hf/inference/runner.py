@@ -1,4 +1,4 @@
-"""`ExitRunner`: one batch at a time, by captured programs."""
+"""`ExitRunner`: answers one batch at a time by captured programs."""
 
 import inspect
 import threading
@@ -14,37 +14,40 @@ from ..models.stages import Examples
 from .programs import Decisions, Lane, capture, row_bucket, wait_for
 
 
-# Texts are padded to a multiple of this many tokens: one set of programs each.
+# Texts are padded to a multiple of this many tokens; every such length has its own programs.
 LENGTH_STEP = 16
 MAX_LANES = 32
 MAX_ROWS = 512
-# A larger batch must take this much less time per example to be worth its memory.
+# A larger batch is worth its memory if its time per example is at most this share of the smaller batch's.
 _WORTH = 0.95
 
 
 class ExitRunner:
     """Answers batches as `model(**inputs)` does in eval mode, by programs captured as CUDA graphs.
 
-    Programs are captured on first use, for powers of two of the batch size and multiples of 16 tokens, the least
-    recently used of more than `MAX_LANES` shapes being dropped; each runs on fewer rows as examples exit. Weights that
-    are trained in place are followed, tensors and modules that are replaced (`load_state_dict(assign=True)`, `.to()`,
-    adapters that are added) are noticed at the next call, which captures again; until then the memory of what they
-    replace is kept. Other attributes of modules are read at capture only.
-    Threads and streams that share a runner take turns.
+    Programs are captured on first use, for batch sizes rounded up to powers of two and lengths rounded up to multiples
+    of 16 tokens. Beyond `MAX_LANES` shapes the least recently used is dropped. Later programs of a batch run on fewer
+    rows as examples exit.
+
+    Weights that are trained in place need no new capture. Tensors and modules that are replaced
+    (`load_state_dict(assign=True)`, `.to()`, added adapters) are noticed at the next call, which captures again; until
+    then the memory of the replaced ones is kept. Other attributes of modules are read at capture only. Threads and
+    streams that share a runner run one after the other.
 
     Args:
         model: an early-exit model.
-        policy: who exits; `None`: the model's own, as it is at each call.
-        cuda_graphs: `False` runs the same programs eagerly; `None`: on CUDA only.
+        policy: the exit policy; `None`: the model's own, read at each call.
+        cuda_graphs: `None` or `True`: CUDA graphs on CUDA; `False`: the same programs run eagerly.
         compile: whether stages go through `torch.compile` first: slower to start, the same answers.
 
     Raises:
-        ExitConfigurationError: a policy that does not fit the model.
+        ExitConfigurationError: the policy does not fit the model.
 
     Example:
-        >>> runner = ExitRunner(model.eval().cuda())
-        >>> outputs = runner(**tokenizer(texts, padding=True, return_tensors="pt"))
-        >>> outputs.logits, outputs.exit_index
+        >>> runner = een_hf.ExitRunner(model.eval())
+        >>> outputs = runner(**tokenizer(["A fine film.", "A dull one."], padding=True, return_tensors="pt"))
+        >>> outputs.logits.shape, outputs.exit_index
+        (torch.Size([2, 2]), tensor([...]))
     """
 
     def __init__(
@@ -59,17 +62,23 @@ class ExitRunner:
         self._turn, self._is_text = _Turn(), model.main_input_name == "input_ids"
         self._names = frozenset(input_names(model))
         self._sizes: dict[int, int] = {}
-        # Of masks on the device: the shapes that have been seen with padding, and the one that is being looked at.
+        # Of masks on the device: the shapes that have been seen with padding, and the shape that is being checked.
         self._padded: dict[tuple, bool] = {}
         self._guessed = None
         self._stage = torch.compile(model.run_stage, dynamic=True) if compile else model.run_stage
         self._forget()
 
     def under(self, policy: ExitPolicy | dict | None) -> "ExitRunner":
-        """A runner of the same model by another policy: they take turns, and their graphs share their memory.
+        """A runner of the same model with another policy. Both run one after the other, their graphs share memory.
 
         Args:
             policy: as for the class.
+
+        Returns:
+            the other runner.
+
+        Raises:
+            ExitConfigurationError: the policy does not fit the model.
         """
         other = object.__new__(type(self))
         vars(other).update(vars(self))
@@ -89,8 +98,8 @@ class ExitRunner:
         self._decisions: Decisions | None = None
         self._attention = self.model.config._attn_implementation
         self._lanes: OrderedDict[tuple, Lane] = OrderedDict()
-        # The modules, where their tensors are, and those under another name, so that no graph reads memory that was
-        # given back.
+        # The modules and the addresses of their tensors. `_held` keeps the tensors alive, so that no graph reads freed
+        # memory.
         modules = list(self.model.modules())
         self._parents = [module._modules for module in modules if module._modules]
         self._children = self._find_children()
@@ -135,11 +144,12 @@ class ExitRunner:
         """Answer one batch.
 
         Args:
-            **inputs: as `model(...)` takes them, on any device; labels, and what is no input of the network, are left
-                out.
+            **inputs: as `model(...)` takes them, each (batch, ...), on any device; labels and columns that are no
+                input of the network are ignored.
 
         Returns:
-            `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based; without a policy the last exit's.
+            `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based; without a policy those of the last
+            exit.
 
         Raises:
             ValueError: the model is in training mode.
@@ -152,7 +162,7 @@ class ExitRunner:
             return self._run(inputs)
 
     def _on_device(self):
-        """The context of the model's device, where it may have moved to since; streams go on one after the other."""
+        """Follow the model to its device, let this stream wait for the last one, and return the device's context."""
         if self._parameter.device != self.device:
             self._forget()
         if self.device.type != "cuda":
@@ -170,8 +180,8 @@ class ExitRunner:
         lane, batch = self._load(inputs)
         last = len(lane.decisions.segments) - 1
         rows, present = row_bucket(batch, lane.capacity), batch
-        # A graph reads the tensors that it was made with, so that it may run before it is known whether they are the
-        # model's still; anything else reads the model's own.
+        # A graph reads the tensors that it was captured with, so it may run before it is known whether the model still
+        # uses them. An eager program reads the model's own tensors: check first.
         replays = lane.replays(0, rows)
         if not (replays or self._is_current()):
             return self._run(inputs)
@@ -184,7 +194,7 @@ class ExitRunner:
             if segment == last:
                 break
             if not lane.may_shrink(segment, rows, present):
-                # Those who have exited ride along, their answers being written, until fewer rows are worth a wait.
+                # Examples that have exited, their answers written, stay in the batch until it pays to wait for fewer.
                 present *= lane.shares[segment]
                 continue
             present = lane.count_after(segment)
@@ -195,7 +205,7 @@ class ExitRunner:
         return outputs
 
     def _load(self, inputs: dict) -> tuple[Lane, int]:
-        """The lane for these inputs, which it now holds, and the size of the batch."""
+        """Copy these inputs into their lane; returns the lane and the size of the batch."""
         inputs = {n: v for n, v in inputs.items() if v is not None and n in self._names}
         text, padded = self._is_text, False
         main = inputs.get(self.model.main_input_name)
@@ -238,7 +248,11 @@ class ExitRunner:
         return lane, batch
 
     def _guess_padded(self, mask: torch.Tensor) -> bool:
-        """Whether a mask holds a zero; of a mask on the device, whether the last of this shape did: no wait for it."""
+        """Whether a mask contains a zero.
+
+        A mask on the device is not waited for: the answer is whether an earlier one of its shape did, and
+        `_guessed_right` checks it later.
+        """
         if not mask.is_cuda or self.device.type != "cuda":
             return not bool(mask.all())
         guess = self._padded.get(mask.shape, False)
@@ -249,7 +263,7 @@ class ExitRunner:
         return guess
 
     def _guessed_right(self) -> bool:
-        """Whether the batch that runs without its mask has no padding; if not, batches of its shape keep theirs."""
+        """Whether the batch that runs without its mask has no padding; if it has, its shape keeps the mask later."""
         shape, self._guessed = self._guessed, None
         if shape is None:
             return True
@@ -268,7 +282,7 @@ class ExitRunner:
                 name: torch.empty((1, *value[0]), dtype=value[1], device="meta") if isinstance(value, tuple) else value
                 for name, value in shapes
             }
-            # Other kinds of attention look for the padding in the mask, which no graph can hold.
+            # Other implementations of attention search the mask for padding, which cannot be captured.
             pool = self._pool if not padded or self._attention in ("eager", "sdpa") else None
             lane = Lane(self.model, self._decisions, capacity, shown, padded, pool, self._stream, self._stage)
             self._lanes[key] = lane
@@ -281,12 +295,15 @@ class ExitRunner:
         return (getattr(self.model.config, "pad_token_id", 0) or 0) if name == "input_ids" else 0
 
     def fastest_batch_size(self, inputs: dict) -> int:
-        """The batch size, a power of two up to `MAX_ROWS`, from which on a layer takes hardly less time per example.
+        """The smallest batch size, a power of two up to `MAX_ROWS`, beyond which the time per example hardly falls.
 
         Measured once for each length, on one layer, as a graph where the runner uses graphs.
 
         Args:
-            inputs: model inputs of one example.
+            inputs: model inputs of one example, each (1, ...).
+
+        Returns:
+            number of examples.
         """
         model = self.model
         with self._turn.lock, torch.inference_mode(False), torch.no_grad(), self._on_device():
@@ -328,13 +345,17 @@ class ExitRunner:
         return start.elapsed_time(end) / 5000
 
     def __deepcopy__(self, memo):
-        return None  # a copy of the model has graphs of its own
+        return None  # a copy of the model captures its own graphs
 
     def __reduce__(self):
         return type(None), ()
 
     def memory(self) -> int:
-        """Bytes that the programs hold: their static tensors, and the pool of the graphs."""
+        """The memory that the programs hold: their static tensors, and the pool of the graphs.
+
+        Returns:
+            number of bytes.
+        """
         held = sum(lane.nbytes() for lane in self._lanes.values())
         if self._pool is None:
             return held
@@ -343,7 +364,7 @@ class ExitRunner:
 
 
 class _Turn:
-    """Runners that share memory run one at a time, and on one stream after the other."""
+    """Makes runners that share memory run one at a time, and each stream wait for the one before."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -358,7 +379,7 @@ def _checked(policy: ExitPolicy | dict | None, model: EarlyExitMixin) -> ExitPol
 
 
 def runner_of(model: EarlyExitMixin) -> ExitRunner:
-    """The runner that belongs to a model, made on first use and kept with it."""
+    """The runner of a model, made on first use and kept in the model."""
     runner = vars(model).get("_exit_runner")
     if runner is None or runner.model is not model or runner.device != model.device:
         runner = vars(model)["_exit_runner"] = ExitRunner(model)
@@ -366,12 +387,12 @@ def runner_of(model: EarlyExitMixin) -> ExitRunner:
 
 
 def runs_graphs(model: EarlyExitMixin, cuda_graphs: bool | None = None) -> bool:
-    """Whether a runner answers for a model: as said, or, by default, on CUDA where `model.cuda_graphs` is true."""
+    """Whether a runner answers for a model: `cuda_graphs`; if it is `None`, on CUDA where `model.cuda_graphs`."""
     return model.device.type == "cuda" and model.cuda_graphs if cuda_graphs is None else cuda_graphs
 
 
 def input_names(model: EarlyExitMixin) -> list[str]:
-    """What the model takes of an example, its main input first."""
+    """The names of the model's inputs, its main input first."""
     parameters = inspect.signature(type(model).forward).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in _NO_INPUTS]
     return sorted(names, key=lambda name: name != model.main_input_name)

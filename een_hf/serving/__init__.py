@@ -1,6 +1,6 @@
-"""Serving: an asynchronous engine whose deeper stages are shared by the rows of many requests, and a server.
+"""Serving: an asynchronous engine, in which rows of many requests run the deeper stages together, and a server.
 
-The server is imported on first use: it needs the extra `serve`, the engine does not.
+The server is imported on first use, since it needs the extra `serve`; the engine does not.
 """
 
 from ..extras import imported_on_use

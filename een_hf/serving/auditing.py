@@ -1,4 +1,4 @@
-"""A random share of the rows runs on to the last exit after it was answered: what the certified risk is watched by."""
+"""Auditing: a random share of the rows continues to the last exit after its answer, to monitor the certified risk."""
 
 import logging
 import random
@@ -14,18 +14,19 @@ logger = logging.getLogger(__name__)
 
 
 class Auditor:
-    """Chooses rows, compares their answers with those of the last exit, and tells a monitor.
+    """Chooses rows at random, compares their answers with those of the last exit, and passes the result to a monitor.
 
     Args:
-        model: whose own policy is audited.
-        rate: share of the rows.
-        limit: of the disagreement with the last exit; `None`: the one that the policy's guarantee certifies.
-        confidence: that there is no false alarm.
-        on_alarm: `log`: one line in the log; `full`: besides, no early exit from then on.
-        seed: of the choice; `None`: another one each time.
+        model: an early-exit model; its own policy is audited.
+        rate: share of the rows that is audited, above 0, at most 1.
+        limit: the largest allowed share of answers that differ from the last exit's; `None`: the limit that the
+            policy's guarantee certifies.
+        confidence: probability that there is no false alarm.
+        on_alarm: `log`: write one line to the log; `full`: also stop early exits from then on.
+        seed: seed of the random choice; `None`: a different choice in each process.
 
     Raises:
-        ExitConfigurationError: there is no limit, or nothing that can be audited.
+        ExitConfigurationError: there is no limit, the model has no policy, or the problem cannot be audited.
     """
 
     def __init__(
@@ -61,11 +62,16 @@ class Auditor:
 
     @property
     def stops_exits(self) -> bool:
-        """Whether there has been an alarm after which nobody exits early."""
+        """Whether there has been an alarm after which no example exits early."""
         return self.monitor.alarm and self.on_alarm == "full"
 
     def summary(self) -> dict:
-        """What has been seen, ready for JSON."""
+        """The state of the audit.
+
+        Returns:
+            risk, limit, rate, number of audited rows, their disagreement, alarm and whether examples exit early; ready
+            for JSON.
+        """
         monitor = self.monitor
         return {
             "risk": self.risk,
@@ -78,16 +84,24 @@ class Auditor:
         }
 
     def choose(self, rows: list[Row]) -> None:
-        """Mark those of new rows that are audited."""
+        """Choose among new rows those that are audited, and mark them.
+
+        Args:
+            rows: the rows of one request.
+        """
         for row in rows:
             if row.request.own_policy and self._random.random() < self.rate:
                 row.audited = True
                 self._open.append(row)
 
     def settle(self) -> list[float]:
-        """The disagreement of audited rows that have reached the last exit, in the order of their requests.
+        """Compare the audited rows that have reached the last exit, in the order of their requests.
 
-        In that order whatever was finished first: agreement may take less time than disagreement.
+        A row waits for those before it, even if it was finished first: otherwise rows that take less time would be
+        counted first, and whether a row takes long is not independent of whether the exits agree on it.
+
+        Returns:
+            for each row the disagreement of its answer with the last exit, between 0 and 1.
         """
         settled = []
         while self._open and (not self._open[0].audited or self._open[0].last_logits is not None):

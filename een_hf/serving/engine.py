@@ -1,4 +1,4 @@
-"""`AsyncExitEngine`: requests join and answers leave at any time, survivors of many requests share the stages."""
+"""`AsyncExitEngine`: accepts requests at any time; the examples of many requests run the stages together."""
 
 import asyncio
 import logging
@@ -25,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class EngineBusyError(RuntimeError):
-    """So many rows wait that no more are accepted; `retry_after` says in how many seconds it is worth another try."""
+    """The queue is full, so that no more rows are accepted for now.
+
+    Args:
+        waiting: number of rows that wait.
+        retry_after: seconds after which to try again.
+    """
 
     def __init__(self, waiting: int, retry_after: float):
         super().__init__(f"{waiting} rows wait, and no more are accepted: try again in {retry_after:.0f} s.")
@@ -41,8 +46,11 @@ class ExitAnswers(ExitPredictions):
     """The answers of one request, in the order of its examples.
 
     Args:
-        policy: who exited by it; `None`: nobody before the last exit.
-        lengths: of each example, in tokens; 0 for images.
+        logits: (num_examples, num_labels), each example's at its own exit.
+        exit_index: (num_examples,), int64, the 0-based exit of each example.
+        confidence: (num_examples,), as in `ExitPredictions`.
+        policy: the policy that the examples exited by; `None`: no early exit.
+        lengths: number of tokens of each example; 0 for images.
     """
 
     policy: ExitPolicy | None = None
@@ -52,29 +60,35 @@ class ExitAnswers(ExitPredictions):
 class AsyncExitEngine:
     """Answers requests of an event loop with early exits, continuously batched.
 
-    Rows join before the first stage at any time and leave where they exit. Survivors of different requests wait before
-    each stage and run together (`StageWorker` says when); every answer equals `model(...)` of that row alone. One
-    thread owns the model, another reads texts (several read images). Several policies are served at the same time:
-    rows whose policies differ in their numbers only share all stages.
+    New rows join before the first stage at any time, and a row is answered as soon as it exits. Rows of different
+    requests that continue wait before each stage and run together (`StageWorker` says when). Every answer equals that
+    of `model(...)` for this row alone. One thread runs the model, another tokenizes texts (several decode images).
+    Several policies are served at the same time; rows run together if their policies differ only in their numbers.
 
     Args:
         model: an early-exit model; it is put in eval mode.
-        processor: its tokenizer or image processor; `None`: requests hold rows of model inputs.
-        max_rows: rows that run together. Default: 64 on CUDA, else 8, beyond which a CPU takes no less time per row.
-        max_wait_ms: how long survivors wait for others while there is other work.
-        max_waiting: rows that are accepted and unanswered; more are refused.
-        max_length: longer texts are cut, to no more than the model takes.
+        processor: its tokenizer or image processor; `None`: requests contain rows of model inputs.
+        max_rows: the largest number of rows that run together. Default: 64 on CUDA, else 8, since on a CPU the time
+            per row does not fall further.
+        max_wait_ms: milliseconds that rows before a deeper stage wait for others while there is other work.
+        max_waiting: the largest number of rows that are accepted and not answered; more are refused.
+        max_length: tokens to which longer texts are truncated, at most what the model takes.
         max_pixels: larger images, given as bytes, are refused.
-        length_step: texts whose lengths, rounded up to a multiple of this, are equal run together. Default: 16 on
-            CUDA, else 4.
-        observer: is told what happens.
-        auditor: watches the policy's risk on a share of the rows, whose answers it does not delay.
+        length_step: texts run together if their lengths are equal when rounded up to a multiple of this. Default: 16
+            on CUDA, else 4.
+        observer: its methods are called at each event.
+        auditor: monitors the policy's risk on a share of the rows; it does not delay their answers.
+
+    Raises:
+        ExitConfigurationError: a number is out of its range.
 
     Example:
-        >>> async with AsyncExitEngine(model, tokenizer) as engine:
-        ...     answers = await engine.predict(["A fine film.", "A dull one."])
+        >>> async def classify(texts):
+        ...     async with een_hf.serving.AsyncExitEngine(model, tokenizer) as engine:
+        ...         return await engine.predict(texts)
+        >>> answers = asyncio.run(classify(["A fine film.", "A dull one."]))
         >>> answers.logits.shape, answers.exit_index
-        (torch.Size([2, 2]), tensor([0, 2]))
+        (torch.Size([2, 2]), tensor([...]))
     """
 
     def __init__(
@@ -120,7 +134,7 @@ class AsyncExitEngine:
         await self.stop()
 
     async def start(self) -> None:
-        """Start the threads; requests are accepted on this event loop from now on.
+        """Start the threads; from now on requests are accepted on this event loop.
 
         Raises:
             EngineClosedError: the engine has been started or stopped before.
@@ -157,21 +171,21 @@ class AsyncExitEngine:
         policy: ExitPolicy | dict | bool | None = None,
         timeout: float | None = None,
     ) -> ExitAnswers:
-        """Answer the examples of one request. A task that is cancelled takes its rows with it, at the next stage.
+        """Answer the examples of one request. If the task is cancelled, its rows are removed before the next stage.
 
         Args:
-            examples: texts, each a string or a pair of two, or images (PIL, or the bytes of a file), or rows of model
-                inputs (dicts without a batch dimension).
-            policy: who exits; `None`: the model's own; `False`: nobody before the last exit.
-            timeout: seconds.
+            examples: texts, each a string or a pair of strings, or images (PIL, or the bytes of a file), or rows of
+                model inputs (dicts of tensors or lists without a batch dimension).
+            policy: the exit policy; `None`: the model's own; `False`: no early exit.
+            timeout: seconds; `None`: no limit.
 
         Returns:
-            `ExitAnswers`, in the order of the examples.
+            the answers, in the order of the examples.
 
         Raises:
             ExitConfigurationError: no examples, some that cannot be read, or a policy that does not fit the model.
             EngineBusyError: more than `max_waiting` rows would wait.
-            EngineClosedError: the engine does not run.
+            EngineClosedError: the engine has not been started, or has been stopped.
             asyncio.TimeoutError: the answers took longer than `timeout`.
         """
         if not self.is_running:
@@ -191,7 +205,7 @@ class AsyncExitEngine:
         self._requests.add(request)
         try:
             if self._num_waiting == count:
-                self._read.put((request, None))  # nobody else is there: the worker reads it itself, a thread less
+                self._read.put((request, None))  # it is the only request: the worker reads it without another thread
             else:
                 self.reader.submit(request)
             return await asyncio.wait_for(request.future, timeout)
@@ -236,7 +250,7 @@ class AsyncExitEngine:
                             ending = True
                         else:
                             self._accept(*item)
-        except BaseException as error:  # a fault of the engine: nobody may wait for ever
+        except BaseException as error:  # the engine itself has failed: no request may wait for ever
             self._closed = True
             logger.exception("The engine has failed and accepts no more requests.")
             with suppress(RuntimeError):  # the loop has been closed
@@ -254,7 +268,7 @@ class AsyncExitEngine:
             self.worker.add(request.rows)
 
     def _hand_over(self) -> None:
-        """Give the event loop what has been finished since the last step."""
+        """Pass the requests that have been finished since the last step to the event loop."""
         finished, count = self.worker.finished, self.worker.num_through
         if not (finished or count):
             return

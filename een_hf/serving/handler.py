@@ -1,6 +1,6 @@
-"""What Inference Endpoints call: a copy of this file lies beside the model as `handler.py`.
+"""The handler that Inference Endpoints call: a copy of this file is saved with the model as `handler.py`.
 
-It needs transformers and torch only; the model's own code comes with the model.
+It needs only transformers and torch; the code of the model is loaded from the model's repository.
 """
 
 import base64
@@ -18,7 +18,7 @@ from transformers import (
 
 
 class EndpointHandler:
-    """Answers one request after the other: for each input its labels, the most probable first.
+    """Answers one request at a time: for each input its labels, the most probable first.
 
     Args:
         path: folder of the model.
@@ -37,13 +37,14 @@ class EndpointHandler:
 
     @torch.inference_mode()
     def __call__(self, data: dict[str, Any]) -> list[list[dict]] | list[dict]:
-        """
+        """Answer one request.
+
         Args:
-            data: `inputs`, a text or a list of texts, or an image (PIL, bytes or base64) or a list of images; and, if
-                wanted, `parameters`: `top_k`, how many labels; `exits`: add `exit_layer` to each.
+            data: `inputs`, a text or a list of texts, or an image (PIL, bytes or base64) or a list of images; and
+                optionally `parameters`: `top_k`, the number of labels; `exits`, whether to add `exit_layer` to each.
 
         Returns:
-            a list of labels for each input; of one image that list alone.
+            for each input the list of its labels; for a single image that list itself.
         """
         inputs, parameters = data["inputs"], data.get("parameters") or {}
         examples = inputs if isinstance(inputs, list) else [inputs]

@@ -1,4 +1,4 @@
-"""What happens in an engine, as metrics of Prometheus."""
+"""The events of an engine as Prometheus metrics."""
 
 from ..extras import named_extras
 from .stages import EngineObserver
@@ -14,7 +14,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class PrometheusObserver(EngineObserver):
-    """Counts rows, waits and answers of one engine, in a registry of its own. Exits are counted from 1."""
+    """Counts the rows, waiting times and answers of one engine, in its own registry. Exits are counted from 1."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -64,6 +64,13 @@ class PrometheusObserver(EngineObserver):
         self.alarm.set(alarm)
 
     def exposition(self, num_waiting: int) -> tuple[bytes, int, dict, str]:
-        """Body, status, headers and media type."""
+        """The response to a request for the metrics.
+
+        Args:
+            num_waiting: rows that have been accepted and not answered.
+
+        Returns:
+            body, status, headers and media type.
+        """
         self.waiting.set(num_waiting)
         return generate_latest(self.registry), 200, {}, CONTENT_TYPE_LATEST

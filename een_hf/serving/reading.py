@@ -1,4 +1,4 @@
-"""What requests hold, texts or images, as rows of model inputs: read in threads, many requests at a time."""
+"""Converts the texts or images of requests to rows of model inputs, in threads, many requests at a time."""
 
 import copy
 import io
@@ -17,15 +17,15 @@ from .stages import Request, Row
 
 
 class Reader:
-    """Turns the examples of requests into rows, in threads of its own.
+    """Converts the examples of requests to rows, in its own threads.
 
     Args:
         model: an early-exit model.
-        processor: its tokenizer or image processor; `None`: requests hold rows of model inputs only.
-        max_length: longer texts are cut, to no more than the model takes.
-        length_step: texts whose lengths, rounded up to a multiple of this, are equal run together.
+        processor: its tokenizer or image processor; `None`: requests contain only rows of model inputs.
+        max_length: tokens to which longer texts are truncated, at most what the model takes.
+        length_step: texts run together if their lengths are equal when rounded up to a multiple of this.
         max_pixels: larger images, given as bytes, are refused.
-        done: called in a thread with each request that has been read, and the error where that failed.
+        done: called in a thread with each request that has been read, and with the error if reading failed.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Reader:
         self.model, self.done, self.length_step, self.max_pixels = model, done, length_step, max_pixels
         self.text = model.main_input_name == "input_ids"
         self._names, self._main = frozenset(input_names(model)), model.main_input_name
-        # A tokenizer's settings are its state: nobody else may use it meanwhile, nor may two threads.
+        # A call changes the settings of a tokenizer: it belongs to this reader, and one thread uses it at a time.
         self.processor = copy.deepcopy(processor) if self.text else processor
         self.max_length = model.config.input_limit(max_length)
         if not self.text and processor is not None:
@@ -82,7 +82,7 @@ class Reader:
             if len(requests) == 1:
                 self.done(requests[0], error)
                 return
-            for request in requests:  # the others are not to blame
+            for request in requests:  # only the request at fault may fail
                 self.read([request])
             return
         for request in requests:
@@ -111,8 +111,8 @@ class Reader:
         from PIL import Image
 
         try:
-            width, height = Image.open(io.BytesIO(given)).size  # reads the head of the file only
-        except Exception as error:  # Pillow's readers raise nearly anything on a broken file
+            width, height = Image.open(io.BytesIO(given)).size  # reads only the header of the file
+        except Exception as error:  # Pillow's readers raise errors of many kinds on a broken file
             raise ExitConfigurationError("An image cannot be read: its format is not known.") from error
         if width * height > self.max_pixels:
             raise ExitConfigurationError(f"An image has {width} x {height} pixels, more than {self.max_pixels}.")
@@ -125,7 +125,7 @@ class Reader:
         wrong = next((text for text in texts if not (isinstance(text, str) or _is_pair(text))), None)
         if wrong is not None:
             raise ExitConfigurationError(f"A text is a string or a pair of two, not {type(wrong).__name__}.")
-        # Pairs and single texts need calls of their own; most requests hold one kind.
+        # Pairs and single texts need separate calls; most requests contain one kind.
         if all(isinstance(text, str) for text in texts):
             columns = self.processor(texts, truncation=True, max_length=self.max_length)
         elif not any(isinstance(text, str) for text in texts):

@@ -1,4 +1,4 @@
-"""The server: `AsyncExitEngine` behind HTTP, in the form of text-embeddings-inference and Inference Endpoints."""
+"""The HTTP server of an `AsyncExitEngine`; requests as for text-embeddings-inference and Inference Endpoints."""
 
 import asyncio
 import base64
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What a server takes; more is answered by an error.
+    """The limits of a server; a request beyond them is answered by an error (status in brackets).
 
     Args:
-        max_body_bytes: of a request (413).
-        max_inputs: examples of a request (413).
-        timeout: seconds that a request may take, its body included (408, 504).
+        max_body_bytes: largest body of a request, in bytes (413).
+        max_inputs: largest number of examples of a request (413).
+        timeout: seconds that a request may take, including receipt of its body (408, 504).
     """
 
     max_body_bytes: int = 2 << 20
@@ -52,14 +52,14 @@ class _Model(BaseModel):
 
 
 class TextPair(_Model):
-    """Two texts that belong together."""
+    """A pair of texts."""
 
     text: str
     text_pair: str
 
 
 class Policy(_Model):
-    """Who exits: a criterion and a threshold for each exit, of which the last is ignored."""
+    """The exit policy: a criterion and a threshold for each exit; the threshold of the last exit is ignored."""
 
     criterion: str
     thresholds: list[float]
@@ -72,11 +72,11 @@ class Parameters(_Model):
 
     top_k: Annotated[int, Field(ge=1)] | None = Field(None, description="labels that are returned; default: all")
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
-        None, description="default: by the problem; logits are divided by the temperature of their exit before"
+        None, description="default: by the problem; before it, logits are divided by the temperature of their exit"
     )
     exits: bool = Field(False, description="add `exit_layer` and `cost_saved` to each label")
     policy: Literal["full"] | Policy | None = Field(
-        None, description="who exits; `full`: nobody before the last exit; default: the model's own policy"
+        None, description="the exit policy; `full`: no early exit; default: the model's own policy"
     )
     timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds; at most the server's own limit")
 
@@ -93,10 +93,10 @@ class PredictRequest(_Model):
     )
     parameters: Parameters = Parameters()
     raw_scores: bool = Field(False, description="the same as `function_to_apply: none`, and no temperature")
-    truncate: Literal[True] = Field(True, description="longer texts are always cut")
+    truncate: Literal[True] = Field(True, description="longer texts are always truncated")
 
 
-_ONE_IMAGE = PredictRequest(inputs="")  # of a body that is an image
+_ONE_IMAGE = PredictRequest(inputs="")  # stands for a body that is an image
 
 
 class Prediction(BaseModel):
@@ -104,8 +104,10 @@ class Prediction(BaseModel):
 
     label: str
     score: float
-    exit_layer: int | None = Field(None, description="the layer after which the input exited, from 1")
-    cost_saved: float | None = Field(None, description="share of the multiply-accumulates of the model without exits")
+    exit_layer: int | None = Field(None, description="the layer after which the input exited, counted from 1")
+    cost_saved: float | None = Field(
+        None, description="saved multiply-accumulates, as a share of those of the model without exits"
+    )
 
 
 class ErrorResponse(BaseModel):
@@ -125,9 +127,12 @@ def create_app(engine: AsyncExitEngine, *, name: str = "", limits: ServerLimits 
     """The server of an engine as an ASGI application; the engine is started and stopped with it.
 
     Args:
-        engine: not started; made with a `PrometheusObserver`, it fills `/metrics`.
-        name: of the model, for `/info`.
-        limits: what is taken.
+        engine: an engine that has not been started. If its observer is a `PrometheusObserver`, `/metrics` answers.
+        name: name of the model, for `/info`.
+        limits: limits of requests; `None`: the defaults of `ServerLimits`.
+
+    Returns:
+        the application, for any ASGI server.
     """
     limits = limits or ServerLimits()
     answerer = _Answerer(engine, limits)
@@ -221,7 +226,7 @@ def _model_info(model: EarlyExitMixin) -> dict[str, Any]:
 
 
 class _Answerer:
-    """From the body of a request to its answer."""
+    """Converts the body of a request to examples, and their answers to the response."""
 
     def __init__(self, engine: AsyncExitEngine, limits: ServerLimits):
         self.engine, self.limits, config = engine, limits, engine.model.config
@@ -231,10 +236,11 @@ class _Answerer:
         self._costs_at = cache(lambda length: relative_costs(engine.model, sequence_length=length))
 
     async def answer(self, request: Request) -> list[list[dict]] | list[dict]:
-        """
+        """The content of the response.
+
         Raises:
-            _RefusedError: with the answer that says why.
-            ClientDisconnect: nobody waits any more.
+            _RefusedError: with the response that says why.
+            ClientDisconnect: the client has closed the connection.
         """
         started = time.perf_counter()
         try:
@@ -244,7 +250,7 @@ class _Answerer:
             raise _RefusedError(408, "timeout", message, Connection="close") from None
         if self.text and request.headers.get("content-type", "").startswith("image/"):
             raise _RefusedError(415, "validation", "The model classifies texts, not images.")
-        if not self.text and not body.lstrip().startswith(b"{"):  # whatever the type that the client gives it
+        if not self.text and not body.lstrip().startswith(b"{"):  # its content type may be wrong
             asked, examples = _ONE_IMAGE, [body]
         else:
             asked = self._parse(body)
@@ -297,7 +303,7 @@ class _Answerer:
             raise _RefusedError(422, "validation", "An input is no image in base64.") from None
 
     async def _while_connected(self, request: Request, answering) -> ExitAnswers:
-        """The answers, unless the client goes away before."""
+        """The answers, unless the client closes the connection before."""
         answering, gone = asyncio.ensure_future(answering), asyncio.ensure_future(request.receive())
         try:
             await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -316,7 +322,7 @@ class _Answerer:
         except ClientDisconnect:
             raise
         except Exception as error:
-            # The message of an error may hold what the request held: neither logged nor returned.
+            # The message of an error may contain the user's text, so it is neither logged nor returned.
             logger.error("A request failed with %s.", type(error).__name__)
             raise _RefusedError(500, "backend", f"The model failed with {type(error).__name__}.") from error
         finally:
@@ -329,7 +335,7 @@ class _Answerer:
         if policy is not None and function != "none":
             logits = policy.temper(logits, answers.exit_index)
         scores = self._scores(logits, function).numpy()
-        if not np.isfinite(scores).all():  # which JSON cannot carry
+        if not np.isfinite(scores).all():  # JSON has no such numbers
             raise _RefusedError(500, "backend", "The model answers with NaN or infinity.")
         rows = []
         for number, row in enumerate(scores):

@@ -1,4 +1,4 @@
-"""Rows of many requests wait before each stage and run together: what the engine's one worker thread does."""
+"""The work of the engine's one thread: rows of many requests wait before each stage and run it together."""
 
 import asyncio
 import time
@@ -21,28 +21,57 @@ if TYPE_CHECKING:
 
 
 class EngineObserver:
-    """What happens in an engine, for metrics; every method does nothing here.
+    """Base class of observers, which the engine tells what happens, for metrics. Its own methods do nothing.
 
     `refused` and `responded` are called on the event loop, the others in the worker's thread.
     """
 
     def stage_ran(self, exit_index: int, num_rows: int, waited: list[float]) -> None:
-        """A stage ran on rows that had waited so many seconds each before it; `exit_index` is 0-based."""
+        """A stage has run.
+
+        Args:
+            exit_index: 0-based exit at the end of the stage.
+            num_rows: number of rows that ran together.
+            waited: seconds that each of them waited before the stage.
+        """
 
     def answered(self, exit_index: int, seconds: float) -> None:
-        """A row was answered at a 0-based exit, so many seconds after its request."""
+        """A row has been answered.
+
+        Args:
+            exit_index: its 0-based exit.
+            seconds: time since its request arrived.
+        """
 
     def dropped(self, num_rows: int) -> None:
-        """Rows were removed because their request had been cancelled or had failed."""
+        """Rows have been removed because their request was cancelled or has failed.
+
+        Args:
+            num_rows: number of rows.
+        """
 
     def refused(self, num_rows: int) -> None:
-        """A request of so many rows was refused because the queue was full."""
+        """A request has been refused because the queue was full.
+
+        Args:
+            num_rows: number of its rows.
+        """
 
     def responded(self, status: int, seconds: float) -> None:
-        """A server has answered a request with this status."""
+        """A server has answered a request.
+
+        Args:
+            status: HTTP status.
+            seconds: time since the request arrived.
+        """
 
     def audited(self, difference: float, alarm: bool) -> None:
-        """An audited row has reached the last exit, whose answer differed from the one given by this much."""
+        """An audited row has reached the last exit.
+
+        Args:
+            difference: how much the last exit's answer differs from the one that was given, between 0 and 1.
+            alarm: whether the monitor has raised an alarm.
+        """
 
 
 @dataclass(eq=False, slots=True)
@@ -51,9 +80,9 @@ class Request:
 
     Args:
         examples: as they were given; `None` once they have been read.
-        policy: of all its rows; `None` is no early exit.
-        future: set with the answers.
-        own_policy: whether the policy is the model's own, which is the one that audits are about.
+        policy: the exit policy of all its rows; `None`: no early exit.
+        future: receives the answers.
+        own_policy: whether the policy is the model's own; only that one is audited.
     """
 
     examples: list | None
@@ -66,7 +95,7 @@ class Request:
 
     @property
     def dropped(self) -> bool:
-        """Whether nobody waits for the answers any more."""
+        """Whether the answers are no longer needed: the request was cancelled, has failed or is answered."""
         return self.future.done()
 
 
@@ -75,11 +104,11 @@ class Row:
     """One example of a request.
 
     Args:
-        request: that it belongs to.
-        inputs: of the model, without a batch dimension; `None` once embedded.
-        size: rows of equal size run together: the length rounded up, or the shape of the image.
+        request: the request that it belongs to.
+        inputs: model inputs without a batch dimension; `None` once embedded.
+        size: rows of equal size can run together: the length rounded up, or the shape of the image.
         length: number of tokens; 0 for images.
-        masked: whether its own attention mask holds zeros.
+        masked: whether its own attention mask contains zeros.
     """
 
     request: Request
@@ -95,13 +124,13 @@ class Row:
 
     @property
     def dropped(self) -> bool:
-        """Whether it need not run; audited rows do, since which ones take long is not independent of the outcome."""
+        """Whether it need not run. Audited rows always run: dropping the slow ones would bias the audit."""
         return self.request.dropped and not self.audited
 
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """Rows that ran together, and what the stages so far made of them (`None` before the first)."""
+    """Rows that ran together, and their tensors after the stages so far (`None` before the first)."""
 
     rows: list[Row]
     examples: Examples | None = None
@@ -119,7 +148,7 @@ class Part:
 
 
 class WaitingList:
-    """Rows of one size before one stage, in the order they came."""
+    """The rows of one size that wait before one stage, in the order of their arrival."""
 
     def __init__(self):
         self.parts: deque[Part] = deque()
@@ -130,7 +159,7 @@ class WaitingList:
         self.num_rows += len(part.rows)
 
     def take(self, max_rows: int) -> list[Part]:
-        """Up to `max_rows` rows, those that came first."""
+        """Remove and return up to `max_rows` rows, those that have waited longest."""
         taken = []
         while self.parts and max_rows:
             part = self.parts.popleft()
@@ -149,7 +178,7 @@ class WaitingList:
 
 
 class Lane:
-    """The waiting lists of rows whose policies evaluate the same exits by the same criterion, whatever thresholds."""
+    """The waiting lists of rows whose policies have the same criterion and evaluate the same exits."""
 
     def __init__(self, model: EarlyExitMixin, policy: ExitPolicy | None):
         self.exits = model.evaluated_exits(policy)
@@ -158,25 +187,28 @@ class Lane:
         self.waiting: list[dict[Hashable, WaitingList]] = [defaultdict(WaitingList) for _ in self.exits]
 
     def lists(self) -> Iterator[tuple[int, Hashable, WaitingList]]:
-        """(stage, size, list) of the lists that hold rows."""
+        """(stage, size, list) of each list; empty ones have been deleted."""
         for stage, by_size in enumerate(self.waiting):
             for size, waiting in by_size.items():
                 yield stage, size, waiting
 
 
 class StageWorker:
-    """Runs rows through the stages, a list at a time, on one thread.
+    """Runs rows through the stages on one thread, one waiting list per step.
 
-    A step takes the deepest list of rows that have started and that is full or has waited for `max_wait` seconds; else
-    the list of new rows whose first came first; else the deepest list. So rows of several requests meet before the
-    deeper stages while there is other work, and nobody waits while there is none.
+    A step takes, in this order of preference:
+    1. of the lists before a deeper stage that are full or have waited for `max_wait` seconds, the deepest;
+    2. of the lists before the first stage, the one whose oldest row arrived first;
+    3. the deepest list.
+    So rows of several requests gather before the deeper stages while there is other work, and no row waits while there
+    is none.
 
     Args:
         model: an early-exit model in eval mode.
-        max_rows: rows per step.
+        max_rows: the largest number of rows per step.
         max_wait: seconds.
-        observer: is told what happens.
-        auditor: chooses rows that run on to the last exit; `None`: none does.
+        observer: its methods are called at each event.
+        auditor: chooses rows that continue to the last exit; `None`: no row does.
     """
 
     def __init__(
@@ -192,12 +224,12 @@ class StageWorker:
         self._text = model.main_input_name == "input_ids"
         self._lanes: dict[tuple, Lane] = {}
         self._known: tuple[ExitPolicy | None, Lane] | None = None
-        # Requests that were answered or have failed (with the error), and the number of rows that are through.
+        # Requests that were answered or have failed (with the error), and the number of rows that need no more work.
         self.finished: list[tuple[Request, Exception | None]] = []
         self.num_through = 0
 
     def add(self, rows: list[Row]) -> None:
-        """Let rows of one request wait before the first stage."""
+        """Put the rows of one request before the first stage."""
         if self.auditor is not None:
             self.auditor.choose(rows)
         now = time.perf_counter()
@@ -210,7 +242,7 @@ class StageWorker:
         return sum(waiting.num_rows for lane in self._lanes.values() for _, _, waiting in lane.lists())
 
     def step(self) -> bool:
-        """Run one stage on rows that wait; `False`: none does."""
+        """Run one stage on rows that wait; `False`: no row waits."""
         chosen = self._choose(time.perf_counter())
         if chosen is None:
             return False
@@ -228,7 +260,7 @@ class StageWorker:
         if self._known is None or self._known[0] is not policy:
             kind = Decisions.kind(self.model, policy)
             if kind not in self._lanes:
-                # Requests may bring policies of any kind: what is no longer used is forgotten.
+                # Requests may bring policies of any kind: lanes that are no longer used are deleted.
                 self._lanes = {key: lane for key, lane in self._lanes.items() if any(lane.waiting)}
                 self._lanes[kind] = Lane(self.model, policy)
             self._known = policy, self._lanes[kind]
@@ -258,7 +290,7 @@ class StageWorker:
         return part.select(left) if left else Part([])
 
     def drop(self, num_rows: int) -> None:
-        """Count rows that nobody waits for as through."""
+        """Count rows whose answers are no longer needed as done."""
         self.num_through += num_rows
         self.observer.dropped(num_rows)
 
@@ -268,7 +300,7 @@ class StageWorker:
         try:
             examples, logits, exits = self._compute(lane, stage, parts, rows)
         except Exception as error:
-            if len(rows) > 1:  # the others are not to blame
+            if len(rows) > 1:  # only the row at fault may fail
                 for part in parts:
                     for single in part.singles():
                         self._run(lane, stage, [single])
