@@ -1,5 +1,8 @@
 """Small models, batches and trainers for tests of the scheme `l2w`."""
 
+import math
+from fractions import Fraction
+
 import factory
 import torch
 from factory import tiny_model
@@ -11,6 +14,8 @@ from een_hf.training.l2w import MetaWeightedArguments
 
 
 NUM_LABELS = 4
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9"}
+ADAMW = {"optim": "adamw_torch"}
 WIDE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": NUM_LABELS}
 
 
@@ -87,3 +92,27 @@ class Reads(TorchDispatchMode):
         if func.overloadpacket.__name__ in self.waits:
             self.seen.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def charged_by_loop(confidences, target_p, offset=0.0):
+    """The rows charged at each exit, by sorted lists and exact fractions."""
+    num_rows, num_exits = len(confidences), len(confidences[0])
+    q = Fraction(target_p)
+    total = sum(q**k for k in range(1, num_exits + 1))
+    left, charged, before = list(range(num_rows)), [], 0
+    for k in range(num_exits):
+        before, share = before + q ** (k + 1) / total, -math.floor(num_rows * before + Fraction(offset))
+        share += math.floor(num_rows * before + Fraction(offset))
+        surest = sorted(left, key=lambda row: -confidences[row][k])  # stable: of equals the earlier row
+        charged.append(surest[:share])
+        left = [row for row in left if row not in charged[-1]]
+    return charged
+
+
+def tensors_of(state):
+    """All tensors of a nested state."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    if isinstance(state, dict):
+        state = list(state.values())
+    return [tensor for part in state for tensor in tensors_of(part)] if isinstance(state, (list, tuple)) else []

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .trainer import MetaWeightedExitTrainer
 
 
-# Length h * ||u|| of a step of the central differences.
-_STEP_NORM = 0.01
 # Kinds of attention that have forward-mode derivatives and double backward.
 DIFFERENTIABLE = ("eager", "sdpa")
 
@@ -96,6 +94,8 @@ class LookAhead:
     Args:
         trainer: has the model, the optimizer, the weight network and the settings.
     """
+
+    step_norm = 0.01  # length h * ||u|| of a step of the central differences
 
     def __init__(self, trainer: "MetaWeightedExitTrainer"):
         self.trainer = trainer
@@ -196,7 +196,7 @@ class LookAhead:
         norm = get_total_norm(direction).item()
         if not 0 < norm < math.inf:
             return self._losses(train)[0] * 0
-        h, sides = _STEP_NORM / norm, []
+        h, sides = self.step_norm / norm, []
         for sign in (1, -1):
             for value, part, moved in zip(values, direction, ahead, strict=True):
                 torch.add(value, part, alpha=sign * h, out=moved)
