@@ -38,7 +38,7 @@ from een_hf.models import MODEL_CLASSES
 from een_hf.runs import Run, parse_arguments, run_experiment
 
 
-METHODS = ["joint", "boosted", "stock", "cut-2", "cut-3", "cut-4", "l2w"]
+METHODS = ["joint", "two_stage", "boosted", "stock", "cut-2", "cut-3", "cut-4", "l2w"]
 RISKS = (0.01, 0.02, 0.05)
 SHARES = (0.25, 0.5, 0.75)
 

@@ -4,11 +4,11 @@
 python benchmarks/screen.py clinc --dataset path/to/clinc --options joint distill-1-2 last-6 --seeds 1 2 3
 python benchmarks/screen.py sst2 --dataset path/to/glue/sst2
 
-MiniLM-L6 with six exits, one epoch, AdamW, linear decay, embeddings frozen, bfloat16 autocast: a cell takes half a
-minute of one core. What the page shows is paired by seed and evaluation row. Options:
+MiniLM-L6, or another BERT, with six exits, one epoch, AdamW, linear decay, embeddings frozen, bfloat16 autocast: a
+cell of MiniLM takes half a minute of one core. What the page shows is paired by seed and evaluation row. Options:
 
 - `joint`: all exits, weights of 1; `stock`: the last exit alone; `retrofit`: then `een-hf retrofit` on the same rows,
-  which teaches exits on the frozen encoder what the last one answers.
+  which teaches exits on the frozen encoder what the last one answers; `refit`: the same after joint training.
 - `distill-A-T`: exits before the last learn its detached probabilities too: l[k] + A T^2 KL(p_K^(1/T) || p_k^(1/T)).
 - `last-W`: joint, the last exit's loss times W, as `--exit_loss_weights 1 1 1 1 1 W`.
 - `detach`: a layer is trained by the next exit only (SWEET, Jazbec et al. 2023).
@@ -29,18 +29,18 @@ import torch
 import torch.nn.functional as F
 from common import add_results_argument, command_line, machine, pack_bits
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from een_hf.calibration import calibrate
 from een_hf.data import load_bbc_news
 from een_hf.data.samples import model_source
 from een_hf.models import EarlyExitBertForSequenceClassification
-from een_hf.retrofitting.heads import train_heads
+from een_hf.training.frozen_heads import train_heads
 from een_hf.training.head_init import standardize_heads
 
 
 SHARES = (0.25, 0.5, 0.75)
-OPTIONS = ["joint", "stock", "retrofit", "distill-1-2", "last-6", "detach", "cosee-1", "recycle"]
+OPTIONS = ["joint", "stock", "retrofit", "refit", "distill-1-2", "last-6", "detach", "cosee-1", "recycle"]
 # Training rows, batch size, learning rate of the heads, longest text.
 SETTINGS = {"sst2": (2000, 16, 5e-3, 64), "clinc": (6000, 32, 5e-3, 64), "bbc_news": (1500, 32, 1e-3, 64)}
 
@@ -65,11 +65,13 @@ def load(name: str, folder: Path | None) -> tuple[list[str], np.ndarray, list[st
 class Exits(nn.Module):
     """The library's model, run layer by layer."""
 
-    def __init__(self, num_labels: int, option: str, numbers: list[float]):
+    def __init__(self, source: str, num_labels: int, option: str, numbers: list[float]):
         super().__init__()
+        num_layers = AutoConfig.from_pretrained(source).num_hidden_layers
         self.model = EarlyExitBertForSequenceClassification.from_pretrained(
-            model_source("minilm"),
+            source,
             num_labels=num_labels,
+            exit_layers=list(range(num_layers // 6, num_layers + 1, num_layers // 6)),
             exit_pooling="mean",
             problem_type="single_label_classification",
         )
@@ -77,7 +79,8 @@ class Exits(nn.Module):
         self.option, self.numbers, self.keep = option, numbers, False
         if option == "recycle":
             width = self.model.config.hidden_size
-            self.recycled = nn.ModuleList(nn.Linear(num_labels, width, bias=False) for _ in range(5))
+            exits = range(self.model.num_exits - 1)
+            self.recycled = nn.ModuleList(nn.Linear(num_labels, width, bias=False) for _ in exits)
             generator = torch.Generator().manual_seed(5)
             for module in self.recycled:
                 module.weight.data = 0.02 * torch.randn(module.weight.shape, generator=generator)
@@ -87,8 +90,11 @@ class Exits(nn.Module):
         examples, logits = self.model.embed(**inputs), []
         context, hidden = self.model.make_context(examples), examples.hidden
         last, self.read = self.model.num_exits - 1, []
-        for index in range(last + 1):
-            hidden = self.model.run_layer(index, hidden, context)
+        for layer in range(self.model.config.exit_layers[-1]):
+            hidden = self.model.run_layer(layer, hidden, context)
+            if layer + 1 not in self.model.config.exit_layers:
+                continue
+            index = self.model.config.exit_layers.index(layer + 1)
             if self.option == "recycle" and 0 < index < last:
                 head = self.model.exit_head_modules(index)[0]
                 previous = logits[-1].detach()
@@ -134,19 +140,21 @@ def cosee_weights(logits: torch.Tensor, beta: float) -> torch.Tensor:
     return weights
 
 
-def train(name: str, option: str, seed: int, data: tuple, standardize: bool = True) -> np.ndarray:
+def train(
+    source: str, name: str, option: str, seed: int, data: tuple, learning_rate: float, standardize: bool
+) -> np.ndarray:
     """Logits (rows, num_exits, num_labels) of the evaluation rows after training."""
     texts, labels, evaluation, answers = data
     count, batch_size, head_rate, max_length = SETTINGS[name]
-    tokenizer = AutoTokenizer.from_pretrained(model_source("minilm"))
+    tokenizer = AutoTokenizer.from_pretrained(source)
     train_rows, evaluation_rows = (tokenizer(of, truncation=True, max_length=max_length) for of in (texts, evaluation))
     labels = torch.from_numpy(labels)
     kind, *numbers = option.split("-")
     torch.manual_seed(seed)
-    network = Exits(int(max(labels.max(), answers.max())) + 1, kind, list(map(float, numbers)))
+    network = Exits(source, int(max(labels.max(), answers.max())) + 1, kind, list(map(float, numbers)))
     encoder = {id(parameter) for parameter in network.model.base_model.encoder.parameters()}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [{"params": [p for p in trained if id(p) in encoder], "lr": 5e-5}]
+    groups = [{"params": [p for p in trained if id(p) in encoder], "lr": learning_rate}]
     groups.append({"params": [p for p in trained if id(p) not in encoder], "lr": head_rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     steps = count // batch_size
@@ -183,7 +191,7 @@ def train(name: str, option: str, seed: int, data: tuple, standardize: bool = Tr
         logits_of(*batch)
         return torch.stack(network.read, 1).float()
 
-    if kind == "retrofit":
+    if kind in ("retrofit", "refit"):
         network.keep = True
         features = by_length(train_rows, features_of)
         network.keep = False
@@ -228,6 +236,8 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, help="folder of parquet files in the Hub's schema; not for bbc_news")
     parser.add_argument("--options", nargs="+", default=OPTIONS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--model_name_or_path", default="minilm", help="a BERT whose number of layers 6 divides")
+    parser.add_argument("--learning_rate", type=float, default=5e-5, help="of the encoder")
     parser.add_argument("--plain_heads", action="store_true", help="as --standardize_heads false")
     parser.add_argument("--threads", type=int, default=1)
     add_results_argument(parser)
@@ -237,13 +247,17 @@ def main() -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     words = [args.data, *(["--dataset", str(args.dataset)] if args.dataset else []), "--options", *args.options]
     words += ["--plain_heads"] if args.plain_heads else []
+    source, model = model_source(args.model_name_or_path), Path(args.model_name_or_path).name
+    words += ["--model_name_or_path", f"path/to/{model}"] if model != "minilm" else []
+    words += ["--learning_rate", f"{args.learning_rate:g}"] if args.learning_rate != 5e-5 else []
     about = {"command": command_line("benchmarks/screen.py", words), "machine": machine()}
     data, name = load(args.data, args.dataset), args.data + (", plain heads" if args.plain_heads else "")
+    name += f", {model}" if model != "minilm" else ""
     done = {(row["data"], row["option"], row["seed"]) for row in rows}
     for seed in args.seeds:
         for option in args.options:
             if (name, option, seed) not in done:
-                logits = train(args.data, option, seed, data, not args.plain_heads)
+                logits = train(source, args.data, option, seed, data, args.learning_rate, not args.plain_heads)
                 rows.append({**row_of(name, option, seed, logits, data[3]), **about})
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..files import replacing, room_for
 from ..models import EarlyExitMixin, ExitConfigurationError
+from ..training.frozen_heads import read_features
 from .arguments import FEATURES_FOLDER
 from .rows import RetrofitRows
 
@@ -107,20 +107,14 @@ def _read_chunk(path: Path, shape: tuple, dtype: str) -> tuple[np.ndarray, np.nd
     return (features, logits) if features.shape == shape and features.dtype == dtype else None
 
 
-@torch.inference_mode()
 def _compute_chunk(
     model: EarlyExitMixin, rows: RetrofitRows, chunk: range, batch_size: int, feature_dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features (rows, num_exits - 1, width) and logits (rows, num_labels) of some rows."""
     order, features, logits = rows.by_length(chunk), [], []
     for start in range(0, len(order), batch_size):
-        examples = model.embed(**rows.batch(model, order[start : start + batch_size])).unpadded()
-        context, read = model.make_context(examples), []
-        for index in range(model.num_exits - 1):
-            hidden, _ = model.run_stage(index, examples, context)
-            examples = replace(examples, hidden=hidden)
-            read.append(model.exit_head_modules(index)[0].pool(hidden, examples.attention_mask))
-        logits.append(model.run_stage(model.num_exits - 1, examples, context)[1].float().cpu())
-        features.append(torch.stack(read, 1).float().cpu())
+        read, answers = read_features(model, rows.batch(model, order[start : start + batch_size]))
+        features.append(read.cpu())
+        logits.append(answers.cpu())
     back = np.argsort(order)
     return torch.cat(features).to(getattr(torch, feature_dtype)).numpy()[back], torch.cat(logits).numpy()[back]

@@ -12,11 +12,11 @@ from ..data.task import DataError
 from ..evaluation import ExitCosts, measure_seconds, relative_costs, relative_latencies
 from ..models import EarlyExitMixin
 from ..training.arguments import CostUnit
+from ..training.frozen_heads import logits_of_features, train_heads
 from ..training.history import history_of, only_run_in, trained_on
 from .arguments import RetrofitArguments
 from .certify import certify, certifying_rows
 from .features import compute_features
-from .heads import logits_of_features, train_heads
 from .model import load_model
 from .report import RetrofitReport, save_model, save_report
 from .rows import RetrofitRows, TextRows, UnlabelledImages

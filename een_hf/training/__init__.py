@@ -10,6 +10,7 @@ with named_extras():
     from .l2w import MetaWeightedExitTrainer
     from .registry import get_scheme, register_scheme, scheme_names
     from .trainer import EarlyExitTrainer
+    from .two_stage import TwoStageExitTrainer
 
 __all__ = [
     "BoostedExitTrainer",
@@ -18,6 +19,7 @@ __all__ = [
     "JointExitTrainer",
     "MetaWeightedExitTrainer",
     "ModelArguments",
+    "TwoStageExitTrainer",
     "get_scheme",
     "register_scheme",
     "scheme_names",

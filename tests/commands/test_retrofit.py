@@ -46,7 +46,7 @@ from een_hf.evaluation import ExitCosts, load_exit_logits
 from een_hf.inference import predict
 from een_hf.models import EarlyExitBertForSequenceClassification, EarlyExitViTForImageClassification, ExitPolicy
 from een_hf.retrofitting import RetrofitReport
-from een_hf.retrofitting.heads import train_heads
+from een_hf.training.frozen_heads import train_heads
 
 
 NUM_ROWS, NUM_LABELS, CHUNK = 200, 3, 32

@@ -1,4 +1,4 @@
-"""Train, evaluate and predict with two schemes; run by `test_distributed.py` in one process and under a launcher."""
+"""Train, evaluate and predict with three schemes; run by `test_distributed.py` in one process and under a launcher."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path) -> None:
-    for scheme in ("joint", "boosted"):
+    for scheme in ("joint", "boosted", "two_stage"):
         size = GLOBAL_BATCH // EarlyExitTrainingArguments(str(folder / scheme), use_cpu=True).world_size
         trainer = make_trainer(
             folder / scheme,

@@ -37,7 +37,7 @@ def one_process(tmp_path_factory):
 def test_two_processes_equal_one(launcher, one_process, tmp_path):
     """What breaks: gradients summed instead of averaged, rows out of order, duplicates of the last batch kept."""
     two = run_worker(tmp_path / "run", launcher)
-    for scheme in ("joint", "boosted"):
+    for scheme in ("joint", "boosted", "two_stage"):
         alone = torch.load(one_process / f"{scheme}-0.pt", weights_only=False)
         assert alone["world_size"] == 1
         for process in range(2):

@@ -1,6 +1,7 @@
-"""The exits before the last: trained on kept features, and what they answer."""
+"""Exits before the last on a frozen model: what they read, how they are trained on it, and what they answer."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,6 +9,28 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from ..models import EarlyExitMixin
+from ..models.exit_losses import loss_matrix, reduce_losses
+
+
+@torch.inference_mode()
+def read_features(model: EarlyExitMixin, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the exits before the last read of a batch, and what the last one answers.
+
+    Args:
+        model: in eval mode; each exit predicts by itself.
+        inputs: of the model, on its device, without labels.
+
+    Returns:
+        features (batch, num_exits - 1, width) and the last exit's logits (batch, num_labels), both in float32.
+    """
+    examples = model.embed(**inputs).unpadded()
+    context, features = model.make_context(examples), []
+    for index in range(model.num_exits - 1):
+        hidden, _ = model.run_stage(index, examples, context)
+        examples = replace(examples, hidden=hidden)
+        features.append(model.exit_head_modules(index)[0].pool(hidden, examples.attention_mask))
+    logits = model.run_stage(model.num_exits - 1, examples, context)[1]
+    return torch.stack(features, 1).float(), logits.float()
 
 
 def train_heads(
@@ -19,8 +42,12 @@ def train_heads(
     train_batch_size: int = 32,
     head_learning_rate: float = 1e-3,
     seed: int = 42,
-) -> None:
-    """Teach exits 1..K-1 the model's own probabilities: cross-entropy with them as soft labels, AdamW, cosine to zero.
+    disable_tqdm: bool = False,
+) -> float:
+    """Teach exits 1..K-1 what the last one answers, by AdamW with a learning rate that falls to zero as a cosine.
+
+    The loss is the cross-entropy with the last exit's probabilities as soft labels; binary cross-entropy for several
+    labels per example, the squared difference for regression.
 
     Args:
         model: an early-exit model; nothing but its exit heads changes.
@@ -30,27 +57,37 @@ def train_heads(
         train_batch_size: rows per step.
         head_learning_rate: at the start.
         seed: of the order of the rows.
+        disable_tqdm: show no progress.
+
+    Returns:
+        the loss per row and exit in the last epoch.
     """
     set_seed(seed)
     heads, dtype = model.exit_heads, model.dtype
     heads.float().train()
-    targets = torch.from_numpy(teacher_logits).softmax(-1)
+    problem_type, targets = model.config.problem_type, torch.from_numpy(teacher_logits)
+    if problem_type == "multi_label_classification":
+        targets = targets.sigmoid()
+    elif problem_type != "regression":
+        problem_type, targets = "single_label_classification", targets.softmax(-1)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=head_learning_rate)
     steps = math.ceil(len(features) / train_batch_size) * num_train_epochs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with tqdm(total=steps, unit="step", desc="Training exits") as bar:
+    with tqdm(total=steps, unit="step", desc="Training exits", disable=disable_tqdm) as bar:
         for _ in range(num_train_epochs):
+            total = 0.0
             for rows in torch.randperm(len(features)).split(train_batch_size):
                 inputs = torch.from_numpy(features[rows.numpy()]).to(model.device).float()
                 logits = _head_logits(model, inputs)
-                batch_targets = targets[rows].to(logits).unsqueeze(1)
-                loss = -(batch_targets * logits.log_softmax(-1)).sum(-1).mean(0).sum()
+                loss = reduce_losses(loss_matrix(logits, targets[rows].to(logits), problem_type))
+                total += loss.detach() * len(rows)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 bar.update()
     heads.to(dtype).eval()
+    return float(total) / len(features) / (model.num_exits - 1)
 
 
 @torch.inference_mode()

@@ -1,0 +1,137 @@
+"""`--method two_stage`: plain fine-tuning, then early exits on the frozen model."""
+
+import factory
+import pytest
+import torch
+from factory import NO_DROPOUT, tiny_model, tiny_rows, tiny_stock_model
+from torch import nn
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+
+from een_hf.models import ExitConfigurationError
+from een_hf.training import get_scheme
+from een_hf.training.two_stage import TwoStageArguments
+
+
+NUM_ROWS = 24
+
+
+def make_trainer(folder, model=None, rows=None, second_stage=None, **settings):
+    model = model or tiny_model(problem_type="single_label_classification", **NO_DROPOUT)
+    settings = {"max_steps": 5, "learning_rate": 1e-2, **settings}
+    settings["scheme_args"] = TwoStageArguments(**(second_stage or {}))
+    rows = tiny_rows(count=NUM_ROWS, learnable=True) if rows is None else rows
+    return factory.make_trainer(folder, model, "two_stage", train_dataset=rows, **settings)
+
+
+def features_and_answers(model, rows):
+    """What the heads before the last read, by hooks of the stock forward pass, and the last exit's logits."""
+    read, hooks = [[] for _ in model.exit_heads], []
+    for place, head in enumerate(model.exit_heads.values()):
+        hooks.append(head.dense.register_forward_hook(lambda _, given, __, place=place: read[place].append(given[0])))
+    answers = []
+    with torch.no_grad():
+        for row in rows:  # one at a time: nothing is padded
+            inputs = {name: torch.as_tensor(row[name])[None] for name in row if name != "labels"}
+            answers.append(model.eval()(**inputs, early_exit=False).exit_logits[0, -1])
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([torch.cat(values) for values in read], 1), torch.stack(answers)
+
+
+def test_the_model_is_the_one_that_plain_fine_tuning_gives(tmp_path):
+    """What breaks: the last exit pays for the early exits, as in joint training."""
+    model = tiny_model(problem_type="single_label_classification", last_exit_pooling="cls", **NO_DROPOUT)
+    stock = BertForSequenceClassification(tiny_stock_model(**NO_DROPOUT).config)
+    stock.load_state_dict(model.state_dict(), strict=False)
+    settings = {"max_steps": 5, "learning_rate": 0.1, "optim": "sgd"}
+    trainer = make_trainer(tmp_path, model, **settings)
+    trainer.train()
+    args = TrainingArguments(str(tmp_path), **settings, **factory.QUIET)
+    Trainer(stock, args, train_dataset=trainer.train_dataset).train()
+    trained = model.state_dict()
+    for name, wanted in stock.state_dict().items():
+        torch.testing.assert_close(trained[name], wanted, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
+def test_early_exits_learn_what_the_last_one_answers(problem_type, tmp_path):
+    """The second stage is AdamW, here on all rows at once, on the distance of each exit to the last."""
+    labels = 1 if problem_type == "regression" else 3
+    model = tiny_model(problem_type=problem_type, num_labels=labels, noise=0.3, **NO_DROPOUT).double()
+    rows = tiny_rows(count=NUM_ROWS)
+    for row in rows:
+        if problem_type == "multi_label_classification":
+            row["labels"] = [float(row["labels"] == label) for label in range(3)]
+        elif problem_type == "regression":
+            row["labels"] = float(row["labels"])
+    settings = {"second_stage_epochs": 3, "second_stage_learning_rate": 0.01, "second_stage_batch_size": NUM_ROWS}
+    trainer = make_trainer(tmp_path, model, rows, settings, max_steps=1)
+    super(type(trainer), trainer).train()
+    features, answers = features_and_answers(model, rows)
+    heads = list(model.exit_heads.values())
+    parts = [part for head in heads for part in (head.dense, head.classifier)]
+    found = [parameter for part in parts for parameter in part.parameters()]
+    weights = [parameter.detach().float().clone().requires_grad_() for parameter in found]
+    optimizer = torch.optim.AdamW(weights, lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
+    distances = {
+        "single_label_classification": lambda a, b: -(b.softmax(-1) * a.log_softmax(-1)).sum(-1).mean(),
+        "multi_label_classification": lambda a, b: nn.BCEWithLogitsLoss()(a, b.sigmoid()),
+        "regression": lambda a, b: (a - b).square().mean(),
+    }
+    for _ in range(3):
+        loss = 0.0
+        for place in range(len(heads)):
+            dense, bias, classifier, offset = weights[4 * place : 4 * place + 4]
+            logits = (features[:, place].float() @ dense.T + bias).tanh() @ classifier.T + offset
+            loss = loss + distances[problem_type](logits, answers.float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    trainer.train_early_exits()
+    for wanted, parameter in zip(weights, found, strict=True):
+        torch.testing.assert_close(parameter.detach().float(), wanted.detach(), rtol=1e-3, atol=2e-5)
+
+
+def test_early_exits_agree_with_the_last_one(tmp_path):
+    """What breaks: early exits stay as they were made."""
+    model = tiny_model(problem_type="single_label_classification", noise=0.3, **NO_DROPOUT)
+    trainer = make_trainer(tmp_path, model, max_steps=30, second_stage={"second_stage_epochs": 100})
+    trainer.train()
+    answers = trainer.predict_exits(trainer.train_dataset).predictions.argmax(-1)
+    assert len(set(answers[:, -1])) > 1
+    assert (answers == answers[:, -1:]).mean() > 0.9
+
+
+def test_they_learn_from_as_many_rows_as_are_asked_for(tmp_path):
+    """What breaks: a large data set does not fit into memory, or some rows are read twice."""
+    trainer = make_trainer(tmp_path, second_stage={"second_stage_samples": 10}, per_device_eval_batch_size=4)
+    features, answers = trainer._read_training_rows(trainer.model)
+    assert len(features) == len(answers) == 10
+    _, every = features_and_answers(trainer.model, trainer.train_dataset)
+    places = [(every - torch.from_numpy(answer)).abs().sum(1).argmin().item() for answer in answers]
+    assert len(set(places)) == 10 and places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"freeze_backbone": True}, "--freeze_backbone"),
+        ({"warm_start_epochs": 0.5}, "--warm_start_epochs"),
+        ({"rows": (row for row in ())}, "--streaming"),
+    ],
+    ids=["frozen", "warm", "stream"],
+)
+def test_what_leaves_no_two_stages_is_refused(settings, flag, tmp_path):
+    """What breaks: a run trains for hours and then fails, or has one stage only."""
+    with pytest.raises(ExitConfigurationError, match=flag):
+        make_trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", ["epochs", "learning_rate", "batch_size", "samples"])
+def test_numbers_out_of_range_are_refused(name, value):
+    """What breaks: the first stage is trained before the mistake shows."""
+    with pytest.raises(ExitConfigurationError, match=f"--second_stage_{name}"):
+        get_scheme("two_stage").arguments_class(**{f"second_stage_{name}": value})
