@@ -79,19 +79,22 @@ def tiny_config(kind: str = "bert", **changes):
 def tiny_model(kind: str = "bert", *, seed: int = 0, noise: float = 0.0, **changes):
     """An early-exit model; `noise` moves every parameter, so that examples differ in what exits predict of them."""
     torch.manual_seed(seed)
-    model = MODEL_CLASSES[kind](tiny_config(kind, **changes))
+    return _moved(MODEL_CLASSES[kind](tiny_config(kind, **changes)), noise)
+
+
+def tiny_stock_model(kind: str = "bert", *, seed: int = 0, noise: float = 0.0, **changes):
+    """The classifier of transformers itself."""
+    torch.manual_seed(seed)
+    auto_class = AutoModelForSequenceClassification if reads_text(kind) else AutoModelForImageClassification
+    return _moved(auto_class.from_config(AutoConfig.for_model(kind, **tiny_settings(kind, **changes))), noise)
+
+
+def _moved(model, noise: float):
     if noise:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(noise * torch.randn(parameter.shape))
     return model
-
-
-def tiny_stock_model(kind: str = "bert", *, seed: int = 0, **changes):
-    """The classifier of transformers itself."""
-    torch.manual_seed(seed)
-    auto_class = AutoModelForSequenceClassification if reads_text(kind) else AutoModelForImageClassification
-    return auto_class.from_config(AutoConfig.for_model(kind, **tiny_settings(kind, **changes)))
 
 
 def tiny_processor(kind: str = "bert", tokens=TOKENS, size: int = IMAGE["image_size"]):
