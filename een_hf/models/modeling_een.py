@@ -1,6 +1,7 @@
 """The mixin that gives a stock encoder its exits, and the one staged loop that trains and runs them."""
 
 import copy
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,9 @@ from .stages import Examples, bidirectional_mask
 
 
 logger = logging.get_logger(__name__)
+
+# What a PEFT model puts into the name of a parameter: the copy that is trained, or the layer that is adapted.
+_ADAPTER_PARTS = re.compile(r"\.(?:original_module|base_layer|modules_to_save\.[^.]+)(?=\.)")
 
 
 @dataclass
@@ -216,8 +220,9 @@ class EarlyExitMixin:
 
     def head_module_names(self) -> list[str]:
         """Names of the modules that hold the parameters of all heads: `modules_to_save` of a PEFT configuration."""
-        heads = [head for exit_index in range(self.num_exits) for head in self.exit_head_modules(exit_index)]
-        parts = {id(part) for head in heads for part in head.modules() if part._parameters}
+        parts = {id(part) for part in self.exit_heads.modules() if part._parameters}
+        # Of the last head the modules as wholes: PEFT adds `classifier` where it knows the task, and none inside it.
+        parts |= {id(module) for module in self.last_head_modules if any(True for _ in module.parameters())}
         return [name for name, module in self.named_modules() if id(module) in parts]
 
     def is_new_head(self, exit_index: int) -> bool:
@@ -228,7 +233,8 @@ class EarlyExitMixin:
         if self.newly_initialized is None:
             return True
         weights = {id(part) for module in self.exit_head_modules(exit_index) for part in module.parameters()}
-        return any(id(p) in weights and name in self.newly_initialized for name, p in self.named_parameters())
+        named = ((_ADAPTER_PARTS.sub("", name), parameter) for name, parameter in self.named_parameters())
+        return any(id(parameter) in weights and name in self.newly_initialized for name, parameter in named)
 
     def missing_weights(self) -> list[str]:
         """Names of the parameters outside the heads that did not come from the checkpoint, and are random."""

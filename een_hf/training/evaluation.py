@@ -52,9 +52,9 @@ class EvaluationMixin:
                 if "loss" in wanted:
                     losses = self._all_losses(answers.logits.unsqueeze(1), targets, (targets != -100).sum()).squeeze(1)
                 if "inputs" in wanted:
-                    inputs = _pad([row[self.model.main_input_name] for row in kept])
+                    inputs = _pad([row[self.network.main_input_name] for row in kept])
                 metrics = self._metrics_of(answers.logits, targets, losses, inputs)
-        config = self.accelerator.unwrap_model(self.model).config
+        config = self.network.config
         if config.exit_policy is not None:
             counts = np.bincount(answers.exit_index, minlength=len(config.exit_layers))
             metrics = {**metrics, "exit_fractions": (counts / max(len(logits), 1)).tolist()}
@@ -78,7 +78,10 @@ class EvaluationMixin:
         sized = hasattr(dataset, "__len__")
         ids = range(first, len(dataset), step) if sized else None
         rows = ((row, dataset[row]) for row in ids) if sized else islice(enumerate(dataset), first, None, step)
-        names = [*LABEL_COLUMNS, *([self.model.main_input_name] if "inputs" in self.args.include_for_metrics else [])]
+        names = [
+            *LABEL_COLUMNS,
+            *([self.network.main_input_name] if "inputs" in self.args.include_for_metrics else []),
+        ]
         kept = []
 
         def own_rows():
@@ -88,7 +91,7 @@ class EvaluationMixin:
 
         with accelerator.autocast():
             own = predict(
-                accelerator.unwrap_model(self.model).to(self.args.device).eval(),
+                self.network.to(self.args.device).eval(),
                 own_rows(),
                 self.args.per_device_eval_batch_size,
                 collator=self._get_collator_with_removed_columns(self.data_collator, "test"),
@@ -124,7 +127,7 @@ class EvaluationMixin:
             calibration_dataset = settings.pop("calibration_data")
         unit, size = CostUnit(cost), cost_inputs(calibration_dataset)
         prediction = self.predict_exits(calibration_dataset, "calibration")
-        network = self.accelerator.unwrap_model(self.model)
+        network = self.network
         settings.setdefault("problem_type", network.config.problem_type or "single_label_classification")
         if unit == CostUnit.OPERATIONS:
             costs = relative_costs(network, **size)

@@ -15,14 +15,14 @@ class OptimizationMixin:
     def new_heads(self) -> list[int]:
         """The 0-based exits whose heads were newly made when training began, be it before an interruption."""
         if self._new_heads is None:
-            network = self.accelerator.unwrap_model(self.model)
+            network = self.network
             self._new_heads = [k for k in range(network.num_exits) if network.is_new_head(k)]
         return self._new_heads
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`; before the first step new heads are fitted to its examples (`--standardize_heads`)."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        network = self.accelerator.unwrap_model(self.model)
+        network = self.network
         pretrained = network.newly_initialized is not None
         if self.args.standardize_heads and not self.state.global_step and pretrained and self.new_heads():
 
@@ -41,7 +41,7 @@ class OptimizationMixin:
         """Learning rate of newly made heads: `--head_learning_rate`, or its default where the others have `rate`."""
         if self.args.head_learning_rate is not None:
             return self.args.head_learning_rate
-        pretrained = self.accelerator.unwrap_model(self.model).newly_initialized is not None
+        pretrained = self.network.newly_initialized is not None
         return rate * (20 if pretrained and "adam" in type(optimizer).__name__.lower() else 1)
 
     @staticmethod
@@ -67,8 +67,7 @@ class OptimizationMixin:
             return self.optimizer
         with refused(f"--optim {self.args.optim.value}, --optim_args {self.args.optim_args}"):
             optimizer = super().create_optimizer(model)
-        network = self.accelerator.unwrap_model(self.model if model is None else model)
-        heads = nn.ModuleList([part for k in self.new_heads() for part in network.exit_head_modules(k)])
+        heads = nn.ModuleList([part for k in self.new_heads() for part in self.network.exit_head_modules(k)])
         new = {id(parameter) for parameter in heads.parameters()}
         groups = []
         for group in optimizer.param_groups:

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..hub.header import CARD_NAME, is_run_card
+from .adapters import hide_base_path, save_base_config
 
 
 _PUBLISHING = ContextVar("whether arguments are pickled for others to read", default=False)
@@ -49,10 +50,16 @@ class PublishingMixin:
     def _save(self, output_dir=None, state_dict=None):
         with publishing():
             super()._save(output_dir, state_dict)
+        if self.has_adapter and self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            save_base_config(self.network, folder)
+            if self.args.push_to_hub:
+                hide_base_path(self.accelerator.unwrap_model(self.model), folder)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # Trainer takes config and weights out of the checkpoint; the config names these files.
         if self.is_world_process_zero():
-            custom_object_save(self.accelerator.unwrap_model(self.model), self.args.output_dir)
+            save = save_base_config if self.has_adapter else custom_object_save
+            save(self.network, self.args.output_dir)
         with publishing():
             super()._push_from_checkpoint(checkpoint_folder)

@@ -68,7 +68,7 @@ class ResumingMixin:
             if (unlogged := written.get("unlogged_losses")) is not None:
                 sums, self._num_summed = unlogged
                 self._summed_losses = torch.tensor(sums, dtype=torch.float32, device=self.args.device)
-                num_exits = self.accelerator.unwrap_model(self.model).num_exits
+                num_exits = self.network.num_exits
                 if self._summed_losses.shape != (num_exits,) or type(self._num_summed) is not int:
                     raise ValueError(f"{SCHEME_FILE} holds no loss for each of {num_exits} exits")
         if found != self.scheme:

@@ -5,12 +5,14 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import Trainer
 
 from .._moved import moved_names, renamed_attribute
 from ..errors import NonFiniteLossError
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
+from .adapters import check_adapter, without_adapter
 from .arguments import EarlyExitTrainingArguments
 from .callbacks import use_early_exit_callbacks
 from .checks import check_best_metric, check_loss_function, check_supported, check_warm_start
@@ -53,7 +55,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
     sample i at exit k, and `--exit_loss_weights` multiplies w in every scheme.
 
     Args:
-        model: an early-exit model.
+        model: an early-exit model, or a PEFT model around one.
         args: `EarlyExitTrainingArguments`.
         scheme_args: the scheme's own dataclass (`arguments_class`), its defaults where left out.
         compute_metrics: as in `Trainer`: called with (num_samples, num_labels) logits, once for every exit, with the
@@ -128,21 +130,23 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         check_warm_start(args, train_dataset)
         if type(self).evaluate is EarlyExitTrainer.evaluate:
             splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
-            num_exits = self.accelerator.unwrap_model(self.model).num_exits
-            check_best_metric(args.metric_for_best_model, splits, num_exits, compute_metrics)
+            check_best_metric(args.metric_for_best_model, splits, self.network.num_exits, compute_metrics)
         use_early_exit_callbacks(self)
 
-    def _accept(self, model: EarlyExitMixin, args: EarlyExitTrainingArguments, train_dataset) -> None:
+    def _accept(self, model: nn.Module, args: EarlyExitTrainingArguments, train_dataset) -> None:
         """Check that a model can be trained with these arguments, prepare it, and reset the state of an earlier model.
 
         Raises:
             ExitConfigurationError: a model without exits, or arguments that do not fit it.
         """
+        given, model = model, without_adapter(model)
         if not isinstance(model, EarlyExitMixin):
             raise ExitConfigurationError(
                 f"{type(self).__name__} needs an early-exit model, not {type(model).__name__}: load the checkpoint "
                 "with EarlyExitBertForSequenceClassification or EarlyExitViTForImageClassification."
             )
+        if given is not model:
+            check_adapter(given, model, freezes_backbone=args.freeze_backbone, trains=train_dataset is not None)
         model.cuda_graphs = not args.no_cuda_graphs
         weights = exit_loss_weights(args.exit_loss_weights, model.num_exits)
         self.exit_loss_weights, self._weighs_exits = weights.to(args.device), bool((weights != 1).any())
@@ -165,6 +169,18 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         self._operations_of_a_number: int | None = None  # that the model takes in, forward and backward
         self._unchecked = None, float  # losses of the present micro-batch, and what reads the number made of them
 
+    @property
+    def network(self) -> EarlyExitMixin:
+        """The early-exit model, without what an adapter of PEFT, processes or compilation put around it."""
+        # To unwrap a model that is not wrapped looks through all of its modules.
+        model = self.model
+        return model if isinstance(model, EarlyExitMixin) else without_adapter(self.accelerator.unwrap_model(model))
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a PEFT model is trained: what is saved is its adapter."""
+        return not isinstance(self.model, EarlyExitMixin) and hasattr(self.model, "peft_config")
+
     def _forget_steps(self) -> None:
         """Begin to count: what an earlier training has left is not of this one."""
         self._summed_losses, self._num_summed = 0.0, 0  # of each exit, since the last log
@@ -176,7 +192,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
             self.args.check()
             self._accept(self.model, self.args, self.train_dataset)
             check_warm_start(self.args, self.train_dataset)
-        self.accelerator.unwrap_model(self.model).config.training_scheme = self.scheme
+        self.network.config.training_scheme = self.scheme
 
     # What a scheme may change
 
@@ -204,9 +220,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         Raises:
             ExitConfigurationError: label smoothing or class weights where there are no classes.
         """
-        # To unwrap a model that is not wrapped looks through all of its modules.
-        model = self.model if isinstance(self.model, EarlyExitMixin) else self.accelerator.unwrap_model(self.model)
-        args = self.args
+        args, model = self.args, self.network
         config, weights = model.config, self.class_weights if model.training else None
         config.problem_type = infer_problem_type(config.problem_type, config.num_labels, labels)
         if config.problem_type != "single_label_classification":
@@ -282,7 +296,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
 
     def floating_point_ops(self, inputs):
         """As in `Trainer`, which counts the parameters at every step."""
-        main_input = inputs.get(getattr(self.model, "main_input_name", None))
+        main_input = inputs.get(self.network.main_input_name)
         if main_input is None or not main_input.numel():
             return super().floating_point_ops(inputs)
         if self._operations_of_a_number is None:

@@ -118,7 +118,7 @@ class LookAhead:
 
     def method(self) -> str:
         """`--meta_gradient`, with what `auto` means here."""
-        method, kernel = self.trainer.scheme_args.meta_gradient, self.trainer.model.config._attn_implementation
+        method, kernel = self.trainer.scheme_args.meta_gradient, self.trainer.network.config._attn_implementation
         if method == "auto":
             plain = self.trainer.args.device.type == "cpu" or kernel not in DIFFERENTIABLE
             method = "directional" if plain else "forward"
@@ -186,7 +186,7 @@ class LookAhead:
 
     def _drops_attention(self) -> bool:
         """Whether attention may drop weights; `True` where the config does not say."""
-        config = self.trainer.model.config.to_dict()
+        config = self.trainer.network.config.to_dict()
         rates = [rate for name, rate in config.items() if "att" in name and "drop" in name]
         return any(rates) or not rates
 
@@ -231,7 +231,7 @@ class LookAhead:
         cast = self._cast_of_linear(parameters, [parameter.detach() for parameter in parameters])
         pairs = list(zip(parameters, cast, strict=True))
         leaves = [p if tensor.dtype == p.dtype else tensor.requires_grad_() for p, tensor in pairs]
-        with replaced(self.trainer.model, {id(p): leaf for p, leaf in zip(parameters, leaves, strict=True)}):
+        with replaced(self.trainer.network, {id(p): leaf for p, leaf in zip(parameters, leaves, strict=True)}):
             yield leaves
 
     def _cast_of_linear(self, parameters, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -241,7 +241,7 @@ class LookAhead:
             if not torch.is_autocast_enabled(kind):
                 return tensors
             dtype = torch.get_autocast_dtype(kind)
-        modules = list(self.trainer.model.modules())
+        modules = list(self.trainer.network.modules())
         users = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
         linear = {id(part) for module in modules if type(module) is nn.Linear for part in module._parameters.values()}
         places = [n for n, part in enumerate(parameters) if id(part) in linear and users[id(part)] == 1]
@@ -271,7 +271,7 @@ class LookAhead:
 
     def train_pass(self, train: dict, create_graph: bool = False) -> tuple[OneStepAhead, torch.Tensor]:
         """l and g of the train half, g in the place of the direction; and w as a leaf."""
-        scaler, named = self._scaler(), self.trainer.model.named_parameters()
+        scaler, named = self._scaler(), self.trainer.network.named_parameters()
         trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
         with self._leaves(list(trainable.values())) as leaves:
             losses, exit_logits = self._losses(train)
@@ -310,7 +310,7 @@ class LookAhead:
 
     def outputs(self, inputs: dict, parameters: dict | None = None, shares: list[int] | None = None):
         """What `ExitForward` gives, at `parameters` where given."""
-        network = ExitForward(self.trainer.model)
+        network = ExitForward(self.trainer.network)
         with self._precision():
             if parameters is None:
                 return network(inputs, shares)
@@ -332,5 +332,5 @@ class LookAhead:
         """How many of so many samples are charged at each exit, in this look-ahead."""
         trainer = self.trainer
         return charged_shares(
-            num_samples, trainer.model.num_exits, trainer.scheme_args.meta_target_p, self.share_offset
+            num_samples, trainer.network.num_exits, trainer.scheme_args.meta_target_p, self.share_offset
         )

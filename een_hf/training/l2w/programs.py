@@ -91,7 +91,7 @@ class Programs:
         trainer = self.look_ahead.trainer
         states = (state.values() for state in trainer.optimizer.state.values())
         kept = [entry for entries in states for entry in entries if isinstance(entry, torch.Tensor)]
-        return [*trainer.model.parameters(), *trainer.model.buffers(), *trainer.weight_network.parameters(), *kept]
+        return [*trainer.network.parameters(), *trainer.network.buffers(), *trainer.weight_network.parameters(), *kept]
 
     def direction(self, found: "OneStepAhead") -> list[torch.Tensor]:
         """Tensors for the direction, one set for all programs that move the same parameters."""

@@ -80,7 +80,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
 
     def _make_weight_network(self) -> None:
         self.meta_generator = torch.Generator().manual_seed(self.args.seed)
-        self.weight_network = WeightPredictionNetwork(self.model.num_exits, self.scheme_args, self.meta_generator)
+        self.weight_network = WeightPredictionNetwork(self.network.num_exits, self.scheme_args, self.meta_generator)
         self.weight_network.to(self.args.device)
         self.meta_optimizer = torch.optim.Adam(
             self.weight_network.parameters(),
@@ -126,7 +126,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
                     "--method l2w takes gradients that re-entrant checkpointing does not give: leave use_reentrant "
                     f"out of --{name}."
                 )
-        kernel = self.model.config._attn_implementation
+        kernel = self.network.config._attn_implementation
         if "flash" in str(kernel):
             raise ExitConfigurationError(
                 f"--method l2w needs float32 or derivatives that {kernel} does not have: use --attn_implementation "
@@ -147,7 +147,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
 
     def losses_of(self, exit_logits, labels):
         losses = super().losses_of(exit_logits, labels)
-        _check_problem(self.model.config.problem_type, self.model.config.num_labels)
+        _check_problem(self.network.config.problem_type, self.network.config.num_labels)
         return losses
 
     def create_optimizer(self, model=None):
@@ -184,9 +184,9 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         """Update W on both orders of the halves of `inputs`."""
         halves, device = halve(inputs), self.args.device
         whole = self.look_ahead.programs is not None  # graphs read tensors that stay where they are
-        tokens = nullcontext() if whole else used_tokens(inputs, self.model, self.optimizer)
+        tokens = nullcontext() if whole else used_tokens(inputs, self.network, self.optimizer)
         self.look_ahead.share_offset = torch.rand((), generator=self.meta_generator, dtype=torch.float64).item()
-        with random_fork(device), restored(list(self.model.buffers())), tokens:
+        with random_fork(device), restored(list(self.network.buffers())), tokens:
             for train, meta in (halves, halves[::-1]):
                 self.meta_optimizer.zero_grad()
                 if len(train["labels"]) and len(meta["labels"]):
