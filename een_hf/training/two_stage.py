@@ -96,7 +96,7 @@ class TwoStageExitTrainer(EarlyExitTrainer):
 
     def train_early_exits(self) -> None:
         """The second stage, on the model as it is now."""
-        settings, model = self.scheme_args, self.accelerator.unwrap_model(self.model)
+        settings, model = self.scheme_args, self.network
         features, answers = self._read_training_rows(model)
         loss = train_heads(
             model,

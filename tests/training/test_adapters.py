@@ -14,7 +14,7 @@ from een_hf.training.adapters import CONFIG_FOLDER
 
 
 peft = pytest.importorskip("peft", reason="needs the extra peft")
-SCHEMES = [("bert", "joint"), ("bert", "boosted"), ("bert", "l2w"), ("vit", "joint")]
+SCHEMES = [("bert", "joint"), ("bert", "boosted"), ("bert", "l2w"), ("bert", "two_stage"), ("vit", "joint")]
 RUN = {"num_train_epochs": 2, "learning_rate": 2e-3, "logging_steps": 1, "save_strategy": "epoch"}
 
 
@@ -83,7 +83,7 @@ def test_a_scheme_trains_a_peft_model(kind, scheme, tmp_path):
     assert relative_costs(trainer.network, **size) == pytest.approx(merged_costs, rel=0.05)
 
 
-@pytest.mark.parametrize(("kind", "scheme"), SCHEMES[:3])
+@pytest.mark.parametrize(("kind", "scheme"), SCHEMES[:4])
 def test_a_peft_model_resumes_to_the_bit(kind, scheme, tmp_path):
     """What breaks: a checkpoint of an adapter lacks the heads, or the division into new and old ones."""
     uninterrupted = make_trainer(tmp_path / "run", adapted(tmp_path / "stock", kind), scheme, **RUN)
