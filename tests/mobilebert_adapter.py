@@ -5,7 +5,7 @@ from torch import nn
 from transformers import MobileBertConfig, MobileBertModel, MobileBertPreTrainedModel
 
 from een_hf import EarlyExitTextMixin, register_architecture
-from een_hf.models.configuration_een import EarlyExitConfigMixin
+from een_hf.models import EarlyExitConfigMixin
 
 
 @strict

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..evaluation.cost import ExitCosts
-from ..models.configuration_een import ExitConfigurationError
+from ..models import ExitConfigurationError
 from ..models.policies import NEVER, ExitPolicy
 from .rows import CalibrationReport, ScoredRows, score_rows
 from .search import improve, rank

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..models.configuration_een import ExitConfigurationError
+from ..models import ExitConfigurationError
 from .budget import calibrate_cost
 from .risk import calibrate_risk
 from .rows import CalibrationReport, score_rows

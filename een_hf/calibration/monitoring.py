@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..models.configuration_een import ExitConfigurationError
+from ..models import ExitConfigurationError
 
 
 # Alternatives to the limit that are bet on at the same time, by the ratio of their odds to the limit's.

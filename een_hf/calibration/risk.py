@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..extras import named_extras
-from ..models.configuration_een import ExitConfigurationError
+from ..models import ExitConfigurationError
 from ..models.policies import NEVER
 from .rows import CalibrationReport, ScoredRows
 from .thresholds import threshold_between, without_idle_exits

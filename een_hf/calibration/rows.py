@@ -7,8 +7,9 @@ import numpy as np
 
 from ..evaluation.cost import ExitCosts
 from ..evaluation.metrics import check_labels, predict_labels
-from ..models.configuration_een import ExitConfigurationError
-from ..models.policies import NEVER, ExitPolicy, get_criterion, resolve_problem_type
+from ..models import ExitConfigurationError
+from ..models.criteria import get_criterion, resolve_problem_type
+from ..models.policies import NEVER, ExitPolicy
 from .arrays import as_tensor, probability_of, right_answers
 from .temperatures import fit_temperatures
 

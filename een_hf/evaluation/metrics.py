@@ -9,7 +9,7 @@ import torch
 from transformers import EvalPrediction
 
 from ..extras import named_extras
-from ..models.configuration_een import ExitConfigurationError
+from ..models import ExitConfigurationError
 
 
 with named_extras():

@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 
 from .._moved import moved_names
 from ..files import replacing
-from ..models.configuration_een import ExitConfigurationError
+from ..models import ExitConfigurationError
 from ..models.exit_losses import loss_matrix
 from .metrics import check_labels, expected_calibration_error
 from .schema import check_schema, check_types, strict

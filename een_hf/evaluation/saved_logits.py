@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import in_one_line
 from ..files import replacing
-from ..models.configuration_een import ExitConfigurationError
+from ..models import ExitConfigurationError
 
 
 LOGITS_NAME = "exit_logits.npz"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.policies import is_number
+from ..models.criteria import is_number
 
 
 def _is_text(value) -> bool:

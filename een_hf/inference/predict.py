@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..models import EarlyExitMixin, ExitConfigurationError
-from ..models.policies import answer_confidence
+from ..models.criteria import answer_confidence
 from .engine import ExitEngine
 from .runner import MAX_ROWS, ExitRunner, input_names, runner_of, runs_graphs
 

@@ -7,6 +7,7 @@ from .configuration_een import (
     EarlyExitBeitConfig,
     EarlyExitBertConfig,
     EarlyExitCamembertConfig,
+    EarlyExitConfigMixin,
     EarlyExitDebertaConfig,
     EarlyExitDebertaV2Config,
     EarlyExitDeiTConfig,
@@ -21,9 +22,16 @@ from .configuration_een import (
     EarlyExitXLMRobertaConfig,
     ExitConfigurationError,
 )
-from .exits import register_exit_head, register_pooling
-from .modeling_een import EarlyExitClassifierOutput, EarlyExitImageMixin, EarlyExitMixin, EarlyExitTextMixin
-from .policies import ExitPolicy, register_criterion
+from .criteria import ExitCriterion, register_criterion
+from .exits import ExitHead, register_exit_head, register_pooling
+from .modeling_een import (
+    EarlyExitClassifierOutput,
+    EarlyExitImageMixin,
+    EarlyExitMixin,
+    EarlyExitTextMixin,
+    EarlyExitUntypedTextMixin,
+)
+from .policies import ExitPolicy
 from .registries import ExitError
 
 
@@ -64,6 +72,7 @@ __all__ = [
     "EarlyExitCamembertConfig",
     "EarlyExitCamembertForSequenceClassification",
     "EarlyExitClassifierOutput",
+    "EarlyExitConfigMixin",
     "EarlyExitDebertaConfig",
     "EarlyExitDebertaForSequenceClassification",
     "EarlyExitDebertaV2Config",
@@ -83,6 +92,7 @@ __all__ = [
     "EarlyExitImageMixin",
     "EarlyExitMixin",
     "EarlyExitTextMixin",
+    "EarlyExitUntypedTextMixin",
     "EarlyExitModernBertConfig",
     "EarlyExitModernBertForSequenceClassification",
     "EarlyExitRobertaConfig",
@@ -92,7 +102,9 @@ __all__ = [
     "EarlyExitXLMRobertaConfig",
     "EarlyExitXLMRobertaForSequenceClassification",
     "ExitConfigurationError",
+    "ExitCriterion",
     "ExitError",
+    "ExitHead",
     "ExitPolicy",
     "MODEL_CLASSES",
     "AutoEarlyExitModel",

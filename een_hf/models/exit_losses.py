@@ -1,4 +1,4 @@
-"""Losses per sample and exit, and the one reduction that every scheme uses."""
+"""The loss of each sample at each exit, and its reduction, which all schemes share."""
 
 import torch
 import torch.nn.functional as F
@@ -56,5 +56,13 @@ def loss_matrix(
 
 
 def reduce_losses(losses: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over samples, sum over exits, of w * l: (batch, num_exits) to a scalar. `None` weighs all by 1."""
+    """The mean over samples of the sum over exits of w * l.
+
+    Args:
+        losses: l, (batch, num_exits).
+        weights: w, of a shape that broadcasts to l; `None`: 1.
+
+    Returns:
+        a scalar.
+    """
     return (losses if weights is None else weights * losses).mean(0).sum()

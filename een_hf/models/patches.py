@@ -1,4 +1,4 @@
-"""Patches of images to hidden states, as one matrix product."""
+"""The projection of image patches to hidden states as a matrix product."""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +6,10 @@ from torch import nn
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution whose kernel equals its stride: every pixel is read once, so it is a linear map of the patches.
+    """A convolution whose kernel size equals its stride, so that it is a linear map of each patch.
 
-    On accelerators it is computed as such, which takes a fraction of the convolution's time there; on the CPU, and for
-    images that do not divide into whole patches, it is the convolution.
+    On accelerators it is computed as one matrix product, which takes a fraction of the convolution's time. On the CPU,
+    and for images that do not divide into whole patches, it is computed as a convolution.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -18,7 +18,14 @@ class PatchProjection(nn.Conv2d):
         return self.multiply(images) if on_accelerator and whole else super().forward(images)
 
     def multiply(self, images: torch.Tensor) -> torch.Tensor:
-        """The convolution of images (batch, channels, height, width) that divide into whole patches, by a product."""
+        """The same as the convolution, as a matrix product.
+
+        Args:
+            images: (batch, channels, height, width), which divide into whole patches.
+
+        Returns:
+            (batch, hidden_size, rows, columns).
+        """
         rows, columns = (size // patch for size, patch in zip(images.shape[-2:], self.kernel_size, strict=True))
         split = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # channels, rows, height, columns, width
         patches = split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -27,7 +34,7 @@ class PatchProjection(nn.Conv2d):
 
 
 def project_by_product(network: nn.Module) -> None:
-    """Make every convolution of `network` that reads each pixel once a `PatchProjection`; names and weights stay."""
+    """Change the class of every patch projection in `network` to `PatchProjection`; names and weights stay."""
     for module in network.modules():
         if type(module) is not nn.Conv2d or module.groups != 1 or module.padding_mode != "zeros":
             continue

@@ -1,26 +1,26 @@
-"""Names for the parts that a model is put together from; outside classes join them by the same functions."""
+"""Registries of the parts of a model, by name; classes of other packages are registered by the same functions."""
 
 import importlib
 from collections.abc import Callable
 
 
-# Called with the class of every early-exit config that is made.
+# Called with the class of every early-exit config that is created.
 CONFIG_HOOKS: list[Callable[[type], object]] = []
 
 
 class ExitError(Exception):
-    """The base of all errors that this library raises on purpose; the message is meant for its user."""
+    """The base class of all errors of this library; their messages are written for users."""
 
 
 class ExitConfigurationError(ExitError, ValueError):
-    """An exit setting that does not fit the network, the problem or the data."""
+    """A setting or input that does not fit the network, the problem or the data."""
 
 
 class Registry(dict):
-    """Parts by name; an unknown name is answered with the known.
+    """Parts by name.
 
     Args:
-        setting: where a user names one, for messages: `exit_pooling (--exit_pooling)`.
+        setting: the setting by which users choose a part, for messages: `exit_pooling (--exit_pooling)`.
     """
 
     def __init__(self, setting: str):
@@ -28,28 +28,33 @@ class Registry(dict):
         self.setting = setting
 
     def __getitem__(self, name: str):
-        """
+        """The part of this name.
+
         Raises:
-            ExitConfigurationError: an unknown name; the known ones are listed.
+            ExitConfigurationError: an unknown name; the message lists the known names.
         """
         if not isinstance(name, str) or name not in self:
             known = ", ".join(sorted(map(str, self)))
             raise ExitConfigurationError(
-                f"{self.setting} is {name!r}; it must be one of: {known}; from elsewhere: package.module:Name."
+                f"{self.setting} is {name!r}; it must be one of: {known}; or your own, as package.module:Name."
             )
         return super().__getitem__(name)
 
     def find(self, name: str, register: Callable[[str], Callable]) -> str:
-        """The name of a part as a user gives it: a registered name, or `package.module:Name`, which is imported.
+        """The name of a part as users type it: a registered name, or `package.module:Name`, which is imported.
 
-        For what is typed only: what a file names is looked up and never imported.
+        Only for names that users type: names in files are looked up, and nothing is imported for them.
 
         Args:
             name: as given.
-            register: called with a name, returns the decorator that registers a part which its module leaves out.
+            register: called with a name, returns the decorator that registers a part. Used if the module of the part
+                does not register it.
+
+        Returns:
+            the name under which the part is registered.
 
         Raises:
-            ExitConfigurationError: an unknown name, a module or part that is not there, or a part of another kind.
+            ExitConfigurationError: an unknown name, a module or part that does not exist, or a part of another kind.
         """
         if name in self or ":" not in name:
             self[name]
@@ -64,6 +69,6 @@ class Registry(dict):
         return next(known for known, registered in self.items() if registered is part)
 
     def check_class(self, part, base: type) -> None:
-        """Raise ExitConfigurationError where a part is not a subclass of `base`."""
+        """Raise ExitConfigurationError if a part is not a subclass of `base`."""
         if not (isinstance(part, type) and issubclass(part, base)):
             raise ExitConfigurationError(f"{self.setting}: {part!r} is not a subclass of {base.__name__}.")

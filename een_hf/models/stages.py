@@ -1,4 +1,4 @@
-"""The examples that a network works on, and how they become fewer: the only compaction code."""
+"""`Examples`: the examples between two layers, and compaction, the removal of those that have exited."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -8,22 +8,22 @@ import torch.nn.functional as F
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
 
-_MANY = 2**31  # more columns than there are
+_MANY = 2**31  # larger than any number of columns
 
 
 @dataclass
 class Examples:
-    """Examples between two layers, and all that travels with them; every tensor has the examples first.
+    """The examples between two layers, with all tensors that belong to them; the first dimension is the example.
 
     Args:
-        hidden: (batch, length, hidden_size).
+        hidden: hidden states (batch, length, hidden_size).
         attention_mask: (batch, length), 1 for tokens and 0 for padding; `None`: no padding.
         per_token: other tensors that layers need, (batch, length, ...), such as position ids.
         per_example: other tensors that layers or heads need, (batch, ...).
-        logits: (batch, num_labels), what the exit before predicts.
-        state: what the exit criterion remembers of the exits before.
-        ids: (batch,), where the answers belong.
-        padded: whether `attention_mask` is known to hold a zero; `None`: nobody has looked.
+        logits: (batch, num_labels), the prediction of the exit before.
+        state: the state of the exit criterion after the exit before.
+        ids: (batch,), the place of each example in the batch of answers.
+        padded: whether `attention_mask` contains a zero; `None`: not known.
     """
 
     hidden: torch.Tensor
@@ -34,7 +34,7 @@ class Examples:
     state: tuple[torch.Tensor, ...] = ()
     ids: torch.Tensor | None = None
     padded: bool | None = None
-    # (batch, 2): the last column that is used, counted from 1, and `_MANY` minus how many are.
+    # (batch, 2): the last column that is used, counted from 1, and `_MANY` minus the number of columns that are used.
     _columns: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class Examples:
         return replace(self, **{f.name: _map(getattr(self, f.name), function) for f in fields(self)})
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor, in an order that depends on which there are only."""
+        """Every tensor, always in the same order."""
         found = []
         self.map(lambda tensor: found.append(tensor) or tensor)
         return found
@@ -55,11 +55,14 @@ class Examples:
         return self.map(lambda tensor: tensor.index_select(0, indices))
 
     def trim(self, width: int | None = None, padded: bool | None = None) -> "Examples":
-        """Cut the trailing columns that no example uses; a mask that then holds no zero is dropped.
+        """Remove the trailing columns that no example uses, and the mask if it then contains no zero.
 
         Args:
-            width: number of columns that are used; with `padded`, whether some example uses fewer. Where they are not
-                given, both are read from the mask.
+            width: number of columns that are used; `None`: `width` and `padded` are read from the mask.
+            padded: whether some example uses fewer columns.
+
+        Returns:
+            the examples without these columns.
         """
         if self.attention_mask is None:
             return self
@@ -72,10 +75,13 @@ class Examples:
         )
 
     def measure(self, exits: torch.Tensor) -> tuple[int, int, bool]:
-        """(examples that continue, columns that they use, whether some use fewer than that), in one read.
+        """Measure the examples that continue, in one read from the device.
 
         Args:
-            exits: (batch,) bool, the examples that exit; they do not make the others look longer or shorter.
+            exits: (batch,) bool, the examples that exit; they are not measured.
+
+        Returns:
+            number of examples that continue, number of columns that they use, and whether some use fewer columns.
         """
         length = self.hidden.shape[1]
         if self.attention_mask is None:
@@ -83,7 +89,7 @@ class Examples:
         if self._columns is None:
             used = self.attention_mask != 0
             last = (used * torch.arange(1, length + 1, device=used.device)).amax(1)
-            # An example of padding only attends to all of it.
+            # An example that is all padding attends to all of it.
             self._columns = torch.stack([last.masked_fill(last == 0, length), _MANY - used.sum(1)], 1)
         continues = ~exits
         largest = (self._columns * continues.unsqueeze(1)).amax(0)
@@ -91,12 +97,13 @@ class Examples:
         return count, width, _MANY - fewest < width
 
     def continuing(self, exits: torch.Tensor) -> "Examples | None":
-        """Those that do not exit, in their order, trimmed: these examples where all continue, `None` where none does.
-
-        One read from the device.
+        """The examples that do not exit, in their order, trimmed. Needs one read from the device.
 
         Args:
-            exits: (batch,) bool.
+            exits: (batch,) bool, the examples that exit.
+
+        Returns:
+            the examples that continue; `self` if all do, `None` if none does.
         """
         if len(exits) == 1:
             return None if exits.item() else self
@@ -112,7 +119,7 @@ class Examples:
         return examples.select(left) if count else None
 
     def unpadded(self) -> "Examples":
-        """The same examples, without a mask that masks nothing; reads the mask once."""
+        """The same examples, without the mask if it contains no zero; reads the mask once."""
         if self.attention_mask is None or self.attention_mask.dim() != 2 or self.padded is not None:
             return self
         padded = not bool((self.attention_mask != 0).all())
@@ -120,11 +127,11 @@ class Examples:
 
     @staticmethod
     def join(parts: list["Examples"]) -> "Examples":
-        """Stack examples of different length, the shorter padded on the right."""
+        """Concatenate examples; those of smaller length are padded on the right."""
         if len(parts) == 1:
             return parts[0]
         width = max(part.hidden.shape[1] for part in parts)
-        # No mask means no padding: that must be said once examples are padded, or stand beside some that are.
+        # No mask means no padding: once some examples are padded, all need a mask.
         if any(part.attention_mask is not None or part.hidden.shape[1] < width for part in parts):
             parts = [part._with_mask() for part in parts]
 
@@ -162,14 +169,17 @@ def _map(value, function: Callable[[torch.Tensor], torch.Tensor]):
 
 
 def bidirectional_mask(config, examples: Examples, window: int | None = None) -> torch.Tensor | None:
-    """What layers of the attention implementation in `config` read, made from the mask of the examples.
+    """The attention mask in the form that the attention implementation in `config` needs.
 
-    Where the padding is known, nothing is read from the device.
+    If it is known whether examples are padded, nothing is read from the device.
 
     Args:
-        config: of the model.
+        config: config of the model.
         examples: the examples.
-        window: how many positions a token sees on each side; `None`: all.
+        window: number of positions that a token attends to on each side; `None`: all.
+
+    Returns:
+        the mask; `None`: every token attends to all.
     """
     mask, hidden = examples.attention_mask, examples.hidden
     known = mask is None or examples.padded
@@ -181,7 +191,7 @@ def bidirectional_mask(config, examples: Examples, window: int | None = None) ->
             allowed = near[None, None] if allowed is None else allowed & near
         if allowed is None or config._attn_implementation == "sdpa":
             return allowed
-        # A softmax in float32 makes an infinity of the smallest float64, and of a token that sees nothing no number.
+        # Softmax in float32 would turn the smallest float64 into -inf, and a row of -inf into NaN.
         smallest = max(torch.finfo(hidden.dtype).min, torch.finfo(torch.float32).min)
         return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, smallest)
     if mask is None and window is None:

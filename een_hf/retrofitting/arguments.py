@@ -8,8 +8,8 @@ from ..data.label_values import SINGLE_LABEL
 from ..data.task import DataError
 from ..errors import refuse_nan
 from ..models import ExitConfigurationError
+from ..models.criteria import find_criterion, get_criterion
 from ..models.exits import find_exit_head, find_pooling
-from ..models.policies import find_criterion, get_criterion
 from ..training.arguments import CalibrationArguments, CostUnit
 
 

@@ -9,7 +9,7 @@ from ..data.samples import model_source
 from ..errors import loading
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.auto import model_class_of
-from ..models.configuration_een import is_classifier
+from ..models.exit_config import is_classifier
 
 
 def load_model(

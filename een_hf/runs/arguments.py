@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 from ..data.task import Modality
 from ..errors import in_one_line, refuse_nan
 from ..models import ExitConfigurationError
-from ..models.policies import find_criterion
+from ..models.criteria import find_criterion
 from ..training.arguments import CalibrationArguments, EarlyExitTrainingArguments, ModelArguments
 from ..training.registry import get_scheme, scheme_arguments
 

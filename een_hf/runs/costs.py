@@ -5,7 +5,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from ..evaluation import ExitCosts, cost_inputs, relative_costs, relative_latencies
-from ..models.policies import fitting_criteria, get_criterion
+from ..models.criteria import fitting_criteria, get_criterion
 from ..training.arguments import CalibrationArguments, CostUnit
 from ..training.trainer import EarlyExitTrainer
 

@@ -14,8 +14,8 @@ from ..data.task import Modality, TaskData
 from ..errors import in_one_line, loading
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.auto import model_class_of
-from ..models.configuration_een import is_classifier
-from ..models.policies import resolve_problem_type
+from ..models.criteria import resolve_problem_type
+from ..models.exit_config import is_classifier
 from ..training.arguments import ModelArguments
 from ..training.history import history_of
 from .arguments import RunArguments

@@ -21,8 +21,8 @@ from ..evaluation import (
 )
 from ..hub import refresh_model_card
 from ..models import ExitConfigurationError
-from ..models.configuration_een import is_early_exit_config
-from ..models.policies import find_criterion
+from ..models.criteria import find_criterion
+from ..models.exit_config import is_early_exit_config
 from ..training.arguments import CalibrationArguments
 from ..training.history import read_run
 from .costs import fitting_criterion

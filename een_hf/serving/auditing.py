@@ -6,7 +6,7 @@ from collections import deque
 
 from ..calibration.monitoring import AUDITED_RISKS, RiskMonitor, disagreement
 from ..models import EarlyExitMixin, ExitConfigurationError
-from ..models.policies import resolve_problem_type
+from ..models.criteria import resolve_problem_type
 from .stages import Row
 
 

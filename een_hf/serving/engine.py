@@ -15,7 +15,7 @@ import torch
 from ..inference.predict import ExitPredictions
 from ..inference.runner import LENGTH_STEP
 from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
-from ..models.policies import answer_confidence
+from ..models.criteria import answer_confidence
 from .auditing import Auditor
 from .reading import Reader
 from .stages import EngineObserver, Request, StageWorker

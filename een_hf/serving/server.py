@@ -17,7 +17,7 @@ import torch
 from ..evaluation import relative_costs
 from ..extras import named_extras
 from ..models import EarlyExitMixin, ExitConfigurationError
-from ..models.policies import resolve_problem_type
+from ..models.criteria import resolve_problem_type
 from .engine import AsyncExitEngine, EngineBusyError, EngineClosedError, ExitAnswers
 from .metrics import PrometheusObserver
 

@@ -11,8 +11,8 @@ from ..errors import refuse_nan
 from ..hub.settings import public_settings
 from ..models import MODEL_CLASSES, ExitConfigurationError
 from ..models.auto import find_architecture
+from ..models.criteria import fitting_criteria
 from ..models.exits import find_exit_head, find_pooling
-from ..models.policies import fitting_criteria
 from .publishing import is_publishing
 
 

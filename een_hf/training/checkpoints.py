@@ -16,7 +16,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from ..errors import CheckpointError, in_one_line
 from ..models import ExitError
-from ..models.policies import is_number
+from ..models.criteria import is_number
 
 
 logger = logging.getLogger(__name__)

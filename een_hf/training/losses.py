@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ..models.configuration_een import ExitConfigurationError
+from ..models import ExitConfigurationError
 
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")  # what the collators of transformers make `labels` of

@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from een_hf import register_criterion, register_pooling
-from een_hf.models.exits import ExitHead
-from een_hf.models.policies import ExitCriterion
+from een_hf.models import ExitCriterion, ExitHead
 
 
 class PlainHead(ExitHead):

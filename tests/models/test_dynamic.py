@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from operations import Operations
 
-from een_hf.models import ExitConfigurationError, ExitPolicy, modeling_een
+from een_hf.models import ExitConfigurationError, ExitPolicy, staged_forward
 from een_hf.models.policies import NEVER
 
 
@@ -396,7 +396,7 @@ def test_a_policy_for_one_call(architecture, load_exits, training):
 def test_asking_for_hidden_states_runs_every_layer(architecture, load_exits, monkeypatch, criterion, asked):
     """Rows that have left have no later hidden states: all layers must run, with the answers unchanged, and say so."""
     warnings = []
-    monkeypatch.setattr(modeling_een.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(staged_forward.logger, "warning_once", warnings.append)
     model = load_exits(architecture, exit_layers=_exit_layers(criterion), attn_implementation="eager")
     inputs = architecture.inputs(32, padding=architecture.paddings[0])
     labels = torch.arange(32) % 3
@@ -681,5 +681,6 @@ def test_the_mask_of_another_batch_is_refused(bert, load_exits, shape, early_exi
     model, inputs = load_exits(bert), bert.inputs()
     model.set_exit_policy({"criterion": "confidence", "thresholds": [0.5] * 4})
     inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
-    with pytest.raises(ExitConfigurationError, match=rf"shape \({shape[0]}, {shape[1]}\), the inputs \(6, 12\)"):
+    found = rf"shape \({shape[0]}, {shape[1]}\), but the inputs have \(6, 12\)"
+    with pytest.raises(ExitConfigurationError, match=found):
         model(**inputs, early_exit=early_exit)

@@ -15,7 +15,8 @@ from een_hf.models import (
     ExitConfigurationError,
     ExitPolicy,
 )
-from een_hf.models.policies import NEVER, get_criterion
+from een_hf.models.criteria import get_criterion
+from een_hf.models.policies import NEVER
 
 
 CRITERIA = ("confidence", "entropy", "margin", "patience", "vote")
@@ -424,11 +425,11 @@ def test_from_results_reads_the_criterion_of_the_file(results):
 
 def test_from_results_says_what_is_missing(results):
     """A file without the policy that was asked for must not give another one."""
-    with pytest.raises(ExitConfigurationError, match="no budget up to 0.1; it holds: 0.2, 0.4, 0.6"):
+    with pytest.raises(ExitConfigurationError, match="no budget up to 0.1; its budgets are: 0.2, 0.4, 0.6"):
         ExitPolicy.from_results(results(), target_cost=0.1)
     with pytest.raises(ExitConfigurationError, match="no calibrated policy.*target_cost"):
         ExitPolicy.from_results(results(policy=None))
-    with pytest.raises(ExitConfigurationError, match="holds: none"):
+    with pytest.raises(ExitConfigurationError, match="budgets are: none"):
         ExitPolicy.from_results(results(budgeted=[]), target_cost=0.5)
     with pytest.raises(ExitConfigurationError, match="criterion"):
         ExitPolicy.from_results(results(budgeted=[{"target_cost": 0.5, "thresholds": [2, 0]}]), target_cost=0.5)

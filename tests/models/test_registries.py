@@ -12,12 +12,13 @@ import torch
 from een_hf import AutoEarlyExitModel
 from een_hf.commands.train import main
 from een_hf.data.text import TEXT
-from een_hf.models import ExitConfigurationError, policies
+from een_hf.models import ExitConfigurationError
+from een_hf.models.criteria import CRITERIA, find_criterion, get_criterion
 from een_hf.models.exits import EXIT_HEADS, POOLINGS, find_exit_head, find_pooling
-from een_hf.models.policies import ExitPolicy, find_criterion, get_criterion
+from een_hf.models.policies import ExitPolicy
 
 
-REGISTRIES = (POOLINGS, EXIT_HEADS, policies._CRITERIA)
+REGISTRIES = (POOLINGS, EXIT_HEADS, CRITERIA)
 
 
 @pytest.fixture
@@ -106,8 +107,8 @@ def test_auto_model(any_architecture, stock_folders):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "gpt2"}, "'gpt2'; exits exist for: bert, .*vit.*'Add an architecture' in README"),
-        ({"model_type": "swin", "depths": [2, 2], "embed_dim": 96}, "'swin', whose width changes"),
+        ({"model_type": "gpt2"}, "'gpt2'; supported types: bert, .*vit.*'Add an architecture' in README"),
+        ({"model_type": "swin", "depths": [2, 2], "embed_dim": 96}, "'swin', whose hidden states have another width"),
         ({}, "of type None"),
     ],
 )

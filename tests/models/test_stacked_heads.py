@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.initialization import no_init_weights
 
-from een_hf.models import exits
+from een_hf.models import exits, stacked_heads
 from een_hf.models.exits import BertExitHead, register_pooling
 
 
@@ -185,7 +185,7 @@ def test_gradients_of_weighted_sums(scales):
     factors = [torch.randn_like(hidden), torch.randn(3, 2, 4, dtype=torch.float64)]
 
     def total(hidden, sums_scale, hidden_scale):
-        after, sums = exits._WeightedSums.apply(hidden.sin(), weights, sums_scale, hidden_scale)
+        after, sums = stacked_heads._WeightedSums.apply(hidden.sin(), weights, sums_scale, hidden_scale)
         return (after * factors[0]).sum() + (sums.square() * factors[1]).sum()
 
     def plain(hidden, sums_scale, hidden_scale):

@@ -134,7 +134,7 @@ def _change_config(folder, **values):
             lambda folder, config: BertForMultipleChoice(config).save_pretrained(folder),
             "no classifier.*MultipleChoice",
         ),
-        (lambda folder, config: _change_type(folder, config), "of type 'gpt2'; exits exist for: bert, .*vit.*'Add an"),
+        (lambda folder, config: _change_type(folder, config), "of type 'gpt2'; supported types: bert, .*vit.*'Add an"),
         (lambda folder, config: _save_regression(folder, config), "regression"),
         (lambda folder, config: _save_multi_label(folder, config), "multi_label"),
         (lambda folder, config: _change_weights(folder, config, layer=1), "lacks weights, for example bert.encoder"),
