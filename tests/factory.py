@@ -76,6 +76,11 @@ def tiny_config(kind: str = "bert", **changes):
     return MODEL_CLASSES[kind].config_class(**tiny_settings(kind, **changes))
 
 
+def tiny_stock_config(kind: str = "bert", **changes):
+    """The config of transformers itself."""
+    return AutoConfig.for_model(kind, **tiny_settings(kind, **changes))
+
+
 def tiny_model(kind: str = "bert", *, seed: int = 0, noise: float = 0.0, **changes):
     """An early-exit model; `noise` moves every parameter, so that examples differ in what exits predict of them."""
     torch.manual_seed(seed)
@@ -86,7 +91,7 @@ def tiny_stock_model(kind: str = "bert", *, seed: int = 0, noise: float = 0.0, *
     """The classifier of transformers itself."""
     torch.manual_seed(seed)
     auto_class = AutoModelForSequenceClassification if reads_text(kind) else AutoModelForImageClassification
-    return _moved(auto_class.from_config(AutoConfig.for_model(kind, **tiny_settings(kind, **changes))), noise)
+    return _moved(auto_class.from_config(tiny_stock_config(kind, **changes)), noise)
 
 
 def _moved(model, noise: float):

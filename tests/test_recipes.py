@@ -11,9 +11,10 @@ import datasets
 import numpy as np
 import pytest
 import yaml
+from factory import tiny_stock_model
 from PIL import Image
 from test_run_glue_een import write_task
-from transformers import AutoTokenizer, BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import AutoTokenizer, ViTImageProcessor
 
 from een_hf.data.images import IMAGES
 from een_hf.data.text import TEXT
@@ -23,7 +24,7 @@ from een_hf.training.history import RUN_FILE
 
 
 ROOT = Path(__file__).parents[1]
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 32}
+LAYERS = 12
 
 
 def own_flags(method):
@@ -100,7 +101,9 @@ def test_run_cifar_fills_a_folder(workplace, tmp_path):
         path = tmp_path / "cifar" / "data" / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(rows, datasets.Features(columns)).to_parquet(path)
-    ViTModel(ViTConfig(**SHAPE)).save_pretrained(tmp_path / "vit")
+    tiny_stock_model("vit", image_size=224, patch_size=16, num_hidden_layers=LAYERS).base_model.save_pretrained(
+        tmp_path / "vit"
+    )
     ViTImageProcessor().save_pretrained(tmp_path / "vit")
     flags = ["--model_name_or_path", tmp_path / "vit", "--max_steps", 2, "--dataloader_num_workers", 0]
     for method in ("base", "l2w", "boosted"):
@@ -119,7 +122,9 @@ def test_run_cifar_fills_a_folder(workplace, tmp_path):
 def tiny_bert(tmp_path_factory, minilm_path):
     folder = tmp_path_factory.mktemp("bert")
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)
-    BertModel(BertConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder)
+    tiny_stock_model(
+        "bert", vocab_size=len(tokenizer), max_position_embeddings=512, num_hidden_layers=LAYERS
+    ).base_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

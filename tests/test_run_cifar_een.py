@@ -14,15 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factory import tiny_processor, tiny_stock_model
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
 )
 
 from een_hf.commands.train import main
@@ -287,10 +285,8 @@ def test_cifar100_with_a_pretrained_vit(tmp_path, shared_dir):
 
 def test_exits_of_a_stock_checkpoint_read_what_is_the_default(tmp_path):
     """The script took the default of models saved before the field was written: the class token, the worst to read."""
-    size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    stock = ViTForImageClassification(ViTConfig(**size, image_size=8, patch_size=2, num_labels=10))
-    stock.save_pretrained(tmp_path / "stock")
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "stock")
+    tiny_stock_model("vit", patch_size=2, num_labels=10).save_pretrained(tmp_path / "stock")
+    tiny_processor("vit").save_pretrained(tmp_path / "stock")
     flags = ["--dataset_name=digits", "--do_train", "--max_steps=1", "--use_cpu", "--disable_tqdm=True"]
     for given, wanted in (([], "cls_mean"), (["--exit_pooling=mean"], "mean")):
         folder = tmp_path / wanted

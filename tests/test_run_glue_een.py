@@ -17,14 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from factory import tiny_stock_config, tiny_stock_model
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
     BertForTokenClassification,
     GPT2Config,
 )
@@ -373,8 +372,8 @@ def test_what_cannot_be_calibrated_is_refused_before_training(files, minilm_path
     with pytest.raises(SystemExit, match="--model_name_or_path .*nowhere cannot be loaded"):
         nowhere = f"--model_name_or_path={tmp_path / 'nowhere'}"
         main(TEXT, [*train, validation, nowhere, f"--output_dir={tmp_path / 'run'}"])
-    torn, shape = tmp_path / "torn", {name: int(size) for name, size in (pair.split("=") for pair in SHAPE.split(","))}
-    BertForSequenceClassification(BertConfig(**shape)).save_pretrained(torn)
+    torn = tmp_path / "torn"
+    tiny_stock_model().save_pretrained(torn)
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(SystemExit, match="^error: --model_name_or_path .*torn cannot be loaded: SafetensorError"):
         main(TEXT, [*train, validation, f"--model_name_or_path={torn}", f"--output_dir={tmp_path / 'run'}"])
@@ -758,8 +757,8 @@ def test_labels_of_a_fine_tuned_checkpoint(finished, files, tmp_path):
 
 def test_a_head_for_tokens_is_made_new(files, minilm_path, tmp_path):
     """Its labels are those of tokens: refusing it for their number, or keeping it as fine-tuned, is wrong."""
-    shape = yaml.safe_load("{" + SHAPE.replace("=", ": ") + ", vocab_size: 30522, num_labels: 9}")
-    BertForTokenClassification(BertConfig(**shape)).save_pretrained(tmp_path / "tokens")
+    config = tiny_stock_config(vocab_size=30522, num_labels=9)
+    BertForTokenClassification(config).save_pretrained(tmp_path / "tokens")
     flags = tiny(minilm_path, "--do_train", f"--train_file={files['train']}", f"--output_dir={tmp_path / 'out'}")[2:]
     args = parse_arguments(TEXT, [f"--model_name_or_path={tmp_path / 'tokens'}", *flags])
     model = load_model(TEXT, args.model, load_text_data(args.data, splits_needed=["train"], seed=0))

@@ -9,28 +9,20 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
+from factory import NO_DROPOUT, tiny_processor, tiny_stock_model
+from transformers import AutoTokenizer
 
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-SHAPE = {
-    "initializer_range": 0.3,  # so that untrained layers tell rows apart
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+SETTINGS = {"initializer_range": 0.3, **NO_DROPOUT}  # so that untrained layers tell rows apart
 GLOBAL_BATCH, NUM_STEPS, SEED = 8, 6, 6
 
 
 def text_flags(folder, minilm_path):
-    torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)
-    BertModel(BertConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder / "model")
+    stock = tiny_stock_model("bert", seed=SEED, vocab_size=len(tokenizer), **SETTINGS)
+    stock.base_model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     label = datasets.ClassLabel(names=["not_equivalent", "equivalent"])
     columns = {"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"), "label": label}
@@ -50,10 +42,8 @@ def text_flags(folder, minilm_path):
 
 
 def image_flags(folder):
-    torch.manual_seed(SEED)
-    config = ViTConfig(image_size=16, patch_size=4, **SHAPE)
-    ViTModel(config).save_pretrained(folder / "model")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
+    tiny_stock_model("vit", seed=SEED, image_size=16, **SETTINGS).base_model.save_pretrained(folder / "model")
+    tiny_processor("vit", size=16).save_pretrained(folder / "model")
     return ["run_cifar_een.py", f"--model_name_or_path={folder / 'model'}", "--dataset_name=digits"]
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from een_hf.models import EarlyExitBertConfig, EarlyExitBertForSequenceClassification
+from factory import TOKENS, tiny_model, tiny_processor
 
 
 APP = Path(__file__).parents[1] / "recipes" / "space" / "app.py"
@@ -26,20 +25,12 @@ def app():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from transformers import BertTokenizer
-
     folder = tmp_path_factory.mktemp("space")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
-    names = {"id2label": {0: "no", 1: "<b>yes"}, "label2id": {"no": 0, "<b>yes": 1}}
-    config = EarlyExitBertConfig(vocab_size=len(words), max_position_embeddings=32, exit_layers=[1, 3, 4], **shape)
-    config.update(names)
-    model = EarlyExitBertForSequenceClassification(config)
+    names = {"id2label": {0: "no", 1: "<b>yes"}, "label2id": {"no": 0, "<b>yes": 1}, "num_labels": 2}
+    model = tiny_model(vocab_size=len(TOKENS), num_hidden_layers=4, exit_layers=[1, 3, 4], **names)
     model.set_exit_policy({"criterion": "confidence", "thresholds": [-1.0, 0.9, 0.0]})
     model.save_pretrained(folder)
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
     return folder
 
 

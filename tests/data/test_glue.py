@@ -7,9 +7,9 @@ import math
 import datasets
 import numpy as np
 import pytest
+from factory import tiny_config
 from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser
 
-from een_hf import EarlyExitBertConfig
 from een_hf.data import DataError, TextDataArguments, encode_text_data, load_text_data
 from een_hf.data.glue import GLUE_TASKS
 from een_hf.data.text import TEXT
@@ -359,7 +359,7 @@ def test_length_beyond_the_model_warns_and_is_cut(load, write, tokenizer, caplog
     assert len(encoded[0]["input_ids"]) == 32
     assert "--max_seq_length 40" in caplog.text
     # The tokenizer's own limit may be missing or wrong: what counts is how far the model's positions reach.
-    config = EarlyExitBertConfig(max_position_embeddings=24)
+    config = tiny_config(max_position_embeddings=24, num_labels=2)
     args = TextDataArguments(dataset_name="x", max_seq_length=40, pad_to_max_length=True)
     encoded = TEXT.encode_data(data, tokenizer, args, config)["train"]
     assert [len(ids) for ids in encoded["input_ids"]] == [24, 24]

@@ -5,46 +5,26 @@ import pickle
 
 import pytest
 import torch
+from factory import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from een_hf.evaluation import ExitCosts, count_operations, mean_length, relative_costs
 from een_hf.models import (
-    EarlyExitBertConfig,
-    EarlyExitBertForSequenceClassification,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
     ExitPolicy,
 )
 from een_hf.models.policies import NEVER
 
 
 WIDTH, INNER, LABELS = 16, 40, 3
-BERT = {
-    "vocab_size": 50,
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "num_labels": LABELS,
-}
-VIT = {
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-    "num_labels": LABELS,
-}
+SIZES = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_labels": LABELS}
 
 
 def make_bert(**fields):
-    return EarlyExitBertForSequenceClassification(EarlyExitBertConfig(**BERT, **fields))
+    return tiny_model("bert", **SIZES, num_hidden_layers=4, max_position_embeddings=64, **fields)
 
 
 def make_vit(**fields):
-    return EarlyExitViTForImageClassification(EarlyExitViTConfig(**VIT, **fields))
+    return tiny_model("vit", **SIZES, num_hidden_layers=3, image_size=32, patch_size=8, **fields)
 
 
 def expected_costs(exit_layers, tokens, num_layers, embedding, head):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from damage import damaged, wrong_json
+from factory import tiny_config
 from transformers import EvalPrediction
 
 from een_hf.evaluation import (
@@ -21,7 +22,7 @@ from een_hf.evaluation import (
 )
 from een_hf.evaluation.comparison import compare_results
 from een_hf.hub import write_model_card
-from een_hf.models import EarlyExitBertConfig, ExitConfigurationError, ExitPolicy
+from een_hf.models import ExitConfigurationError, ExitPolicy
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def use_results(path):
     found = read_exit_results(path)
     format_exit_table(found)
     assert compare_results({"one": found}).table
-    write_model_card(path.parent, found, EarlyExitBertConfig())
+    write_model_card(path.parent, found, tiny_config())
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)])

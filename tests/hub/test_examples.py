@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from factory import RESULTS
+from factory import RESULTS, tiny_config
 from PIL import Image
 
 from een_hf.hub import (
@@ -13,7 +13,7 @@ from een_hf.hub import (
     write_examples,
     write_model_card,
 )
-from een_hf.models import EarlyExitBertConfig, ExitConfigurationError
+from een_hf.models import ExitConfigurationError
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_examples_that_are_none_are_named(tmp_path, content):
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "examples.json").write_text(content)
     with pytest.raises(ExitConfigurationError, match="examples.json"):
-        write_model_card(tmp_path, RESULTS, EarlyExitBertConfig())
+        write_model_card(tmp_path, RESULTS, tiny_config())
 
 
 def test_examples_against_a_plain_loop():
@@ -68,7 +68,7 @@ def test_texts_are_shown_as_they_are_and_only_if_asked(tmp_path, shared):
     folder = write_examples(tmp_path, examples, rows, ["text"], shared=shared)
     assert folder.name == ("examples" if shared else "_examples")
     assert json.loads((folder / "examples.json").read_text())["deep"][0]["text"] == ["<img src=x> `d`"]
-    card = write_model_card(tmp_path, RESULTS, EarlyExitBertConfig()).read_text()
+    card = write_model_card(tmp_path, RESULTS, tiny_config()).read_text()
     assert ("## Examples" in card) == shared
     if shared:
         assert r"| a \| \*b\* \# c | no | no | no | 0.9999 |" in card
@@ -80,7 +80,7 @@ def test_texts_are_shown_as_they_are_and_only_if_asked(tmp_path, shared):
 def test_images_of_the_card_are_the_rows(tmp_path):
     rows = [{"image": Image.new("L", (8, 8), 40 * number)} for number in range(3)]
     write_examples(tmp_path, choose_examples(LOGITS, LABELS, ["no", "yes"]), rows, ["image"], shared=True)
-    card = write_model_card(tmp_path, {**RESULTS, "model_type": "vit"}, EarlyExitBertConfig()).read_text()
+    card = write_model_card(tmp_path, {**RESULTS, "model_type": "vit"}, tiny_config()).read_text()
     shown = re.findall(r"!\[\]\((examples/.*?)\)", card)
     assert len(shown) == 4
     greys = {name: np.asarray(Image.open(tmp_path / name)) for name in shown}

@@ -6,22 +6,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from factory import LABELS, TOKENS, tiny_model, tiny_processor
 from PIL import Image
-from transformers import BertTokenizer, ViTImageProcessor
 
 from een_hf import ExitConfigurationError, ExitPolicy
 from een_hf.inference import ExitBatchPredictor
-from een_hf.models import (
-    EarlyExitBertConfig,
-    EarlyExitBertForSequenceClassification,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
-)
 
 
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
-SHAPE |= {"exit_layers": [1, 3, 4], "initializer_range": 0.5}
-SHAPE |= {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
+SETTINGS = {"num_hidden_layers": 4, "exit_layers": [1, 3, 4], "initializer_range": 0.5, **LABELS}
 POLICY = {"criterion": "confidence", "thresholds": [0.6, 0.7, 0.0], "temperatures": [1.5, 1.2, 1.1]}
 TEXTS = [" ".join(np.random.default_rng(seed).choice(list("abcdefghij"), 1 + seed % 30)) for seed in range(40)]
 
@@ -29,15 +21,10 @@ TEXTS = [" ".join(np.random.default_rng(seed).choice(list("abcdefghij"), 1 + see
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    torch.manual_seed(0)
-    model = EarlyExitBertForSequenceClassification(
-        EarlyExitBertConfig(vocab_size=len(words), max_position_embeddings=24, **SHAPE)
-    ).eval()
+    model = tiny_model("bert", seed=6, vocab_size=len(TOKENS), max_position_embeddings=24, **SETTINGS).eval()
     model.set_exit_policy(POLICY)
     model.save_pretrained(folder)
-    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    tokenizer = tiny_processor()
     tokenizer.save_pretrained(folder)
     return folder, model, tokenizer
 
@@ -80,11 +67,10 @@ def test_pairs_and_other_policies(bert):
 
 
 def test_images(tmp_path):
-    torch.manual_seed(0)
-    model = EarlyExitViTForImageClassification(EarlyExitViTConfig(image_size=8, patch_size=4, **SHAPE)).eval()
+    model = tiny_model("vit", **SETTINGS).eval()
     model.set_exit_policy(POLICY)
     model.save_pretrained(tmp_path)
-    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    processor = tiny_processor("vit")
     processor.save_pretrained(tmp_path)
     arrays = np.random.default_rng(0).integers(0, 256, (12, 9, 7, 3), dtype=np.uint8)
     inputs = [processor(Image.fromarray(array), return_tensors="pt") for array in arrays]

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from factory import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from een_hf.evaluation.speed import stock_model
 from een_hf.inference import ExitRunner, predict
 from een_hf.inference.onnx import export_onnx
-from een_hf.models import EarlyExitModernBertConfig, ExitConfigurationError
+from een_hf.models import ExitConfigurationError
 
 
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
@@ -237,10 +238,8 @@ def test_rotary_tables_that_depend_on_the_batch_are_refused(rope_type):
     rope = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 8}
     rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0}
     with pytest.raises(ExitConfigurationError, match=f"rope_parameters have rope_type '{rope_type}'"):
-        EarlyExitModernBertConfig(**shape, rope_parameters=rope)
+        tiny_config("modernbert", pad_token_id=0, rope_parameters=rope)
     linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    assert (
-        EarlyExitModernBertConfig(**shape, rope_parameters={**rope, "full_attention": linear}).num_hidden_layers == 2
-    )
+    rope["full_attention"] = linear
+    assert tiny_config("modernbert", pad_token_id=0, rope_parameters=rope).rope_parameters

@@ -2,28 +2,20 @@
 
 import pytest
 import torch
+from factory import tiny_model
 
 from een_hf.inference import predict
-from een_hf.models import (
-    EarlyExitBertConfig,
-    EarlyExitBertForSequenceClassification,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
-)
 
 
 peft = pytest.importorskip("peft", reason="needs the extra peft")
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
-SHAPE |= {"exit_layers": [1, 3, 4], "num_labels": 3, "initializer_range": 0.5}
+SETTINGS = {"num_hidden_layers": 4, "exit_layers": [1, 3, 4], "initializer_range": 0.5}
 
 
 def make(kind, aggregation):
-    torch.manual_seed(0)
+    model = tiny_model(kind, exit_aggregation=aggregation, **SETTINGS)
     if kind == "vit":
-        config = EarlyExitViTConfig(image_size=8, patch_size=4, exit_aggregation=aggregation, **SHAPE)
-        return EarlyExitViTForImageClassification(config), {"pixel_values": torch.randn(12, 3, 8, 8)}
-    config = EarlyExitBertConfig(vocab_size=30, exit_aggregation=aggregation, **SHAPE)
-    return EarlyExitBertForSequenceClassification(config), {"input_ids": torch.randint(1, 30, (12, 9))}
+        return model, {"pixel_values": torch.randn(12, 3, 8, 8)}
+    return model, {"input_ids": torch.randint(1, 30, (12, 9))}
 
 
 @torch.no_grad()

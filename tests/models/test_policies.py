@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from damage import wrong_contents
-from factory import tiny_model
+from factory import tiny_config, tiny_model
 
 from een_hf.models import (
     EarlyExitBertConfig,
@@ -461,7 +461,7 @@ def test_exit_fields_of_another_kind_are_refused(tmp_path, count):
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
 def test_a_config_names_no_code_of_the_hub(tmp_path, name):
     """transformers takes an attention kernel `owner/name` from the Hub and runs it: no file may ask."""
-    EarlyExitBertConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: "someone/kernel"}))
     with pytest.raises(ExitConfigurationError, match="code of the Hub.*someone/kernel"):

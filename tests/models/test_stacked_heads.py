@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from factory import NO_DROPOUT
 from operations import Operations
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +15,6 @@ from een_hf.models import exits, stacked_heads
 from een_hf.models.exits import BertExitHead, register_pooling
 
 
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BOOSTED = {"exit_aggregation": "boosted", "boost_temperature": 0.3, "gradient_rescale": True}
 STACKED, SINGLE = torch.ops.aten.baddbmm.default, torch.ops.aten.addmm.default
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BertConfig
+from factory import tiny_config
 
 from een_hf.models.stages import Examples, bidirectional_mask
 
@@ -10,7 +10,7 @@ from een_hf.models.stages import Examples, bidirectional_mask
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_token_that_sees_nothing_stays_a_number(dtype):
     """Eager attention takes its softmax in float32, where the smallest float64 is minus infinity: 0/0 in the row."""
-    config = BertConfig(attn_implementation="eager")
+    config = tiny_config(attn_implementation="eager")
     mask = torch.tensor([[0, 0, 0, 0, 1, 1]])  # the first token's window is padding only
     examples = Examples(torch.zeros(1, 6, 4, dtype=dtype), mask, padded=True)
     scores = bidirectional_mask(config, examples, window=1)

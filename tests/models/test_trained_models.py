@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torch
+from factory import tiny_model
 from transformers import AutoTokenizer
 
 from een_hf import (
     EarlyExitBertForSequenceClassification,
     EarlyExitTrainingArguments,
-    EarlyExitViTConfig,
-    EarlyExitViTForImageClassification,
     JointExitTrainer,
     predict,
 )
@@ -61,10 +60,9 @@ def vit(tmp_path_factory):
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     pixels = torch.tensor(images / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8)
     shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-    config = EarlyExitViTConfig(**shape, image_size=8, patch_size=2, num_channels=1, num_labels=10)
+    model = tiny_model("vit", **shape, patch_size=2, num_channels=1, num_labels=10)
     rows = [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)]
     settings = {"learning_rate": 3e-3, "max_steps": 120, "per_device_train_batch_size": 32}
-    model = EarlyExitViTForImageClassification(config)
     trained(model, rows[NUM_ROWS:], tmp_path_factory.mktemp("vit"), **settings)
     return model, {"images": {"pixel_values": pixels[:NUM_ROWS]}}
 

@@ -8,8 +8,8 @@ import re
 
 import pytest
 import torch
+from factory import tiny_processor, tiny_stock_model
 from safetensors.torch import load_file
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from een_hf.calibration import check_target_cost
 from een_hf.commands import COMMANDS
@@ -155,11 +155,8 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_folder_free(tmp_path
 def half(tmp_path_factory):
     """Folder of a stock classifier stored in float16."""
     folder = tmp_path_factory.mktemp("half")
-    torch.manual_seed(0)
-    config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    config.update({"intermediate_size": 16, "num_labels": 10})
-    ViTForImageClassification(config).half().save_pretrained(folder)
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    tiny_stock_model("vit", num_labels=10).half().save_pretrained(folder)
+    tiny_processor("vit").save_pretrained(folder)
     return folder
 
 

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from factory import make_trainer, tiny_stock_config, tiny_stock_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, BertConfig, BertForSequenceClassification, BertModel
+from transformers import AutoModel, BertModel
 
 from een_hf.models import MODEL_CLASSES, AutoEarlyExitModel
 from een_hf.models.exits import EXIT_HEADS, ExitHead, register_exit_head
@@ -13,19 +14,13 @@ from een_hf.training import EarlyExitTrainingArguments, JointExitTrainer
 from een_hf.training.head_init import standardize_heads
 
 
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
-TEXT = {**SHAPE, "vocab_size": 60, "max_position_embeddings": 16}
 # The first layer of the last head, where it has one that is new.
 LAST = {"mpnet": "classifier.dense", "distilbert": "pre_classifier", "deberta": "pooler.dense"}
-SHAPES = {
-    "distilbert": {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 24, "vocab_size": 60},
-    "vit": {**SHAPE, "image_size": 8, "patch_size": 4},
-}
 
 
 def backbone(folder, model_type):
     torch.manual_seed(0)
-    AutoModel.from_config(AutoConfig.for_model(model_type, **SHAPES.get(model_type, TEXT))).save_pretrained(folder)
+    AutoModel.from_config(tiny_stock_config(model_type)).save_pretrained(folder)
     return folder
 
 
@@ -67,8 +62,7 @@ def test_first_layers_have_mean_0_and_variance_1(model_type, tmp_path):
 
 def test_what_a_checkpoint_brings_stays(tmp_path):
     """The pretrained pooler and fine-tuned heads, and heads of one layer, whose numbers are logits."""
-    torch.manual_seed(0)
-    stock = BertForSequenceClassification(BertConfig(**TEXT, num_labels=3))
+    stock = tiny_stock_model()
     nn.init.normal_(stock.bert.pooler.dense.bias)
     stock.save_pretrained(tmp_path / "stock")
     model = AutoEarlyExitModel.from_pretrained(tmp_path / "stock")
@@ -87,12 +81,7 @@ def trained(model, folder, **settings):
         dict(zip(inputs(16), row, strict=True), labels=i % 3)
         for i, row in enumerate(zip(*inputs(16).values(), strict=True))
     ]
-    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "max_steps": 2}
-    trainer = JointExitTrainer(
-        model=model,
-        args=EarlyExitTrainingArguments(str(folder), **{**quiet, "learning_rate": 0.0, **settings}),
-        train_dataset=rows,
-    )
+    trainer = make_trainer(folder, model, train_dataset=rows, **{"learning_rate": 0.0, "max_steps": 2, **settings})
     trainer.train()
     return model
 
@@ -100,7 +89,7 @@ def trained(model, folder, **settings):
 def test_the_trainer_does_it_once(tmp_path):
     """At rate 0 nothing else moves; a second training, which finds trained heads, must not scale them again."""
     folder = backbone(tmp_path / "bert", "bert")
-    BertModel(BertConfig(**TEXT), add_pooling_layer=False).save_pretrained(folder)
+    BertModel(tiny_stock_config(), add_pooling_layer=False).save_pretrained(folder)
     made = AutoEarlyExitModel.from_pretrained(folder, num_labels=3)
     left = trained(copy.deepcopy(made), tmp_path, standardize_heads=False)
     assert all(torch.equal(tensor, made.state_dict()[name]) for name, tensor in left.state_dict().items())
