@@ -105,7 +105,7 @@ def calibrate_cost(choices: list[ScoredRows], target_cost: float) -> Calibration
         raise ExitConfigurationError(
             f"--target_cost {target_cost:g} cannot be met: rows with NaN scores never exit early (cost {cost:.4g})."
         )
-    name = "agreement with the last exit"
+    name = f"agreement with the {'last exit' if scored.given_reference is None else 'reference'}"
     if scored.labels is not None:
         name = {"regression": "score", "multi_label_classification": "accuracy over labels"}.get(
             scored.problem_type, "accuracy"

@@ -24,6 +24,7 @@ def calibrate(
     problem_type: str = "single_label_classification",
     seed: int = 0,
     chosen_by: str | None = None,
+    reference: np.ndarray | None = None,
 ) -> CalibrationReport:
     """Choose an exit policy from the logits of calibration rows.
 
@@ -46,6 +47,8 @@ def calibrate(
         seed: of the permutation that divides the rows into searching and certifying ones.
         chosen_by: what these rows have chosen before, for example a checkpoint. Then no guarantee is written, and the
             policy says why.
+        reference: logits (num_rows, num_labels) of the answers that stand in for the last exit's, in `risk` and where
+            there are no labels: the full-precision model's, where `exit_logits` are of a quantized one.
 
     Returns:
         a `CalibrationReport`; set its policy with `model.set_exit_policy(report.policy)`.
@@ -66,7 +69,7 @@ def calibrate(
     """
     if (target_cost is None) == (max_risk is None):
         raise ExitConfigurationError("Give one of target_cost (--target_cost) and max_risk (--max_risk).")
-    scored = score_rows(exit_logits, labels, costs, criterion, params, problem_type)
+    scored = score_rows(exit_logits, labels, costs, criterion, params, problem_type, reference)
     if target_cost is not None:
         return calibrate_cost(scored.choices(), target_cost)
     return calibrate_risk(scored, max_risk, risk, risk_confidence, seed, chosen_by)

@@ -197,7 +197,7 @@ def risk_losses(risk: str | Callable, scored: ScoredRows, exits: np.ndarray) -> 
         return losses
     rows = np.arange(scored.num_rows)
     if risk == "accuracy_gap":
-        right = scored.right == 1
-        return (right[:, -1] & ~right[rows, exits]).astype(np.float64)
-    differs = scored.predictions[rows, exits] != scored.predictions[:, -1]
+        right = (scored.reference == scored.targets).all(1)
+        return (right & (scored.right[rows, exits] < 1)).astype(np.float64)
+    differs = scored.predictions[rows, exits] != scored.reference
     return differs.mean(1) if risk == "hamming" else differs.any(1).astype(np.float64)

@@ -37,21 +37,26 @@ class CalibrationReport:
 class ScoredRows:
     """Calibration rows with their temperatures, scores (num_rows, num_exits) and gains (num_rows, num_exits).
 
-    `tempered` says whether the scores are of logits divided by the temperatures.
+    `tempered` says whether the scores are of logits divided by the temperatures. `reference` are the answers,
+    (num_rows,) or (num_rows, num_labels), that stand in for the last exit's.
     """
 
-    def __init__(self, logits, labels, costs, criterion, params, problem_type, temperatures=None, tempered=True):
+    def __init__(
+        self, logits, labels, costs, criterion, params, problem_type, reference=None, temperatures=None, tempered=True
+    ):
         self.logits, self.labels, self.costs = logits, labels, costs
         self.criterion, self.params, self.problem_type = criterion, params, problem_type
         self.regression = problem_type == "regression"
         if temperatures is None and not self.regression:
-            temperatures = fit_temperatures(logits, labels, problem_type)
+            temperatures = fit_temperatures(logits, reference if labels is None else labels, problem_type)
         self.temperatures, self.tempered = temperatures, tempered and temperatures is not None
         self.scores = get_criterion(criterion, params).scores(logits, temperatures if tempered else None).numpy()
         self.num_rows, self.num_exits = self.scores.shape
         # (num_rows, num_exits, answers): one answer for each label of a multi-label problem, else one.
         self.predictions = predict_labels(logits.numpy(), problem_type).reshape(self.num_rows, self.num_exits, -1)
-        targets = right_answers(self.predictions[:, -1], labels, problem_type)
+        self.given_reference = reference
+        self.reference = self.predictions[:, -1] if reference is None else reference.reshape(self.num_rows, -1)
+        self.targets = targets = right_answers(self.reference, labels, problem_type)
         # The gain of a row at each exit: the share of its answers that are right, or minus the squared error.
         if not self.regression:
             self.right = (self.predictions == targets[:, None]).mean(-1)
@@ -67,9 +72,9 @@ class ScoredRows:
             self.right = self.gains
 
     def select(self, rows: np.ndarray | slice, temperatures=None, params=None, tempered=True) -> "ScoredRows":
-        labels = None if self.labels is None else self.labels[rows]
+        labels, reference = (None if of is None else of[rows] for of in (self.labels, self.given_reference))
         settings = (self.criterion, self.params if params is None else params, self.problem_type)
-        return ScoredRows(self.logits[rows], labels, self.costs, *settings, temperatures, tempered)
+        return ScoredRows(self.logits[rows], labels, self.costs, *settings, reference, temperatures, tempered)
 
     def choices(self) -> list["ScoredRows"]:
         """The same rows under each setting of the criterion that is worth trying, where none is given."""
@@ -122,7 +127,7 @@ class ScoredRows:
         return float(self.right[np.arange(self.num_rows), self.exits(thresholds)].mean())
 
 
-def score_rows(exit_logits, labels, costs, criterion, params, problem_type) -> ScoredRows:
+def score_rows(exit_logits, labels, costs, criterion, params, problem_type, reference=None) -> ScoredRows:
     logits, params = as_tensor(exit_logits), params or {}
     if logits.dim() != 3 or logits.shape[1] != len(costs) or len(logits) == 0:
         raise ExitConfigurationError(
@@ -134,4 +139,10 @@ def score_rows(exit_logits, labels, costs, criterion, params, problem_type) -> S
     ExitPolicy(criterion, [NEVER] * num_exits, params=params).validate(num_exits, problem_type, num_labels)
     if labels is not None:
         labels = check_labels(labels, num_rows, num_labels, problem_type)
-    return ScoredRows(logits, labels, ExitCosts.of(costs), criterion, params, problem_type)
+    if reference is not None:
+        if np.shape(reference) != (num_rows, num_labels):
+            raise ExitConfigurationError(
+                f"reference must hold logits {(num_rows, num_labels)}, as exit_logits, not {np.shape(reference)}."
+            )
+        reference = predict_labels(as_tensor(reference).numpy(), problem_type)
+    return ScoredRows(logits, labels, ExitCosts.of(costs), criterion, params, problem_type, reference)

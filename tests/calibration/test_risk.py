@@ -8,10 +8,11 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from calibration.samples import MULTI, even_costs, label_outcome_of, make_multi_label_rows, make_rows
+from calibration.samples import MULTI, even_costs, label_outcome_of, make_multi_label_rows, make_rows, outcome_of
 
 from een_hf.calibration import (
     calibrate,
+    fit_temperatures,
     risk_p_value,
 )
 from een_hf.evaluation import ExitCosts
@@ -47,6 +48,33 @@ def test_risks_of_several_labels_can_be_recomputed(risk):
     assert guarantee["p_value"] == pytest.approx(p_value)
     assert 0 < guarantee["p_value"] <= 0.1
     assert report.relative_cost == pytest.approx(cost) and cost < 1
+
+
+def test_a_reference_stands_in_for_the_last_exit():
+    """Answers are compared with those of another model, such as the one that a quantized copy was made of."""
+    logits, _ = make_rows(1000)
+    reference = logits[:, -1] + np.random.default_rng(1).normal(scale=0.8, size=(1000, 3)).astype(np.float32)
+    report = calibrate(logits, None, even_costs(4), max_risk=0.2, seed=5, reference=reference)
+    certifying = np.random.default_rng(5).permutation(1000)[200:]
+    cost, agreement = outcome_of(report.policy, logits[certifying], reference[certifying].argmax(-1), even_costs(4))
+    guarantee = report.policy.guarantee
+    assert guarantee["risk"] == "consistency" and guarantee["errors"] == round(800 * (1 - agreement)) > 0
+    assert guarantee["p_value"] == pytest.approx(scipy.stats.binom.cdf(guarantee["errors"], 800, 0.2))
+    assert report.relative_cost == pytest.approx(cost) and cost < 1 and report.score == pytest.approx(agreement)
+    # The answers of the reference are what temperatures are fitted to, as labels are.
+    search = np.setdiff1d(np.arange(1000), certifying)
+    assert report.policy.temperatures == pytest.approx(
+        fit_temperatures(logits[search], reference[search].argmax(-1)), rel=1e-3
+    )
+    assert (
+        "agreement with the reference"
+        in calibrate(logits, None, even_costs(4), target_cost=0.5, reference=reference).message
+    )
+    with pytest.raises(ExitConfigurationError, match=r"reference must hold logits \(1000, 3\)"):
+        calibrate(logits, None, even_costs(4), target_cost=0.5, reference=reference[:, :2])
+    # Where even all layers disagree too often, nothing is certified.
+    other = np.roll(reference, 1, axis=1)
+    assert calibrate(logits, None, even_costs(4), max_risk=0.2, reference=other).policy is None
 
 
 def test_the_promise_on_labels_holds_over_many_draws():
