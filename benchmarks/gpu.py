@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast
 
 from een_hf.evaluation import measure_seconds, stock_model, text_functions
 from een_hf.inference import ExitRunner, pad_rows, predict
-from een_hf.inference.onnx import FirstSureExit
+from een_hf.inference.onnx import DynamicExits
 from een_hf.models import MODEL_CLASSES, ExitPolicy
 from een_hf.models.policies import NEVER
 
@@ -343,13 +343,20 @@ def one_example(args, network, model: str, step: int) -> list[dict]:
 STOCK = ("eager", "graph")
 
 
+class _OneExample(DynamicExits):
+    """The chain of the ONNX export, which need not look which rows of a batch of one continue."""
+
+    def continuing(self, exits):
+        return torch.zeros_like(exits, dtype=torch.int64)
+
+
 def chain_of_exits(args, network, policy: ExitPolicy, inputs: dict):
     """The chain of the ONNX export on one example: on CUDA one graph with conditional nodes, elsewhere with plain ifs.
 
     Raises:
         ImportError: this torch has no conditional nodes.
     """
-    chain, cuda = FirstSureExit(network, policy), args.device == "cuda"
+    chain, cuda = _OneExample(network, policy), args.device == "cuda"
     thresholds = torch.tensor(policy.thresholds, device=args.device)
     unmasked = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
 

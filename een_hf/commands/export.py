@@ -1,15 +1,14 @@
 """Write an early-exit model as one ONNX graph in which ONNX Runtime skips the layers after the exit.
 
-een-hf export runs/mine --output model.onnx                batches exit by the model's policy
+een-hf export runs/mine --output model.onnx                every example exits by the model's policy
 een-hf export runs/mine --output model.onnx --no_dynamic   every exit is evaluated
 
 Inputs, of any batch size and length: input_ids, attention_mask, token_type_ids (BERT), pixel_values (ViT).
 Outputs: logits (batch, labels) and exit_index (batch), counted from 0; with --no_dynamic exit_logits (batch, exits,
 labels).
 
-A batch exits as a whole: at the first exit where the scores of all its examples reach the threshold. All of them then
-have the same exit_index, and logits from that exit. A batch of one exits as in PyTorch. A further input, `thresholds`
-(exits), is optional: its default is the thresholds of the policy.
+Every example exits as in PyTorch, whatever the batch; the layers after its exit are not computed for it. A further
+input, `thresholds` (exits), is optional: its default is the thresholds of the policy.
 
 Policy, labels and exit layers are in the file's metadata. Before it is written, its answers are compared with
 PyTorch's on random inputs. Every criterion can be exported.

@@ -1,8 +1,8 @@
 """Export of an early-exit model as one ONNX graph.
 
-In the dynamic graph every stage after the first (its layers, its exit and the decision) is a branch of an `If`, which
-ONNX Runtime does not run after the batch has exited. All rows of a batch exit together, at the first exit where the
-scores of all rows reach the threshold; a batch of one row exits where it does in PyTorch.
+In the dynamic graph every stage after the first (its layers, its exit and the decision) is a branch of an `If`. It
+gathers the rows that have not exited and writes their answers back; ONNX Runtime does not run it after all have. So
+each row exits where it does in PyTorch, whatever the batch.
 """
 
 import copy
@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import ExportError
 from ..extras import named_extras
@@ -43,7 +42,7 @@ class _AllExits(nn.Module):
         return torch.stack(self.model.run_all(self.model.embed(**inputs)), 1)
 
 
-class FirstSureExit(nn.Module):
+class DynamicExits(nn.Module):
     """The dynamic graph: from inputs and thresholds (num_exits,) to logits (batch, num_labels), exit_index (batch,).
 
     Args:
@@ -60,46 +59,46 @@ class FirstSureExit(nn.Module):
 
     def forward(self, inputs, thresholds):
         examples = self.model.embed(**inputs)
-        read, layout = tree_flatten(
-            (examples.attention_mask, examples.per_token, examples.per_example, self.model.make_context(examples))
-        )
-        # A branch takes each tensor once.
-        tensors = list({id(leaf): leaf for leaf in read if isinstance(leaf, torch.Tensor)}.values())
-        places = [next((n for n, t in enumerate(tensors) if t is leaf), None) for leaf in read]
+        beside = replace(examples, hidden=None)
+        fixed = beside.tensors()  # what no stage changes
+        found = self._stage(0, thresholds, examples)
+        for number in range(1, len(self.exits)):
+            kept = 2 if number == len(self.exits) - 1 else len(found)  # behind the last exit nothing but answers
 
-        def stage(index, thresholds, tensors, hidden, previous, state):
-            """Hidden states, logits and the criterion's state after a stage, then whether the whole batch exits."""
-            leaves = [leaf if n is None else tensors[n] for leaf, n in zip(read, places, strict=True)]
-            *fields, context = tree_unflatten(leaves, layout)
-            exit_index, after = self.exits[index], self.exits[index - 1] if index else -1
-            hidden, logits = self.model.run_stage(exit_index, Examples(hidden, *fields), context, previous, after)
-            temperature = self.temperatures[exit_index] if self.temperatures else None
-            scores, state = self.criterion.score(logits, state, temperature)
-            # A view of the logits, as a regression keeps it, may not be returned beside them.
-            state = (tensor.clone() for tensor in state)
-            return hidden, logits, *state, (scores >= thresholds[exit_index]).all()
+            def run(thresholds, *operands, number=number, kept=kept):
+                _, _, exits, *_ = before = operands[len(fixed) :]
+                rows = self.continuing(exits)
+                left = iter([operand.index_select(0, rows) for operand in operands])
+                examples = beside.map(lambda _: next(left))
+                logits, _, _, hidden, *state = left
+                examples = replace(examples, hidden=hidden, logits=logits, state=tuple(state))
+                after = self._stage(number, thresholds, examples)
+                return tuple(old.index_copy(0, rows, new) for old, new in zip(before, after[:kept], strict=False))
 
-        *kept, done = stage(0, thresholds, tensors, examples.hidden, None, ())
-        decisions = [done]
-        for index in range(1, len(self.exits)):
-
-            def run(thresholds, done, *operands, index=index):
-                tensors_of_layers, (hidden, logits, *state) = operands[: len(tensors)], operands[len(tensors) :]
-                return stage(index, thresholds, tensors_of_layers, hidden, logits, tuple(state))
-
-            def skip(thresholds, done, *operands):
+            def skip(thresholds, *operands, kept=kept):
                 # A branch may not return an operand itself.
-                return tuple(operand.clone() for operand in (*operands[len(tensors) :], done))
+                return tuple(operand.clone() for operand in operands[len(fixed) :][:kept])
 
-            *kept, done = torch.cond(done, skip, run, (thresholds, done, *tensors, *kept))
-            decisions.append(done)
-        if len(decisions) == 1:
-            exit_index = torch.zeros_like(done, dtype=torch.int64)
-        else:
-            exit_index = sum((~done).long() for done in decisions[:-1])
-        if len(self.exits) < self.model.num_exits:
-            exit_index = torch.tensor(self.exits)[exit_index]
-        return kept[1], exit_index.expand(kept[1].shape[0])
+            found = torch.cond(found[2].all(), skip, run, (thresholds, *fixed, *found))
+        return found[0], found[1]
+
+    def continuing(self, exits: torch.Tensor) -> torch.Tensor:
+        """The numbers, int64, of the rows that do not exit; there is one at least."""
+        rows = (~exits).nonzero().squeeze(1)
+        torch._check(rows.shape[0] >= 1)
+        return rows
+
+    def _stage(self, number: int, thresholds: torch.Tensor, examples: Examples) -> tuple[torch.Tensor, ...]:
+        """Logits, exit and whether it is taken, hidden states and the criterion's state, of each row after a stage."""
+        exit_index, after = self.exits[number], self.exits[number - 1] if number else -1
+        context = self.model.make_context(examples)
+        hidden, logits = self.model.run_stage(exit_index, examples, context, examples.logits, after)
+        temperature = self.temperatures[exit_index] if self.temperatures else None
+        scores, state = self.criterion.score(logits, examples.state, temperature)
+        exits = scores >= thresholds[exit_index]
+        # A view of the logits, as a regression keeps it, may not be returned beside them.
+        state = [tensor.clone() for tensor in state]
+        return logits, torch.full_like(exits, exit_index, dtype=torch.int64), exits, hidden, *state
 
 
 def _exits_of(model: EarlyExitMixin, policy: ExitPolicy) -> list[int]:
@@ -114,10 +113,10 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
     Inputs of the graph: `pixel_values` (batch, channels, height, width), or those of `input_ids`, `attention_mask` and
     `token_type_ids` (batch, length), int64, that the model takes. Batch and length of texts may be of any size.
 
-    Outputs of the dynamic graph: `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based. The whole
-    batch exits at the first exit where the scores of all rows reach the threshold: `exit_index` is the same for all
-    rows, and all `logits` are from that exit. A further input, `thresholds` (num_exits,), is optional; its default is
-    the thresholds of the model's policy. Exits that the policy never uses are not in the graph.
+    Outputs of the dynamic graph: `logits` (batch, num_labels) and `exit_index` (batch,), int64, 0-based. Each row
+    exits where it does in PyTorch, and the layers after its exit are not computed for it. A further input,
+    `thresholds` (num_exits,), is optional; its default is the thresholds of the model's policy. Exits that the policy
+    never uses are not in the graph.
 
     Output of the graph that is not dynamic: `exit_logits` (batch, num_exits, num_labels).
 
@@ -127,7 +126,7 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
     Args:
         model: an early-exit model.
         path: the file to write, ending in `.onnx`, in a folder that exists.
-        dynamic: `True`: the batch exits by the model's policy; `False`: every exit is evaluated.
+        dynamic: `True`: every row exits by the model's policy; `False`: every exit is evaluated.
 
     Raises:
         ExitConfigurationError: the path cannot be written, the model has no policy or one exit, or a package is
@@ -196,7 +195,7 @@ def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONN
     graph, arguments, shapes = _AllExits(model), {"inputs": inputs}, {"inputs": dict.fromkeys(inputs, axes)}
     names = [*inputs]
     if policy is not None:
-        graph = FirstSureExit(model, policy)
+        graph = DynamicExits(model, policy)
         names.append(THRESHOLDS)
         arguments[THRESHOLDS] = torch.tensor(policy.thresholds, dtype=torch.float32)
         shapes[THRESHOLDS] = None
@@ -292,32 +291,28 @@ def _check(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path) -> None
         thresholds=[policy.thresholds[index] for index in exits],
         temperatures=policy.temperatures and [policy.temperatures[index] for index in exits],
     )
-    lowest = np.stack([rule.scores(exit_logits).amin(0).numpy() for exit_logits in answers])
-    between = replace(rule, thresholds=np.median(lowest, 0).tolist())
+    scores = rule.scores(torch.cat(answers))
+    between = replace(rule, thresholds=scores.quantile(0.45, 0, interpolation="midpoint").tolist())
+    # As may the graph's own, in a batch of fewer rows.
+    margin = TOLERANCE if policy.scorer.scores_probabilities else 0.0
     others = np.full(model.num_exits, NEVER, np.float32)
     others[exits] = between.thresholds
     for feed, exit_logits in zip(feeds, answers, strict=True):
         for chosen, given in ((rule, {}), (between, {THRESHOLDS: others})):
-            found, wanted = session.run(["exit_index"], feed | given)[0], exits[whole_batch_exit(chosen, exit_logits)]
-            if (found != wanted).any():
+            logits, exit_index = session.run(None, feed | given)
+            taken = chosen.exits_of(exit_logits)
+            near = (chosen.scores(exit_logits) - torch.tensor(chosen.thresholds)).abs() < margin
+            wanted = np.array(exits)[taken]
+            if elsewhere := np.flatnonzero((exit_index != wanted) & ~near.any(1).numpy()).tolist():
+                row = elsewhere[0]
                 raise ExportError(
-                    f"ONNX Runtime exits at exit {found[0] + 1}, PyTorch at exit {wanted + 1}: nothing is written."
+                    f"ONNX Runtime exits at exit {exit_index[row] + 1}, PyTorch at exit {wanted[row] + 1}: nothing is "
+                    "written."
                 )
-
-
-def whole_batch_exit(policy: ExitPolicy, exit_logits: torch.Tensor) -> int:
-    """The first exit at which all rows of a batch exit.
-
-    Args:
-        policy: the exit policy.
-        exit_logits: (batch, num_exits, num_labels).
-
-    Returns:
-        0-based exit; the last one if the rows do not agree on an earlier one.
-    """
-    reached = (policy.scores(exit_logits) >= torch.tensor(policy.thresholds)).all(0)
-    reached[-1] = True
-    return int(reached.int().argmax())
+            same = exit_index == wanted
+            answered = exit_logits[torch.arange(len(taken)), taken].numpy()
+            if not (np.abs(logits - answered)[same] <= TOLERANCE).all():
+                raise ExportError("ONNX Runtime answers with the logits of another exit or row: nothing is written.")
 
 
 def load_session(path: str | Path) -> "onnxruntime.InferenceSession":  # noqa: F821

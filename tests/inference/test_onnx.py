@@ -18,6 +18,7 @@ from een_hf.models.policies import NEVER
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
+OFF = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 32}
 TEMPERATURES = [1.5, 0.8, 2.0]
@@ -112,10 +113,10 @@ def row_scores(criterion, exit_logits, temperatures):
     return scores
 
 
-def leaves_at(scores, thresholds):
-    """The first exit, 0-based, that all rows of (batch, num_exits) are sure at."""
+def exits_at(scores, thresholds):
+    """The first exit, 0-based, at which a row's scores (num_exits,) reach the threshold."""
     for index in range(len(thresholds) - 1):
-        if all(row[index] >= thresholds[index] for row in scores):
+        if scores[index] >= thresholds[index]:
             return index
     return len(thresholds) - 1
 
@@ -134,7 +135,7 @@ def threshold_grid(criterion, scores):
 
 
 def check_against_pytorch(exported, kind):
-    """Every threshold of a grid: rows one by one as PyTorch's dynamic mode, batches by the whole-batch rule."""
+    """Every threshold of a grid: rows one by one and in batches exit and answer as in PyTorch's dynamic mode."""
     criterion, taken = exported.policy["criterion"], set()
     rows = make_inputs(kind, 24, seed=3)
     all_logits = exported.exit_logits(rows)
@@ -150,9 +151,9 @@ def check_against_pytorch(exported, kind):
         for first, size in ((0, 2), (2, 3), (5, 7), (12, 12)):
             part = slice(first, first + size)
             logits, exit_index = exported.run({name: tensor[part] for name, tensor in rows.items()}, thresholds)
-            wanted = leaves_at(scores[part], thresholds)
-            assert exit_index.tolist() == [wanted] * size
-            np.testing.assert_allclose(logits, all_logits[part, wanted], atol=1e-4)
+            wanted = [exits_at(row, thresholds) for row in scores[part]]
+            assert exit_index.tolist() == wanted
+            np.testing.assert_allclose(logits, all_logits[np.arange(24)[part], wanted], atol=1e-4)
     assert taken == set(range(exported.model.num_exits))
 
 
@@ -221,10 +222,8 @@ def test_the_policys_thresholds_are_the_default(bert):
     assert [value.name for value in bert.session.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
     assert [value.name for value in bert.session.get_outputs()] == ["logits", "exit_index"]
     rows = make_inputs("bert", 24, seed=7)
-    scores, found = bert.scores(bert.exit_logits(rows)), []
-    for row in range(24):
-        found += bert.run({name: tensor[row : row + 1] for name, tensor in rows.items()})[1].tolist()
-    assert found == [leaves_at(row[None], bert.policy["thresholds"]) for row in scores]
+    found = bert.run(rows)[1].tolist()
+    assert found == [exits_at(row, bert.policy["thresholds"]) for row in bert.scores(bert.exit_logits(rows))]
     assert set(found) == {0, 1, 2}
 
 
@@ -242,7 +241,7 @@ def test_any_length_and_batch(bert, length):
 
 
 def test_a_row_of_padding_disturbs_no_other(bert):
-    """Fails if a row that is all padding turns into NaN, which would keep the whole batch to the last exit."""
+    """Fails if a row that is all padding turns into NaN, which never exits early."""
     rows = make_inputs("bert", 4)
     wanted = bert.exit_logits(rows)
     rows["attention_mask"][1] = 0
@@ -257,26 +256,38 @@ def test_broken_rows_never_leave_early(vit):
     assert vit.run(rows, [-NEVER] * 2)[1].tolist() == [0] * 3
     rows["pixel_values"][1, 0, 5, 5] = float("nan")
     logits, exit_index = vit.run(rows, [-NEVER] * 2)
-    assert exit_index.tolist() == [1] * 3 and np.isnan(logits[1]).all()
+    assert exit_index.tolist() == [0, 1, 0] and np.isnan(logits[1]).all()
     assert vit.dynamic(rows, [-NEVER] * 2).exit_index.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit"])
-def test_layers_after_the_exit_do_not_run(request, kind, tmp_path, monkeypatch):
-    """Fails if ONNX Runtime computes a layer that no row needs: a layer has two layer norms, which it counts."""
+def test_layers_run_for_the_rows_that_need_them(request, kind, tmp_path, monkeypatch):
+    """Fails if ONNX Runtime computes a layer for a row that has exited: each has two layer norms, whose rows count."""
     monkeypatch.chdir(tmp_path)
-    exported = request.getfixturevalue(kind)
+    exported, rng = request.getfixturevalue(kind), np.random.default_rng(0)
     exit_layers, num_exits = exported.model.config.exit_layers, exported.model.num_exits
-    for index, layer in enumerate(exit_layers):
-        off = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = exported.start(enable_profiling=True, graph_optimization_level=off)
-        exported.run(make_inputs(kind, 2), [NEVER] * index + [-NEVER] * (num_exits - index), session)
+    rows = make_inputs(kind, 5, seed=2)
+    scores = exported.scores(exported.exit_logits(rows))
+    batches = [[5] + [0] * (num_exits - 1), [0] * (num_exits - 1) + [5]]
+    batches += [np.bincount(rng.integers(num_exits, size=5), minlength=num_exits).tolist() for _ in range(6)]
+    for leaving in batches:
+        thresholds, left = [], np.arange(5)
+        for index, count in enumerate(leaving[:-1]):
+            left = left[np.argsort(-scores[left, index])]
+            edges = [1.0, *scores[left, index], -1.0]
+            thresholds.append((edges[count] + edges[count + 1]) / 2)
+            left = left[count:]
+        session = exported.start(enable_profiling=True, graph_optimization_level=OFF)
+        _, exit_index = exported.run(rows, [*thresholds, 0.0], session)
+        assert np.bincount(exit_index, minlength=num_exits).tolist() == leaving
         with open(session.end_profiling()) as file:
-            events = json.load(file)
-        ran = [event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")]
+            events = [event["args"] for event in json.load(file) if event["name"].endswith("_kernel_time")]
+        norms = [event for event in events if event["op_name"] == "LayerNormalization"]
+        found = sum(next(iter(event["output_type_shape"][0].values()))[0] for event in norms)
+        layers = sum(count * layer for count, layer in zip(leaving, exit_layers, strict=True))
         # BERT has one more in its embeddings, ViT one in the head of every exit.
-        more = 1 if kind == "bert" else index + 1
-        assert ran.count("LayerNormalization") == 2 * layer + more
+        more = 5 if kind == "bert" else sum(count * (index + 1) for index, count in enumerate(leaving))
+        assert found == 2 * layers + more
 
 
 def test_weights_are_stored_once(bert):
