@@ -22,7 +22,7 @@ from een_hf.evaluation import curve_area, metric_at_cost
 
 
 HERE = Path(__file__).parent
-SCHEMES = ("joint", "boosted", "l2w")
+SCHEMES = ("joint", "two_stage", "boosted", "l2w")
 CUTS = ("cut-4", "cut-3", "cut-2")
 SHARES = (0.25, 0.5, 0.75)
 
@@ -306,7 +306,7 @@ def one_seed(data: dict, name: str, plots: Path | None) -> str:
 
 
 def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
-    """What a reader wants to know first: `joint`, the default scheme, on each data set."""
+    """What a reader wants to know first: `joint`, the default scheme, and `two_stage` on each data set."""
     lines, curves, kept, lost = [], {}, [], []
     for name, data in files:
         found = Quality(data)
@@ -314,38 +314,46 @@ def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
         if "joint" not in found.runs or not plain or np.mean(plain) < 0.1:
             continue
         task = f"{found.task}, {name.split('_')[-1]}" + (", all rows, one seed" if len(found.seeds) == 1 else "")
-        half, quarter = (found.difference("joint", share, "stock") for share in (0.5, 0.25))
-        if half.known:
-            (kept if half.mean >= -0.003 else lost).append(f"{task} ({half.mean:+.3f})")
-        rows = [*found.runs["joint"].values()]
-        certificates = [
-            certified_cost([(row["risks"] or {}).get(limit) for row in rows]) for limit in ("0.01", "0.02", "0.05")
-        ]
         small = {method: found.difference(method, None, "stock") for method in found.cuts if found.runs[method]}
         costs = {method: next(iter(found.runs[method].values()))["relative_cost"] for method in small}
         best = max((m for m in small if costs[m] <= 0.51), key=lambda method: small[method].mean, default=None)
-        cells = [f"{found.metric} {spread(plain)}", str(half), str(quarter), " / ".join(certificates)]
-        lines.append([task, *cells, "not run" if best is None else f"{small[best]}, {found.labels[best]}"])
-        points = zip(*(row["budgeted"] for row in rows), strict=False)
-        curves[task] = [
-            [
-                np.mean([p["relative_cost"] for p in ps]),
-                np.mean([p["metrics"][found.metric] for p in ps]) - np.mean(plain),
+        rival = "not run" if best is None else f"{small[best]}, {found.labels[best]}"
+        for scheme in ("joint", "two_stage"):
+            if scheme not in found.runs:
+                continue
+            half, quarter = (found.difference(scheme, share, "stock") for share in (0.5, 0.25))
+            if half.known:
+                (kept if half.mean >= -0.003 else lost).append(f"{task}, {scheme} ({half.mean:+.3f})")
+            rows = [*found.runs[scheme].values()]
+            certificates = " / ".join(
+                certified_cost([(row["risks"] or {}).get(limit) for row in rows]) for limit in ("0.01", "0.02", "0.05")
+            )
+            plain_cell = f"{found.metric} {spread(plain)}"
+            lines.append([task, scheme, plain_cell, str(half), str(quarter), certificates, rival])
+            points = zip(*(row["budgeted"] for row in rows), strict=False)
+            curves[task, scheme] = [
+                [
+                    np.mean([p["relative_cost"] for p in ps]),
+                    np.mean([p["metrics"][found.metric] for p in ps]) - np.mean(plain),
+                ]
+                for ps in points
+                if not any(p["metrics"].get(found.metric) is None for p in ps)
             ]
-            for ps in points
-            if not any(p["metrics"].get(found.metric) is None for p in ps)
-        ]
     if not lines:
         return ""
     labels = {"xlabel": "relative cost (plain model = 1)", "ylabel": "metric, less plain fine-tuning"}
-    with plot(plots, "summary", **labels, title="joint", xlim=(0, None)) as axes:
+    with plot(plots, "summary", **labels, title="two_stage (solid), joint (dotted)", xlim=(0, None)) as axes:
         axes.axhline(0, color="0.6", lw=1)
-        for task, points in curves.items():
-            axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1, label=task)
-    head = ["data", "plain fine-tuning", "half of the cost", "a quarter", "certified cost"]
+        colors = {task: f"C{place}" for place, task in enumerate(dict.fromkeys(task for task, _ in curves))}
+        for (task, scheme), points in curves.items():
+            style = ".:" if scheme == "joint" else "o-"
+            label = task if scheme == "two_stage" or (task, "two_stage") not in curves else None
+            axes.plot(*zip(*points, strict=True), style, color=colors[task], ms=3, lw=1, label=label)
+    head = ["data", "scheme", "plain fine-tuning", "half of the cost", "a quarter", "certified cost"]
     parts = [
         "## In one minute\n",
-        "The default scheme, `joint`, with a policy for a budget, less plain fine-tuning of the same model. "
+        "The default scheme, `joint`, and `two_stage`, with a policy for a budget, less plain fine-tuning of the same "
+        "model. "
         "Certified: the share of the cost at which answers are those of the last exit on all but 1 / 2 / 5 % of "
         "inputs, 90 % sure (mean over the seeds for which it could be certified). Fewer layers: the best stock model "
         "cut to at most half of its layers and fine-tuned alike, less plain fine-tuning.\n",

@@ -9,6 +9,7 @@ cell of MiniLM takes half a minute of one core. What the page shows is paired by
 
 - `joint`: all exits, weights of 1; `stock`: the last exit alone; `retrofit`: then `een-hf retrofit` on the same rows,
   which teaches exits on the frozen encoder what the last one answers; `refit`: the same after joint training.
+- `cut-K`: the model's layers up to exit K alone; `student-K`: the same, which learns the probabilities of `stock`.
 - `distill-A-T`: exits before the last learn its detached probabilities too: l[k] + A T^2 KL(p_K^(1/T) || p_k^(1/T)).
 - `last-W`: joint, the last exit's loss times W, as `--exit_loss_weights 1 1 1 1 1 W`.
 - `detach`: a layer is trained by the next exit only (SWEET, Jazbec et al. 2023).
@@ -40,7 +41,19 @@ from een_hf.training.head_init import standardize_heads
 
 
 SHARES = (0.25, 0.5, 0.75)
-OPTIONS = ["joint", "stock", "retrofit", "refit", "distill-1-2", "last-6", "detach", "cosee-1", "recycle"]
+OPTIONS = [
+    "joint",
+    "stock",
+    "retrofit",
+    "refit",
+    "cut-3",
+    "student-3",
+    "distill-1-2",
+    "last-6",
+    "detach",
+    "cosee-1",
+    "recycle",
+]
 # Training rows, batch size, learning rate of the heads, longest text.
 SETTINGS = {"sst2": (2000, 16, 5e-3, 64), "clinc": (6000, 32, 5e-3, 64), "bbc_news": (1500, 32, 1e-3, 64)}
 
@@ -90,7 +103,8 @@ class Exits(nn.Module):
         examples, logits = self.model.embed(**inputs), []
         context, hidden = self.model.make_context(examples), examples.hidden
         last, self.read = self.model.num_exits - 1, []
-        for layer in range(self.model.config.exit_layers[-1]):
+        num_exits = int(self.numbers[0]) if self.option == "cut" else last + 1
+        for layer in range(self.model.config.exit_layers[num_exits - 1]):
             hidden = self.model.run_layer(layer, hidden, context)
             if layer + 1 not in self.model.config.exit_layers:
                 continue
@@ -111,9 +125,9 @@ class Exits(nn.Module):
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, progress: float) -> torch.Tensor:
         batch, num_exits, num_labels = logits.shape
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(num_exits), reduction="none")
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(num_exits, 0), reduction="none")
         losses, weights = losses.view(batch, num_exits), torch.ones(num_exits)
-        if self.option in ("stock", "retrofit"):
+        if self.option in ("stock", "retrofit", "cut"):
             weights[:-1] = 0
         elif self.option == "last":
             weights[-1] = self.numbers[0]
@@ -148,55 +162,60 @@ def train(
     count, batch_size, head_rate, max_length = SETTINGS[name]
     tokenizer = AutoTokenizer.from_pretrained(source)
     train_rows, evaluation_rows = (tokenizer(of, truncation=True, max_length=max_length) for of in (texts, evaluation))
-    labels = torch.from_numpy(labels)
+    num_labels = int(max(labels.max(), answers.max())) + 1
     kind, *numbers = option.split("-")
-    torch.manual_seed(seed)
-    network = Exits(source, int(max(labels.max(), answers.max())) + 1, kind, list(map(float, numbers)))
-    encoder = {id(parameter) for parameter in network.model.base_model.encoder.parameters()}
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [{"params": [p for p in trained if id(p) in encoder], "lr": learning_rate}]
-    groups.append({"params": [p for p in trained if id(p) not in encoder], "lr": head_rate})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    steps = count // batch_size
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    order, steps = np.random.default_rng(seed).permutation(count), count // batch_size
 
-    def logits_of(encoded, rows) -> torch.Tensor:
+    def logits_of(network: Exits, encoded, rows) -> torch.Tensor:
         inputs = tokenizer.pad({key: [encoded[key][row] for row in rows] for key in encoded}, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
             return network(**inputs).float()
 
-    model, order = network.model, np.random.default_rng(seed).permutation(count)
-    heads = [model.exit_head_modules(index) for index in range(model.num_exits)]
-    if standardize:
-        standardize_heads(heads, lambda: network.eval() and logits_of(train_rows, order[:batch_size]))
-    network.train()
-    for step in range(steps):
-        rows = order[step * batch_size : (step + 1) * batch_size]
-        loss = network.loss(logits_of(train_rows, rows), labels[rows], step / steps)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], 1.0)
-        optimizer.step()
-        schedule.step()
-    network.eval()
+    def trained(kind: str, targets: torch.Tensor) -> Exits:
+        torch.manual_seed(seed)
+        network = Exits(source, num_labels, kind, list(map(float, numbers)))
+        encoder = {id(parameter) for parameter in network.model.base_model.encoder.parameters()}
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        groups = [{"params": [p for p in parameters if id(p) in encoder], "lr": learning_rate}]
+        groups.append({"params": [p for p in parameters if id(p) not in encoder], "lr": head_rate})
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        heads = [network.model.exit_head_modules(index) for index in range(network.model.num_exits)]
+        if standardize:
+            standardize_heads(heads, lambda: network.eval() and logits_of(network, train_rows, order[:batch_size]))
+        network.train()
+        for step in range(steps):
+            rows = order[step * batch_size : (step + 1) * batch_size]
+            loss = network.loss(logits_of(network, train_rows, rows), targets[rows], step / steps)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+            optimizer.step()
+            schedule.step()
+        return network.eval()
 
-    def by_length(encoded, function) -> np.ndarray:
+    def by_length(network: Exits, encoded, function=logits_of) -> np.ndarray:
         order, found = np.argsort([len(tokens) for tokens in encoded["input_ids"]], kind="stable"), []
         with torch.inference_mode():
             for start in range(0, len(order), 64):
-                found.append(function(encoded, order[start : start + 64]))
+                found.append(function(network, encoded, order[start : start + 64]))
         return torch.cat(found).numpy()[np.argsort(order)]
 
-    def features_of(*batch) -> torch.Tensor:
-        logits_of(*batch)
+    def features_of(network: Exits, *batch) -> torch.Tensor:
+        logits_of(network, *batch)
         return torch.stack(network.read, 1).float()
 
+    labels = torch.from_numpy(labels.copy())
+    if kind == "student":
+        teacher_logits = torch.from_numpy(by_length(trained("stock", labels), train_rows)[:, -1])
+        kind, labels = "cut", teacher_logits.softmax(-1)
+    network = trained(kind, labels)
     if kind in ("retrofit", "refit"):
         network.keep = True
-        features = by_length(train_rows, features_of)
+        features = by_length(network, train_rows, features_of)
         network.keep = False
-        train_heads(model, features, by_length(train_rows, logits_of)[:, -1], seed=seed)
-    return by_length(evaluation_rows, logits_of)
+        train_heads(network.model, features, by_length(network, train_rows)[:, -1], seed=seed)
+    return by_length(network, evaluation_rows)
 
 
 def right_answers(logits: np.ndarray, labels: np.ndarray, budgets: Iterable[float]) -> dict[str, np.ndarray]:
@@ -217,9 +236,10 @@ def right_answers(logits: np.ndarray, labels: np.ndarray, budgets: Iterable[floa
 
 def row_of(name: str, option: str, seed: int, logits: np.ndarray, labels: np.ndarray) -> dict:
     """What the results file keeps of one cell."""
-    if option == "stock":
+    single = option == "stock" or option.startswith(("cut-", "student-"))
+    if single:
         logits = logits[:, -1:]
-    right = right_answers(logits, labels, SHARES if option != "stock" else ())
+    right = right_answers(logits, labels, () if single else SHARES)
     return {
         "data": name,
         "option": option,

@@ -220,10 +220,10 @@ def test_the_summary_says_what_half_of_the_cost_gives(page):
     """What breaks: a reader who looks at the top of the page alone."""
     (line,) = cells(page, "news, news")
     lost = [SCORES["joint"][seed][1] - STOCK[seed] for seed in (1, 2)]
-    assert line[2] == shown(lost, signed=True)
-    assert line[4] == "not run / not run / none"
-    assert line[5] == f"{shown([CUT[seed] - STOCK[seed] for seed in (1, 2)], signed=True)}, first 2 layers"
-    assert f"further below on: news, news ({np.mean(lost):+.3f})." in page
+    assert line[3] == shown(lost, signed=True)
+    assert line[5] == "not run / not run / none"
+    assert line[6] == f"{shown([CUT[seed] - STOCK[seed] for seed in (1, 2)], signed=True)}, first 2 layers"
+    assert f"further below on: news, news, joint ({np.mean(lost):+.3f})." in page
     assert page.index("## In one minute") < page.index("## Quality")
 
 
