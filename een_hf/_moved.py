@@ -1,17 +1,18 @@
-"""Old import paths: what moved is found where it was, with a DeprecationWarning that names the new place."""
+"""Old names: what was moved or renamed still works, with a DeprecationWarning that names the new place or name."""
 
 import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import wraps
 
 
 def moved_module(old: str, new: str) -> None:
-    """Called by a module that moved: puts the one at the new path in its place, so that both are one object.
+    """Called by a module that moved: replaces it by the module at the new path, so that both are one object.
 
     Args:
         old: full path of the calling module.
-        new: full path of the module to which its content went.
+        new: full path of the module that has its content now.
     """
     warnings.warn(f"{old} is deprecated: import {new} instead.", DeprecationWarning, stacklevel=3)
     sys.modules[old] = importlib.import_module(new)
@@ -22,7 +23,10 @@ def moved_names(module: str, places: Mapping[str, str]) -> Callable[..., object]
 
     Args:
         module: full path of the module.
-        places: by name, the full path of the module that holds it now.
+        places: by name, the full path of the module that has it now.
+
+    Returns:
+        the function.
     """
 
     def find(name: str, stacklevel: int = 2) -> object:
@@ -33,6 +37,33 @@ def moved_names(module: str, places: Mapping[str, str]) -> Callable[..., object]
         return getattr(importlib.import_module(places[name]), name)
 
     return find
+
+
+def renamed_argument(old: str, new: str) -> Callable[[Callable], Callable]:
+    """Decorator of a function whose keyword argument was renamed.
+
+    Args:
+        old: its name before.
+        new: its name now.
+
+    Returns:
+        the decorator.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def call(*args, **kwargs):
+            if old in kwargs:
+                if new in kwargs:
+                    raise TypeError(f"{function.__name__}() takes {new}, of which {old} is the old name: give one.")
+                message = f"{function.__name__}({old}=) is deprecated: give {new}."
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 class renamed_attribute:

@@ -4,6 +4,10 @@ import importlib
 import sys
 
 import pytest
+import torch
+from factory import tiny_model, tiny_rows
+
+from een_hf.inference import pad_rows
 
 
 MOVED_NAMES = {
@@ -77,3 +81,21 @@ def test_the_old_name_of_the_calibration_rows_is_taken():
 
     with pytest.warns(DeprecationWarning, match="calibration_dataset"), pytest.raises(Asked):
         Trainer().calibrate(calibration_data=[{"input_ids": [1, 2]}], target_cost=0.5)
+
+
+def test_the_old_name_of_the_data_collator_is_taken():
+    """What breaks: code of before that batches rows itself is answered by a TypeError, or two collators are taken."""
+    from een_hf import predict
+
+    model, rows, seen = tiny_model().eval(), tiny_rows(count=4), []
+
+    def collate(batch):
+        seen.append(len(batch))
+        return pad_rows(batch, model.config)
+
+    with pytest.warns(DeprecationWarning, match=r"predict\(collator=\) is deprecated: give data_collator"):
+        found = predict(model, rows, 2, collator=collate)
+    assert sum(seen) == 4
+    torch.testing.assert_close(found.logits, predict(model, rows, 2, data_collator=collate).logits)
+    with pytest.raises(TypeError, match="data_collator, of which collator is the old name"):
+        predict(model, rows, 2, collator=collate, data_collator=collate)

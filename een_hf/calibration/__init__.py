@@ -1,11 +1,11 @@
 """Calibration: from saved logits to an exit policy.
 
-- `calibrate` (in `choose`): the entry, for a cost (`budget`) or a certified risk (`risk`).
-- `rows`: scored calibration rows, with `arrays` (logits, labels) and `temperatures` (one per exit).
+- `calibrate` (in `choose`): chooses a policy for a cost (`budget`) or for a certified risk (`risk`).
+- `rows`: calibration rows and their scores, with `arrays` (logits, labels) and `temperatures` (one per exit).
 - `budget`: the best policy at a cost, by `search` over the `thresholds` of each exit.
 - `risk`: the cheapest policy whose risk is certified.
-- `monitoring`: whether a certified risk still holds in service.
-- `tables`: a policy, or a curve of budgets, measured on other rows.
+- `monitoring`: tests in service whether a certified risk still holds.
+- `tables`: measures a policy, or a curve of budgets, on other rows.
 
 Each module is imported on first use.
 """

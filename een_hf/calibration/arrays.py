@@ -1,4 +1,4 @@
-"""Logits, labels and the right answers, as calibration reads them."""
+"""Conversion of logits and labels for calibration."""
 
 import numpy as np
 import torch
@@ -11,12 +11,12 @@ with named_extras():
 
 
 def as_tensor(values) -> torch.Tensor:
-    """An array or a tensor of any device and precision, as float32 on the CPU."""
+    """Convert an array or a tensor, on any device and in any precision, to float32 on the CPU."""
     return torch.as_tensor(values).detach().cpu().float()
 
 
 def right_answers(last_answers: np.ndarray, labels: np.ndarray | None, problem_type: str) -> np.ndarray:
-    """The right answers, (num_rows, answers): the labels, or what the last exit answers."""
+    """The right answers (num_rows, num_answers): the labels; without labels, the answers of the last exit."""
     if labels is None:
         return last_answers
     soft = problem_type == "single_label_classification" and labels.ndim == 2
@@ -24,7 +24,7 @@ def right_answers(last_answers: np.ndarray, labels: np.ndarray | None, problem_t
 
 
 def probability_of(targets: np.ndarray, logits: np.ndarray, problem_type: str) -> np.ndarray:
-    """The probability (num_rows, num_exits) of the right class, or, multi-label, the mean over the labels."""
+    """The probability (num_rows, num_exits) of the right class; for multi-label problems the mean over the labels."""
     if problem_type == "multi_label_classification":
         return scipy.special.expit(np.where(targets[:, None] == 1, logits, -logits)).mean(-1)
     return np.take_along_axis(scipy.special.softmax(logits, -1), targets[:, None], -1)[..., 0]

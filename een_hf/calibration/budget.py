@@ -1,4 +1,4 @@
-"""The best policy at an average cost."""
+"""The best policy up to an average cost."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def geometric_policy(
     params: dict | None = None,
     problem_type: str = "single_label_classification",
 ) -> ExitPolicy:
-    """The plain geometric split with the best ratio that `target_cost` affords.
+    """The geometric split of MSDNet with the best ratio whose cost is at most `target_cost`.
 
     This is the baseline that `calibrate` improves on. It is computed from the scores with and without temperatures,
     and the better of the two is returned.
@@ -35,7 +35,7 @@ def geometric_policy(
         exit_logits, labels, costs, target_cost, criterion, params, problem_type: as in `calibrate`.
 
     Returns:
-        the policy; its cost on these rows is at most `target_cost` where any split is that cheap.
+        the policy; its cost on these rows is at most `target_cost`, if any split is that cheap.
 
     References:
         Multi-Scale Dense Networks for Resource Efficient Image Classification (Huang et al., ICLR 2018), section 5.
@@ -47,24 +47,24 @@ def geometric_policy(
 
 
 def geometric_start(scored: ScoredRows, target_cost: float) -> np.ndarray:
-    """Thresholds (num_exits,) of the best affordable geometric split, or those at which all examples exit at once."""
+    """Thresholds (num_exits,) of the best geometric split within the budget; if none is, all rows exit at exit 1."""
     always = np.full(scored.num_exits, -NEVER)
     splits = [always] + [geometric_thresholds(scored.scores, ratio) for ratio in _SHARE_RATIOS]
     return max(splits, key=lambda candidate: rank(scored, candidate, target_cost))
 
 
 def check_target_cost(target_cost: float, costs: Sequence[float]) -> None:
-    """Refuse a budget below the cost of the cheapest exit, which is usually the first.
+    """Check that a budget is at least the cost of the cheapest exit, which is usually the first.
 
     Args:
         target_cost: share of the plain model's cost.
         costs: relative cost of exiting at each exit, (num_exits,).
 
     Raises:
-        ExitConfigurationError: no policy is that cheap; the least possible budget is named.
+        ExitConfigurationError: no policy is that cheap; the message names the smallest possible budget.
     """
     alone = ExitCosts.of(costs).alone
-    cheapest = min(alone)  # by time, a decision may take more than it saves
+    cheapest = min(alone)  # costs in time: the decision of an early exit may take longer than the layers after it
     if not target_cost >= cheapest:
         which = "first" if cheapest == alone[0] else "cheapest"
         raise ExitConfigurationError(
@@ -77,11 +77,15 @@ def calibrate_cost(choices: list[ScoredRows], target_cost: float) -> Calibration
     """The best policy whose average relative cost on the calibration rows is at most `target_cost`.
 
     Args:
-        choices: the rows under each setting of the criterion that is tried.
+        choices: the rows, scored with each setting of the criterion that is tried.
         target_cost: share of the plain model's cost.
 
+    Returns:
+        the policy and its results on the calibration rows.
+
     Raises:
-        ExitConfigurationError: a budget below every exit's cost, or one that rows with NaN scores exceed.
+        ExitConfigurationError: the budget is below the cost of every exit, or cannot be met because rows with NaN
+            scores never exit early.
     """
     scored = choices[0]
     check_target_cost(target_cost, scored.costs)
@@ -116,6 +120,6 @@ def calibrate_cost(choices: list[ScoredRows], target_cost: float) -> Calibration
 
 
 def best_choice(choices: list[ScoredRows], find: Callable, target_cost: float) -> tuple[ScoredRows, np.ndarray]:
-    """The setting of the criterion for which `find` gives the best thresholds, and these thresholds."""
+    """The setting of the criterion for which `find` returns the best thresholds, and these thresholds."""
     found = [(scored, find(scored, target_cost)) for scored in choices]
     return max(found, key=lambda one: rank(*one, target_cost))

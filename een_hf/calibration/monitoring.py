@@ -1,4 +1,4 @@
-"""Whether a certified risk still holds in service: a test that may be looked at after every audited example."""
+"""Monitoring of a certified risk in service, by a test that may be evaluated after every audited example."""
 
 import math
 from collections.abc import Iterable
@@ -8,42 +8,43 @@ import numpy as np
 from ..models import ExitConfigurationError
 
 
-# Alternatives to the limit that are bet on at the same time, by the ratio of their odds to the limit's.
+# The alternative means of the test, each as the ratio of its odds to the odds of the limit.
 _ODDS_RATIOS = np.array([1.25, 1.5, 2.0, 3.0, 5.0, 9.0])
-_MOST = 1e300
+_MOST = 1e300  # capital is capped, so that it stays finite
 AUDITED_RISKS = ("consistency", "hamming")
 
 
 class RiskMonitor:
-    """Raises an alarm when the mean of values in [0, 1] that come one by one exceeds a limit, and not before.
+    """Raises an alarm when the mean of a stream of values in [0, 1] exceeds a limit.
 
-    However often it is asked and however long it runs, the probability that there is ever an alarm is at most
-    `1 - confidence` where each value's expectation, given those before it, is at most the limit: exchangeable examples
-    of a policy whose risk is within its limit are such values.
+    The probability that there is ever a false alarm is at most `1 - confidence`, however often the monitor is asked
+    and however long it runs. An alarm is false if the expectation of each value, given those before it, is at most the
+    limit; this holds for exchangeable examples of a policy whose risk is within its limit.
 
-    The test is a bet against the limit. From a start s on, an alternative mean p > limit makes of a capital of 1 the
-    product over i = s..t of 1 + lambda * (x_i - limit), lambda = (p - limit) / (limit * (1 - limit)), which grows if
-    values average more than the limit and whose expectation never rises otherwise. Capital is spread over six
-    alternatives and over all starts (so that what came before a change does not hide it), and by Ville's inequality it
-    ever reaches `1 / (1 - confidence)` with a probability of at most `1 - confidence`.
+    The test is a bet against the limit. A bet starts at some value s with a capital of 1, for an alternative mean
+    p > limit. After value t its capital is the product over i = s..t of 1 + lambda * (x_i - limit), with
+    lambda = (p - limit) / (limit * (1 - limit)). It grows if the values average more than the limit; otherwise its
+    expectation never rises. The total capital is spread over six alternatives and over all starts (so that values
+    before a change do not hide it). By Ville's inequality it reaches `1 / (1 - confidence)` with a probability of at
+    most `1 - confidence`.
 
     Args:
-        limit: of the risk, between 0 and 1.
-        confidence: that there is no false alarm.
+        limit: limit of the risk, between 0 and 1.
+        confidence: probability that there is no false alarm.
 
     Raises:
         ExitConfigurationError: numbers out of range.
+
+    Example:
+        >>> monitor = een_hf.calibration.RiskMonitor(limit=0.02)
+        >>> monitor.update([0, 0, 1, 0])  # whether the policy differed from the last exit
+        False
 
     References:
         Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, JRSS B 86(1), 2024, section 4
         (the capital process). Podkopaev and Ramdas, Tracking the risk of a deployed model and detecting harmful
         distribution shifts, ICLR 2022 (its use in service). Shin, Ramdas and Rinaldo, E-detectors, NEJSDS 2(2), 2024
         (the sum over starts).
-
-    Example:
-        >>> monitor = RiskMonitor(limit=0.02)
-        >>> monitor.update([0, 0, 1, 0])  # whether the policy differed from the last exit
-        False
     """
 
     def __init__(self, limit: float, confidence: float = 0.95):
@@ -62,21 +63,30 @@ class RiskMonitor:
 
         Args:
             guarantee: `ExitPolicy.guarantee`.
-            confidence: that there is no false alarm.
+            confidence: probability that there is no false alarm.
+
+        Returns:
+            a monitor with the limit of the guarantee.
 
         Raises:
-            ExitConfigurationError: the guarantee is about labels (`accuracy_gap`): give `RiskMonitor` a limit for what
-                you can observe.
+            ExitConfigurationError: the guarantee is about a risk that needs labels (`accuracy_gap`): create a
+                `RiskMonitor` with a limit for a risk that you can observe.
         """
         if guarantee["risk"] not in AUDITED_RISKS:
             raise ExitConfigurationError(
-                f"The guarantee is about {guarantee['risk']}, which needs labels; audits see how often the policy "
-                f"differs from the last exit. Name a limit for that, or certify --risk {AUDITED_RISKS[0]}."
+                f"The guarantee is about {guarantee['risk']}, which needs labels, but audits measure how often the "
+                f"policy differs from the last exit. Give a limit for that, or certify --risk {AUDITED_RISKS[0]}."
             )
         return cls(guarantee["limit"], confidence)
 
     def update(self, values: float | Iterable[float]) -> bool:
-        """Take in the next values, in the order in which their examples came; returns `alarm`.
+        """Add the next values.
+
+        Args:
+            values: one or several values in [0, 1], in the order in which their examples arrived.
+
+        Returns:
+            `alarm`.
 
         Raises:
             ExitConfigurationError: a value outside [0, 1].
@@ -94,21 +104,28 @@ class RiskMonitor:
 
     @property
     def alarm(self) -> bool:
-        """Whether the limit is exceeded; it stays so. `alarm_at` is the number of the value that showed it."""
+        """Whether there has been an alarm. `alarm_at` is the number of values at which it was raised."""
         return self.alarm_at is not None
 
     @property
     def evidence(self) -> float:
-        """The capital: at most 1 on average while the limit holds, and an alarm at `1 / (1 - confidence)`."""
+        """The capital: its mean is at most 1 while the limit holds; at `1 / (1 - confidence)` there is an alarm."""
         return float(evidence_of(self._capital, self.num_values))
 
     @property
     def mean(self) -> float:
-        """Of the values so far; NaN before the first."""
+        """The mean of the values so far; NaN before the first."""
         return self.total / self.num_values if self.num_values else math.nan
 
     def expected_delay(self, risk: float, after: int = 0) -> int:
-        """About how many values it takes to an alarm, once the mean is `risk` after `after` values within the limit.
+        """Estimate how many values it takes until an alarm, once the risk has risen.
+
+        Args:
+            risk: the new mean of the values, above the limit.
+            after: number of values within the limit before the change.
+
+        Returns:
+            number of values after the change.
 
         Raises:
             ExitConfigurationError: a risk that does not exceed the limit.
@@ -121,13 +138,16 @@ class RiskMonitor:
 
 
 def disagreement(answers: np.ndarray, last: np.ndarray, problem_type: str, risk: str = "consistency") -> np.ndarray:
-    """How far answers differ from the last exit's, (num_rows,) in [0, 1].
+    """How much answers differ from those of the last exit.
 
     Args:
-        answers: logits (num_rows, num_labels) that were answered with: an array, or a tensor on the CPU.
-        last: logits (num_rows, num_labels) of the last exit.
+        answers: logits of the answers (num_rows, num_labels): an array, or a tensor on the CPU.
+        last: logits of the last exit (num_rows, num_labels).
         problem_type: `single_label_classification` or `multi_label_classification`.
-        risk: `consistency`: 1 where any label differs; `hamming`: the share of labels that do.
+        risk: `consistency`: 1 if any label differs; `hamming`: the share of labels that differ.
+
+    Returns:
+        (num_rows,), each in [0, 1].
     """
     answers, last = np.asarray(answers), np.asarray(last)
     if problem_type == "single_label_classification":
@@ -144,7 +164,7 @@ def bets_against(limit: float) -> np.ndarray:
 
 
 def _start_weight(number: int) -> float:
-    """The capital that starts with this value, counted from 1; later ones share 1 / log2(number + 2)."""
+    """The capital of the bet that starts at this value, counted from 1; all later bets share 1 / log2(number + 2)."""
     return 1 / math.log2(number + 1) - 1 / math.log2(number + 2)
 
 
@@ -155,5 +175,5 @@ def bet(capital: np.ndarray, bets: np.ndarray, surplus: float | np.ndarray, numb
 
 
 def evidence_of(capital: np.ndarray, number: int) -> np.ndarray:
-    """What the capital (..., num_bets) amounts to after so many values, with what later starts will be given."""
+    """The total of the capital (..., num_bets) after so many values, including that of bets which start later."""
     return capital.mean(-1) + 1 / math.log2(number + 2)

@@ -24,15 +24,23 @@ _PATH_LEVELS = 100
 
 
 def risk_p_value(losses: np.ndarray, limit: float, binary: bool = True) -> float:
-    """P-value of "the risk exceeds `limit`" from independent losses of rows.
+    """P-value of the hypothesis that the risk exceeds `limit`, from the losses of independent rows.
 
-    Exact binomial, P(Bin(n, limit) <= sum of losses), for losses that can be only 0 or 1; else Hoeffding-Bentkus for
-    losses in [0, 1] (Learn then Test, Angelopoulos et al., 2021, proposition 1).
+    Exact binomial, P(Bin(n, limit) <= sum of losses), for losses that can only be 0 or 1; else Hoeffding-Bentkus for
+    losses in [0, 1].
 
     Args:
         losses: (num_rows,).
-        limit: the risk to be disproved.
-        binary: what losses can be, not what these happen to be: a test that the data choose is no test.
+        limit: the limit of the risk.
+        binary: whether losses can only be 0 or 1. It must follow from the kind of risk, not from these losses: a test
+            that was chosen by the data is not valid.
+
+    Returns:
+        the p-value.
+
+    References:
+        Learn then Test: Calibrating Predictive Algorithms to Achieve Risk Control (Angelopoulos et al., 2021),
+        proposition 1.
     """
     num_rows, total = len(losses), float(np.sum(losses))
     if binary:
@@ -53,12 +61,15 @@ def calibrate_risk(
 ) -> CalibrationReport:
     """The cheapest policy with P(risk <= max_risk) >= confidence, by fixed-sequence testing.
 
-    A part of the rows gives a path of policies, from hardly any early exits to all examples exiting at the first
-    exit. The other rows test the policies along this path, and the test stops at the first that is not certified.
+    Some of the rows define a path of policies, from few early exits to all examples exiting at the first exit. The
+    other rows test the policies along this path, and the test stops at the first policy that is not certified.
 
     Args:
         scored: the calibration rows.
         max_risk, risk, confidence, seed, chosen_by: as in `calibrate` (`confidence` is its `risk_confidence`).
+
+    Returns:
+        the policy and its results on the rows that certify it.
 
     Raises:
         ExitConfigurationError: limits outside (0, 1), or a risk that does not fit.
@@ -68,7 +79,7 @@ def calibrate_risk(
         section 2 and proposition 1.
     """
     if not (0 < max_risk < 1 and 0 < confidence < 1):
-        raise ExitConfigurationError("--max_risk and --risk_confidence must lie between 0 and 1.")
+        raise ExitConfigurationError("--max_risk and --risk_confidence must be between 0 and 1.")
     risk = check_risk(risk, scored.problem_type, labelled=scored.labels is not None)
     name, never = getattr(risk, "__name__", risk), np.full(scored.num_exits, NEVER)
     num_certify = scored.num_rows - _num_search_rows(scored.num_rows)
@@ -104,14 +115,14 @@ def _too_few_rows(num_rows: int, max_risk: float, confidence: float) -> str:
     needed, total = rows_needed(max_risk, confidence)
     return (
         f"No early exit: {rows_in_words(num_rows)}. That cannot show a risk of at most {max_risk:g} with "
-        f"confidence {confidence:g} for any policy: it takes at least {needed} rows that certify, so "
-        f"{total} calibration rows or more. Give more of them (--calibration_file, --calibration_samples), or a "
-        "larger --max_risk, or a lower --risk_confidence."
+        f"confidence {confidence:g} for any policy: at least {needed} rows must certify, which needs {total} "
+        "calibration rows. Give more rows (--calibration_file, --calibration_samples), a larger --max_risk or a lower "
+        "--risk_confidence."
     )
 
 
 def _split(scored: ScoredRows, seed: int) -> tuple[ScoredRows, ScoredRows]:
-    """The rows that search for a policy and those that certify it; the first give the temperatures of both."""
+    """The rows that search for a policy and those that certify it; temperatures are fitted on the first only."""
     order, num_search = np.random.default_rng(seed).permutation(scored.num_rows), _num_search_rows(scored.num_rows)
     search = scored.select(order[:num_search])
     if scored.regression:
@@ -138,13 +149,21 @@ def _last_certified(search: ScoredRows, certify: ScoredRows, max_risk: float, ri
         if p_value > 1 - confidence:
             break
         cost, _ = search.cost_and_gain(thresholds)
-        if cost <= cheapest:  # a later policy may cost more, because it leaves out other exits
+        if cost <= cheapest:  # a later policy may cost more, because it uses other exits
             certified, cheapest = (thresholds, errors, p_value), cost
     return certified, errors
 
 
 def check_risk(risk: str | Callable | None, problem_type: str, labelled: bool) -> str | Callable:
-    """The risk, or its default.
+    """Check a risk, and fill in its default.
+
+    Args:
+        risk: name or function; `None`: the default.
+        problem_type: as in transformers.
+        labelled: whether there are labels.
+
+    Returns:
+        name or function.
 
     Raises:
         ExitConfigurationError: an unknown risk, or one that does not fit the problem or needs labels.
@@ -167,14 +186,29 @@ def check_risk(risk: str | Callable | None, problem_type: str, labelled: bool) -
 
 
 def rows_needed(max_risk: float, confidence: float) -> tuple[int, int]:
-    """The fewest certifying rows, and the fewest calibration rows, that can certify any policy (without an error)."""
+    """The smallest number of rows that can certify a policy: one that makes no error on them.
+
+    Args:
+        max_risk: the limit of the risk.
+        confidence: the confidence.
+
+    Returns:
+        number of rows that certify, and number of calibration rows, which also include those that search.
+    """
     needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_risk))
     total = next(n for n in range(needed, needed + _MAX_SEARCH_ROWS + 1) if n - _num_search_rows(n) >= needed)
     return needed, total
 
 
 def rows_in_words(num_rows: int) -> str:
-    """What calibration rows are used for: a sentence without its full stop."""
+    """Describe how many calibration rows search for a policy and how many certify it.
+
+    Args:
+        num_rows: number of calibration rows.
+
+    Returns:
+        a sentence without its full stop.
+    """
     num_search = _num_search_rows(num_rows)
     if num_search == num_rows:
         return f"there are {num_rows} calibration rows, all of them search for a policy and none certifies it"

@@ -16,15 +16,15 @@ from .temperatures import fit_temperatures
 
 @dataclass
 class CalibrationReport:
-    """What calibration found, measured on the calibration rows.
+    """The policy that calibration has chosen, and its results on the calibration rows.
 
     Args:
-        policy: to be set with `model.set_exit_policy`; `None` means no early exit.
-        relative_cost: average over rows.
-        score: share of rows answered right (multi-label: of labels; regression: minus the mean squared error); without
-            labels, right means as the last exit.
-        exit_fractions: share of examples that exit at each exit.
-        message: one sentence that says what was found.
+        policy: the policy, for `model.set_exit_policy`; `None`: no early exit.
+        relative_cost: average over rows, as a share of the plain model's cost.
+        score: share of rows with the right answer (multi-label: of labels; regression: minus the mean squared error);
+            without labels, the answers of the last exit count as right.
+        exit_fractions: share of rows that exit at each exit, (num_exits,).
+        message: the result in one sentence.
     """
 
     policy: ExitPolicy | None
@@ -60,12 +60,12 @@ class ScoredRows:
         # The gain of a row at each exit: the share of its answers that are right, or minus the squared error.
         if not self.regression:
             self.right = (self.predictions == targets[:, None]).mean(-1)
-            # Of policies that are right equally often, the one that gives the targets more probability.
+            # Of policies with equally many right answers, prefer the one with the higher probability of the targets.
             scaled = logits.numpy() / np.array(temperatures).reshape(1, -1, 1)
             probability = np.nan_to_num(probability_of(targets, scaled, problem_type))
             self.gains = self.right + probability / (2 * self.num_rows * targets.shape[1])
         else:
-            # An answer that is NaN counts as the worst finite one: otherwise all policies would have gain NaN.
+            # An answer that is NaN counts as the worst finite answer: otherwise the gain of all policies would be NaN.
             self.gains = -np.square(self.predictions.astype(np.float64)[..., 0] - targets)
             finite = np.isfinite(self.gains)
             self.gains[~finite] = self.gains[finite].min(initial=0.0)
@@ -77,7 +77,7 @@ class ScoredRows:
         return ScoredRows(self.logits[rows], labels, self.costs, *settings, reference, temperatures, tempered)
 
     def choices(self) -> list["ScoredRows"]:
-        """The same rows under each setting of the criterion that is worth trying, where none is given."""
+        """The same rows, scored with each setting of the criterion to try; only `self` if settings are given."""
         tried = [{}] if self.params else get_criterion(self.criterion).choices(self.logits)
         return [self if params == {} else self.select(slice(None), self.temperatures, params) for params in tried]
 
@@ -99,7 +99,7 @@ class ScoredRows:
         return reached
 
     def costs_under(self, thresholds: np.ndarray) -> np.ndarray:
-        """What exiting at each exit costs, (num_exits,), where only the exits that rows can reach are evaluated."""
+        """The cost of exiting at each exit, (num_exits,), if only exits with reachable thresholds are evaluated."""
         return self.costs.of_policy(ExitPolicy(self.criterion, thresholds, params=self.params))
 
     def cost_and_gain(self, thresholds: np.ndarray) -> tuple[float, float]:

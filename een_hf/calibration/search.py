@@ -14,16 +14,16 @@ _PRICE_STEPS, _MAX_LEVELS = 14, 50
 
 
 def rank(scored: ScoredRows, thresholds: np.ndarray, target_cost: float) -> tuple[bool, float, float]:
-    """Key to compare thresholds: affordable ones first, then by gain, then by lower cost."""
+    """Key to compare thresholds: first whether the cost is within the target, then gain, then lower cost."""
     cost, gain = scored.cost_and_gain(thresholds)
     return cost <= target_cost, gain, -cost
 
 
 def improve(scored: ScoredRows, start: np.ndarray, target_cost: float) -> np.ndarray:
-    """Thresholds at least as good as `start` and as affordable.
+    """Thresholds that are at least as good as `start` by `rank`.
 
     First maximises the Lagrangian gain - price * cost, one exit at a time; bisection finds the price at which the cost
-    meets the target. Then it spends the rest of the budget, again one exit at a time.
+    meets the target. Then it uses the rest of the budget, again one exit at a time.
     """
     search = LineSearch(scored)
     # In the unit of the gain, which may be a squared error.
@@ -48,8 +48,8 @@ def improve(scored: ScoredRows, start: np.ndarray, target_cost: float) -> np.nda
 class LineSearch:
     """Cost and gain of every threshold of one exit, with the other thresholds fixed, in one pass over the rows.
 
-    Thresholds are taken at no more than `_MAX_LEVELS` quantiles of an exit's scores, and at least 20 rows apart where
-    there are enough: finer ones follow the noise of the calibration rows.
+    Candidates are at most `_MAX_LEVELS` quantiles of an exit's scores, and at least 20 rows apart if there are enough
+    rows: closer candidates would fit the noise of the calibration rows.
     """
 
     def __init__(self, scored: ScoredRows):
@@ -58,7 +58,7 @@ class LineSearch:
         self.columns = [self._column(scores) for scores in scored.scores.T[:-1]]
 
     def _column(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows by falling score (NaN last), and how many of them exit under each candidate threshold, with these."""
+        """Rows by falling score (NaN last), and for each candidate threshold how many of them exit; the candidates."""
         order = np.argsort(-scores, kind="stable")
         ordered = scores[order[: np.count_nonzero(~np.isnan(scores))]]
         ends = np.flatnonzero(np.diff(ordered)) + 1

@@ -1,4 +1,4 @@
-"""What policies give on rows."""
+"""Results of policies on rows."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,7 +26,7 @@ def policy_row(
         exit_logits: (num_rows, num_exits, num_labels).
         labels: (num_rows,) or (num_rows, num_labels).
         costs: as in `calibrate`.
-        compute_metrics: called with the logits (num_rows, num_labels) that the policy answers with.
+        compute_metrics: called with the logits of the policy's answers (num_rows, num_labels).
 
     Returns:
         `relative_cost`, `metrics`, `exit_fractions`, and the keys of `policy.to_dict()`.
@@ -54,19 +54,23 @@ def budgeted_curve(
     problem_type: str = "single_label_classification",
     num_budgets: int = 9,
 ) -> list[dict]:
-    """The best policy at each of a sweep of budgets: chosen on `calibration`, measured on `report`.
+    """The best policy for each of several budgets, chosen on `calibration` and measured on `report`.
 
     The budgets include the cost of each exit alone, for comparison with models of fewer layers, and 25, 50 and 75 %.
 
     Args:
         calibration: logits (num_rows, num_exits, num_labels) and labels (num_rows,).
-        report: the same of other rows.
+        report: the same for other rows.
         costs: as in `calibrate`.
-        compute_metrics: called with the logits (num_rows, num_labels) that the policy answers with.
-        criterion: a registered exit criterion, with its `params`.
+        compute_metrics: called with the logits of the policy's answers (num_rows, num_labels).
+        criterion: a registered exit criterion.
+        params: its parameters.
         problem_type: as in transformers.
-        num_budgets: further budgets, evenly from the cheapest possible (the first exit's cost, unless NaN scores
-            keep examples from exiting) to the cost of no early exit.
+        num_budgets: number of further budgets, evenly spaced from the cheapest possible (the first exit's cost, unless
+            NaN scores keep examples from exiting) to the cost without early exits.
+
+    Returns:
+        for each budget `target_cost` and the keys of `policy_row`, from the cheapest to the most expensive.
     """
     scored = score_rows(*calibration, costs, criterion, params, problem_type)
     choices = scored.choices()

@@ -16,18 +16,25 @@ with named_extras():
 def fit_temperatures(
     exit_logits: np.ndarray, labels: np.ndarray | None, problem_type: str = "single_label_classification"
 ) -> list[float]:
-    """One temperature per exit that minimises its negative log-likelihood (Guo et al., ICML 2017, section 4.2).
+    """Fit one temperature per exit, which minimises the negative log-likelihood of this exit.
 
-    Multi-label: the mean over the labels of the binary one. Searched between 1/20 and 20. An exit that answers every
-    row right has no minimum (the likelihood rises towards temperature 0), and its temperature is 1.
+    For multi-label problems this is the mean of the binary log-likelihoods of the labels. Temperatures are searched
+    between 1/20 and 20. If an exit is right on every row, there is no minimum (the likelihood rises towards
+    temperature 0), and its temperature is 1.
 
     Args:
         exit_logits: (num_rows, num_exits, num_labels).
-        labels: as `check_labels` takes them; `None`: the last exit's own predictions.
+        labels: as in `calibrate`; `None`: the predictions of the last exit.
         problem_type: `single_label_classification` or `multi_label_classification`.
+
+    Returns:
+        one temperature per exit.
 
     Raises:
         ExitConfigurationError: labels that are missing or impossible.
+
+    References:
+        On Calibration of Modern Neural Networks (Guo et al., ICML 2017), section 4.2.
     """
     logits = as_tensor(exit_logits).double().numpy()
     num_rows, num_exits, num_labels = logits.shape

@@ -1,4 +1,4 @@
-"""Thresholds that let a share of the rows exit."""
+"""Thresholds at which a share of the rows exits."""
 
 import math
 from collections.abc import Callable
@@ -14,10 +14,10 @@ with named_extras():
 
 
 def threshold_between(scores: np.ndarray, num_exiting: int) -> float:
-    """The threshold at which the `num_exiting` highest of `scores` exit, midway to the next score.
+    """The threshold at which the `num_exiting` highest of `scores` exit: the midpoint to the next lower score.
 
-    Equal scores exit together. A group of equal scores that `num_exiting` would divide continues as a whole: where all
-    scores are equal, as a count at the first exit is, either all examples exit or none.
+    Equal scores exit together. A group of equal scores that `num_exiting` would divide continues as a whole. So if all
+    scores are equal, as those of `patience` at the first exit, either all examples exit or none.
     """
     ordered = np.sort(scores[~np.isnan(scores)])[::-1]
     if num_exiting <= 0 or len(ordered) == 0:
@@ -28,20 +28,25 @@ def threshold_between(scores: np.ndarray, num_exiting: int) -> float:
     exiting = ordered[ordered > next_score]
     if len(exiting) == 0:
         return NEVER
-    # In the scores' own precision, so that the midpoint never lets the next score pass.
+    # In the precision of the scores, so that the midpoint is never rounded down to the next score.
     middle = np.float32((np.float64(exiting[-1]) + np.float64(next_score)) / 2)
     return float(middle if middle > next_score else exiting[-1])
 
 
 def geometric_thresholds(scores: np.ndarray, ratio: float) -> np.ndarray:
-    """Thresholds (num_exits,) at which exit k takes a share of all rows proportional to ratio^k.
+    """Thresholds at which a share of all rows proportional to ratio^k exits at exit k.
 
-    The split of MSDNet (Huang et al., ICLR 2018, section 5). Where fewer rows remain than the share of an exit,
-    all of them exit.
+    If fewer rows remain than the share of an exit, all of them exit there.
 
     Args:
         scores: (num_rows, num_exits).
-        ratio: q.
+        ratio: q of the paper.
+
+    Returns:
+        thresholds (num_exits,).
+
+    References:
+        Multi-Scale Dense Networks for Resource Efficient Image Classification (Huang et al., ICLR 2018), section 5.
     """
     num_rows, num_exits = scores.shape
     powers = np.arange(num_exits) * math.log(ratio)
@@ -57,7 +62,7 @@ def geometric_thresholds(scores: np.ndarray, ratio: float) -> np.ndarray:
 
 
 def without_idle_exits(thresholds: np.ndarray, rank: Callable) -> np.ndarray:
-    """`thresholds` without the exits that do not pay.
+    """Remove the exits that cost more than they gain.
 
     As long as `rank` rises, the exit whose removal raises it most gets the threshold `NEVER`, which no score reaches.
 
@@ -66,7 +71,7 @@ def without_idle_exits(thresholds: np.ndarray, rank: Callable) -> np.ndarray:
         rank: key of thresholds; higher is better.
 
     Returns:
-        thresholds (num_exits,), `NEVER` at the exits that are left out.
+        thresholds (num_exits,), `NEVER` at the exits that were removed.
     """
     while True:
         used = np.flatnonzero(thresholds[:-1] < NEVER)

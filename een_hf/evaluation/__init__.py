@@ -1,6 +1,6 @@
-"""Evaluation: metrics, costs, the results of a run and their picture.
+"""Evaluation: metrics, costs, and the results of runs with their plots.
 
-Each module is imported on first use: measuring speed, for one, needs no data sets.
+Each module is imported on first use: measuring speed, for example, needs no data sets.
 """
 
 from .._moved import moved_names

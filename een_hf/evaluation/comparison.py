@@ -1,4 +1,4 @@
-"""Runs side by side: their scores at shares of the plain model's cost."""
+"""Comparison of runs: their scores at shares of the plain model's cost."""
 
 import os
 from collections.abc import Sequence
@@ -15,22 +15,25 @@ from .results import read_exit_results
 SHARES = (0.25, 0.5, 0.75)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """Runs side by side, measured on the rows that calibrated nothing.
+    """Results of several runs, measured on the rows that were not used for calibration. It is printed as its table.
 
     Args:
-        runs: content of each run's `exit_results.json`, by a short name; of a run with one exit the relative costs are
-            those of its network over the network of the first run with several.
-        rows: for each run `run`, `method`, `cost` (of its last exit), the metric under the largest budget within 25,
+        runs: content of each run's `exit_results.json`, by a short name. The relative costs of a run with one exit are
+            the costs of its network divided by those of the network of the first run with several exits.
+        rows: for each run `run`, `method`, `cost` (of its last exit), the metric under the largest budget up to 25,
             50 and 75 % of the plain model's cost (`at 25%`, ...), its mean over budgets (`area`) and that of the last
-            exit (`last exit`); `None` where the run has no such policy.
-        start: relative cost from which on every run has a policy, where `area` begins; `None`: no run exits early.
+            exit (`last exit`); `None` if the run has no such policy.
+        start: the relative cost from which every run has a policy, where `area` begins; `None`: no run exits early.
     """
 
     runs: dict[str, dict[str, Any]]
     rows: list[dict[str, Any]]
     start: float | None
+
+    def __repr__(self) -> str:
+        return self.table
 
     @property
     def table(self) -> str:
@@ -49,18 +52,25 @@ class Comparison:
 
 
 def compare(runs: Sequence[str | os.PathLike], output: str | os.PathLike | None = None) -> Comparison:
-    """Set runs side by side: `een-hf compare` in Python.
+    """Compare runs, as the command `een-hf compare` does.
 
     Args:
         runs: output folders of runs, or their `exit_results.json`.
-        output: a .png file, into which the curves are drawn.
+        output: a .png file for a plot of the curves; `None`: no plot.
+
+    Returns:
+        the results of the runs, printed as a table.
 
     Raises:
-        ExitConfigurationError: runs of other data, metrics, units of cost or evaluation rows, a run that is named
-            twice, or a folder that is missing.
+        ExitConfigurationError: the runs differ in their data, metric, unit of cost or evaluation rows, a run is named
+            twice, or a folder is missing.
 
     Example:
-        >>> print(een_hf.compare(["runs/joint", "runs/boosted"], output="compare.png").table)
+        >>> een_hf.compare(["runs/mine", "runs/other"])
+        accuracy at a share of the plain model's cost; area over relative costs ...
+        run    method   cost  at 25%  at 50%  at 75%  area  last exit
+        mine   joint   1...
+        other  joint   1...
     """
     paths = [os.fspath(path) for path in runs]
     output = None if output is None else os.fspath(output)
@@ -75,7 +85,7 @@ def compare(runs: Sequence[str | os.PathLike], output: str | os.PathLike | None 
 
 
 def compare_results(runs: dict[str, dict[str, Any]]) -> Comparison:
-    """The comparison of results that were read already, by name."""
+    """As `compare`, for results that have been read, by name."""
     metric = next(iter(runs.values()))["metric"]
     cheapest = [min((entry["target_cost"] for entry in results["budgeted"]), default=1) for results in runs.values()]
     start = max((cost for cost in cheapest if cost < 1), default=None)
@@ -108,23 +118,26 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _place_baselines(paths: list[str], runs: dict[str, dict]) -> None:
-    """Change a baseline's relative cost from that of its own network to that of the network it is compared with."""
+    """Divide a baseline's cost by that of the network it is compared with, instead of by that of its own network."""
     whole = next((results for results in runs.values() if not is_baseline(results)), None)
     baselines = [results for results in runs.values() if is_baseline(results)]
     if whole is None or not baselines:
         return
     if whole.get("cost_unit", "operations") != "operations":
-        raise ExitConfigurationError("Runs of one exit are placed by operations: evaluate the others so (--cost).")
+        raise ExitConfigurationError(
+            "A run with one exit is compared by operations, but another run has costs in time: evaluate it again with "
+            "--cost operations."
+        )
     for path, results in zip(paths, runs.values(), strict=True):
         if not results.get("plain_operations") and (results is whole or is_baseline(results)):
-            raise ExitConfigurationError(f"{path} does not say what its network costs: evaluate it again (--do_eval).")
+            raise ExitConfigurationError(f"{path} lacks the cost of its network: evaluate it again (--do_eval).")
     for results in baselines:
         for row in (*results["anytime"], *results["anytime_report"]):
             row["relative_cost"] = results["plain_operations"] / whole["plain_operations"]
 
 
 def _names(paths: list[str]) -> list[str]:
-    """Short names: the folders' own, or as much of the paths as tells them apart."""
+    """Short names: those of the folders, or as many parts of their paths as are needed to distinguish them."""
     folders = [Path(path).resolve().parent if Path(path).is_file() else Path(path).resolve() for path in paths]
     if len(set(folders)) < len(folders):
         twice = next(path for path, folder in zip(paths, folders, strict=True) if folders.count(folder) > 1)
@@ -141,16 +154,18 @@ def _check_comparable(paths: list[str], runs: list[dict]) -> None:
         ("metric", ("metric",)),
         ("unit of cost", ("cost_unit",)),
     ):
-        values = [" / ".join(str(results[key]) for key in keys if results.get(key)) for results in runs]
+        complete = [{"cost_unit": "operations", **results} for results in runs]
+        values = [" / ".join(str(results[key]) for key in keys if results.get(key)) for results in complete]
         other = next((index for index, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             raise ExitConfigurationError(
-                f"Runs of one {what} can be compared: {paths[0]} is of {values[0]}, {paths[other]} of {values[other]}."
+                f"Only runs of the same {what} can be compared: {paths[0]} has {values[0]}, {paths[other]} has "
+                f"{values[other]}."
             )
     sizes = [results["num_eval_samples"] for results in runs]
     other = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
     if other is not None:
         raise ExitConfigurationError(
-            f"Runs of the same evaluation rows can be compared: {paths[0]} has {sizes[0]}, {paths[other]} "
-            f"{sizes[other]}."
+            f"Only runs with the same evaluation rows can be compared: {paths[0]} has {sizes[0]} rows, {paths[other]} "
+            f"has {sizes[other]}."
         )

@@ -1,4 +1,4 @@
-"""Relative cost of every exit, counted on the model's own modules."""
+"""The relative cost of every exit, in operations."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -13,17 +13,16 @@ from ..models.policies import ExitPolicy
 
 
 class ExitCosts(list):
-    """What exiting at each exit costs if every exit is evaluated; `of_policy` leaves out the exits that are not.
+    """The cost of exiting at each exit, a list. Its items assume that every exit is evaluated; see `of_policy`.
 
-    Exiting at exit k costs `alone[k]`, `heads[j]` for every evaluated exit j before it, and `shared[j]` for every
-    evaluated exit j behind it.
+    Exiting at exit k costs `alone[k]`, plus `heads[j]` for every evaluated exit j before it, plus `shared[j]` for
+    every evaluated exit j after it.
 
     Args:
-        alone: (num_exits,), with no other exit evaluated.
-        heads: (num_exits,), what evaluating an exit adds for an example that continues; default 0: every head is
-            counted in `alone`, for every policy.
-        shared: (num_exits,), what evaluating it adds for an example that exited before, where examples of one batch
-            take their time together; default 0.
+        alone: (num_exits,), the cost of exiting at each exit if no other exit is evaluated.
+        heads: (num_exits,), the cost of evaluating an exit for an example that continues; default 0.
+        shared: (num_exits,), the cost of evaluating an exit for an example of the same batch that exited before;
+            default 0. Only costs in time have it.
     """
 
     def __init__(
@@ -36,7 +35,14 @@ class ExitCosts(list):
 
     @classmethod
     def of(cls, costs: Sequence[float]) -> "ExitCosts":
-        """Costs as they are, or made of plain numbers, which hold for every policy."""
+        """Convert plain numbers to costs.
+
+        Args:
+            costs: costs, which are returned as they are, or one number per exit, which is used for every policy.
+
+        Returns:
+            the costs.
+        """
         return costs if isinstance(costs, cls) else cls(costs)
 
     def _cost(self, index: int, evaluated: Iterable[int]) -> float:
@@ -45,9 +51,15 @@ class ExitCosts(list):
         )
 
     def of_policy(self, policy: ExitPolicy | None) -> np.ndarray:
-        """The costs (num_exits,) under a policy, which need not use every exit; `None` exits nowhere early.
+        """The costs under a policy, which evaluates only the exits that it uses.
 
-        A criterion that remembers earlier exits reads all of them, as in `EarlyExitMixin.evaluated_exits`.
+        If the criterion remembers earlier exits, all are evaluated, as in `EarlyExitMixin.evaluated_exits`.
+
+        Args:
+            policy: an exit policy; `None`: no early exit.
+
+        Returns:
+            (num_exits,), float64.
         """
         if policy is not None and policy.remembers:
             return np.array(self, dtype=np.float64)
@@ -55,34 +67,49 @@ class ExitCosts(list):
         return np.array([self._cost(index, evaluated) for index in range(len(self))], dtype=np.float64)
 
     def over(self, unit: float) -> "ExitCosts":
-        """The same costs in another unit."""
+        """The same costs in another unit.
+
+        Args:
+            unit: the number by which all costs are divided.
+
+        Returns:
+            the costs in this unit.
+        """
         return ExitCosts(*([value / unit for value in values] for values in self.to_dict().values()))
 
     def to_dict(self) -> dict[str, list[float]]:
-        """The arguments, ready for JSON."""
+        """Convert to a plain dict.
+
+        Returns:
+            the arguments of the constructor, ready for JSON.
+        """
         return {"alone": self.alone, "heads": self.heads, "shared": self.shared}
 
 
 def relative_costs(
     model: nn.Module, *, sequence_length: int | None = None, image_size: int | tuple[int, int] | None = None
 ) -> ExitCosts:
-    """Multiply-accumulates up to and with each exit, divided by those of the plain model without exits.
+    """Count the multiply-accumulates up to and including each exit, as a share of those of the model without exits.
 
     Exit k costs the embedding, the layers up to its own and the heads of exits 1 to k; the plain model costs the
-    embedding, all layers and the last head. Counted at batch 1 in one forward pass of a copy that has shapes but no
-    numbers (the `meta` device), so that neither the model, its device nor its memory matters or changes.
+    embedding, all layers and the last head. They are counted at batch 1 in one forward pass of a copy on the `meta`
+    device, which needs no memory and does not change the model.
 
     Args:
         model: an early-exit model.
         sequence_length: number of tokens, for a text model.
-        image_size: height and width, or one number for both, for an image model; the model's own by default.
+        image_size: height and width in pixels, or one number for both, for an image model; default: the model's own.
 
     Returns:
-        one number per exit, rising; the last exceeds 1 by the earlier exits' heads. `of_policy` of it leaves out the
-        heads that a policy does not evaluate.
+        one number per exit, in increasing order; the last exceeds 1 by the cost of the earlier heads. Its method
+        `of_policy` omits the heads that a policy does not evaluate.
 
     Raises:
-        ValueError: a text model without a `sequence_length`, or with one that its positions do not reach.
+        ValueError: a text model without a `sequence_length`, or with one that the model does not take.
+
+    Example:
+        >>> een_hf.relative_costs(model, sequence_length=16)
+        [0.3..., 0.6..., 1.0...]
     """
     spent, plain = count_operations(model, sequence_length=sequence_length, image_size=image_size)
     return spent.over(plain)
@@ -91,9 +118,17 @@ def relative_costs(
 def count_operations(
     model: nn.Module, *, sequence_length: int | None = None, image_size: int | tuple[int, int] | None = None
 ) -> tuple[ExitCosts, int]:
-    """Operations up to and with each exit, and those of the plain model, for one input; arguments as above.
+    """Count the operations up to and including each exit, and those of the model without exits, for one input.
 
-    They are counted as torch's `FlopCounterMode` does: two for a multiply-accumulate.
+    Args:
+        model, sequence_length, image_size: as in `relative_costs`.
+
+    Returns:
+        operations of each exit and of the plain model, as torch's `FlopCounterMode` counts them: two for each
+        multiply-accumulate.
+
+    Raises:
+        ValueError: as in `relative_costs`.
     """
     shadow = _meta_copy(model).eval()
     inputs = dummy_inputs(shadow, sequence_length=sequence_length, image_size=image_size)
@@ -124,13 +159,27 @@ def count_operations(
 
 
 def mean_length(attention_masks: Iterable[Sequence[int]]) -> int:
-    """Mean number of unmasked tokens over rows of 0/1, rounded, at least 1: the length at which cost is counted."""
+    """The mean number of unmasked tokens, which is the length for which the costs of a data set are counted.
+
+    Args:
+        attention_masks: one sequence of 0 and 1 for each row.
+
+    Returns:
+        the mean, rounded, at least 1.
+    """
     lengths = [int(sum(mask)) for mask in attention_masks]
     return max(1, round(sum(lengths) / len(lengths)))
 
 
 def cost_inputs(rows) -> dict[str, int | tuple[int, int]]:
-    """What `relative_costs` needs to know of a data set: texts' mean unpadded length, or the size of its images."""
+    """The arguments of `relative_costs` that fit a data set.
+
+    Args:
+        rows: rows of model inputs.
+
+    Returns:
+        `sequence_length`, the mean length of the texts without padding, or `image_size`, that of the first image.
+    """
     first = rows[0]
     if "pixel_values" in first:
         return {"image_size": tuple(torch.as_tensor(first["pixel_values"]).shape[-2:])}
@@ -144,7 +193,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     memo = {id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=False) for parameter in model.parameters()}
     memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     shadow = copy.deepcopy(model, memo)
-    # The eager kernel runs on any device and spells out the products; which kernel runs does not change their number.
+    # The eager kernel runs on any device and calls every product; all kernels need the same number of operations.
     shadow.set_attn_implementation("eager")
     return shadow
 
@@ -156,7 +205,7 @@ def dummy_inputs(
     sequence_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """A batch of zeros on the model's device, texts without padding; arguments and errors as `relative_costs`."""
+    """A batch of zeros on the model's device, texts without padding; arguments and errors as in `relative_costs`."""
     config, device = model.config, model.device
     if model.main_input_name == "pixel_values":
         size = config.image_size if image_size is None else image_size

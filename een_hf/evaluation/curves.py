@@ -10,16 +10,16 @@ import numpy as np
 def metric_at_cost(budgeted: Sequence[dict[str, Any]], cost: float, metric: str) -> float | None:
     """The metric under the largest budget that is at most `cost`.
 
-    The budget (`target_cost`) is set before the rows are seen that measure it: taking the best of several budgets on
-    these rows would flatter a curve.
+    Budgets (`target_cost`) are fixed before the rows that measure them are seen: the best of several budgets, chosen
+    on these rows, would be biased upwards.
 
     Args:
-        budgeted: points with `target_cost` and `metrics`, in any order; a metric that is null is left out.
+        budgeted: points with `target_cost` and `metrics`, in any order; points whose metric is null are ignored.
         cost: share of the plain model's cost.
         metric: key of the points' `metrics`.
 
     Returns:
-        `None` where no budget is so small.
+        the metric; `None` if no budget is so small.
     """
     affordable = [point for point in _curve(budgeted, metric) if point[0] <= cost]
     return max(affordable)[1] if affordable else None
@@ -28,17 +28,16 @@ def metric_at_cost(budgeted: Sequence[dict[str, Any]], cost: float, metric: str)
 def curve_area(budgeted: Sequence[dict[str, Any]], metric: str, start: float | None = None) -> float | None:
     """The mean of `metric_at_cost` over the costs from `start` to 1, the plain model's.
 
-    The area under the step function divided by the width of the range, in the metric's own unit; a constant metric
-    gives itself.
+    This is the area under the step function divided by the width of the range, in the unit of the metric.
 
     Args:
-        budgeted: as `metric_at_cost` takes it.
+        budgeted: as in `metric_at_cost`.
         metric: key of the points' `metrics`.
-        start: lower end of the range; by default the smallest budget. Curves are compared over one range: give the
+        start: lower end of the range; default: the smallest budget. To compare curves over the same range, give the
             largest of their smallest budgets.
 
     Returns:
-        `None` where the range is empty or no budget is so small as its start.
+        the mean; `None` if the range is empty or no budget is as small as `start`.
     """
     curve = sorted(_curve(budgeted, metric))
     start = curve[0][0] if start is None and curve else start

@@ -1,4 +1,4 @@
-"""Metrics that need no download, the labels that logits predict, and calibration error."""
+"""Metrics without downloads, predictions from logits, checks of labels, and the calibration error."""
 
 import math
 import warnings
@@ -25,9 +25,9 @@ _MULTI_CLASS = "multiclass"
 
 
 class _InMemoryMetric(evaluate.Metric):
-    """A metric of (predictions, references) that touches no file: no cache folder, no lock, any number of processes.
+    """A metric of (predictions, references) that uses no files, and so works in any number of processes.
 
-    A subclass names the dtype of its inputs and supplies `score`. The config name `multilabel` makes each row a list.
+    A subclass defines the dtype of its inputs and `score`. With the config name `multilabel` each row is a list.
     """
 
     dtype = "int64"
@@ -55,15 +55,23 @@ class _InMemoryMetric(evaluate.Metric):
         return {self.key: float(self.score(np.asarray(predictions), np.asarray(references)))}
 
     def score(self, predictions: np.ndarray, references: np.ndarray) -> float:
-        """The number itself; arrays are (num_rows,), or (num_rows, num_labels) for `multilabel`."""
+        """Compute the metric.
+
+        Args:
+            predictions: (num_rows,), or (num_rows, num_labels) for `multilabel`.
+            references: of the same shape.
+
+        Returns:
+            the metric.
+        """
         raise NotImplementedError
 
 
 class Accuracy(_InMemoryMetric):
-    """Share of rows predicted right; with `multilabel`, of rows whose labels are all right."""
+    """Share of rows with the right prediction; with `multilabel`, of rows with the right predictions of all labels."""
 
     key = "accuracy"
-    description = "Share of rows that are predicted right."
+    description = "Share of rows with the right prediction."
 
     def score(self, predictions, references):
         return sklearn.metrics.accuracy_score(references, predictions)
@@ -81,7 +89,7 @@ class F1(_InMemoryMetric):
 
 
 class MatthewsCorrelation(_InMemoryMetric):
-    """Matthews correlation of classes; 0 where predictions or references are constant."""
+    """Matthews correlation of classes; 0 if predictions or references are constant."""
 
     key = "matthews_correlation"
     description = "Matthews correlation coefficient."
@@ -93,7 +101,7 @@ class MatthewsCorrelation(_InMemoryMetric):
 
 
 class Pearson(_InMemoryMetric):
-    """Pearson correlation; 0, as Matthews correlation, where predictions or references are constant."""
+    """Pearson correlation; 0 if predictions or references are constant."""
 
     key = "pearson"
     dtype = "float64"
@@ -104,7 +112,7 @@ class Pearson(_InMemoryMetric):
 
 
 class Spearman(_InMemoryMetric):
-    """Spearman rank correlation; 0 where predictions or references are constant."""
+    """Spearman rank correlation; 0 if predictions or references are constant."""
 
     key = "spearmanr"
     dtype = "float64"
@@ -115,7 +123,7 @@ class Spearman(_InMemoryMetric):
 
 
 class MeanSquaredError(_InMemoryMetric):
-    """Mean squared error; NaN where a prediction is NaN."""
+    """Mean squared error; NaN if a prediction is NaN."""
 
     key = "mse"
     dtype = "float64"
@@ -147,6 +155,9 @@ def load_metrics(names: Sequence[str], config_name: str | None = None) -> evalua
         names: keys of `METRICS`.
         config_name: `multilabel` for rows of 0/1, `multiclass` for more than two classes (a macro F1), else `None`.
 
+    Returns:
+        the metrics, with one method `compute`.
+
     Raises:
         ValueError: a name that is not in `METRICS`, or a metric of numbers for multi-label rows.
     """
@@ -161,7 +172,11 @@ def load_metrics(names: Sequence[str], config_name: str | None = None) -> evalua
 
 
 def predict_labels(logits: np.ndarray, problem_type: str) -> np.ndarray:
-    """What logits (..., num_labels) predict.
+    """The predictions of logits.
+
+    Args:
+        logits: (..., num_labels).
+        problem_type: as in transformers.
 
     Returns:
         `single_label_classification`: class indices (...), int64. `multi_label_classification`: 0/1 (..., num_labels),
@@ -184,19 +199,22 @@ def predict_labels(logits: np.ndarray, problem_type: str) -> np.ndarray:
 
 
 def check_labels(labels, num_rows: int, num_labels: int, problem_type: str) -> np.ndarray:
-    """Labels as an array, after checking that each row has one: a missing one would count as an error of every exit.
+    """Check that each row has a label, since a missing one would count as an error of every exit.
 
     Args:
         labels: an array, a tensor or a list. `single_label_classification`: class indices (num_rows,), or soft labels
             (num_rows, num_labels) that sum to 1. `multi_label_classification`: 0/1, (num_rows, num_labels).
             `regression`: numbers, (num_rows,) or (num_rows, num_labels).
-        num_rows: how many there must be.
-        num_labels: of the model.
+        num_rows: number of rows.
+        num_labels: number of labels of the model.
         problem_type: as in transformers.
+
+    Returns:
+        the labels as an array.
 
     Raises:
         ExitConfigurationError: labels of another number, shape or kind, or some that are missing (-1, -100, NaN) or
-            that the model does not have; they are counted, and the first is named.
+            that the model does not have; the message counts them and names the first.
     """
     if torch.is_tensor(labels):
         labels = labels.detach().cpu()
@@ -231,18 +249,24 @@ def check_labels(labels, num_rows: int, num_labels: int, problem_type: str) -> n
     if not valid.all():
         first = int(np.argmin(valid))
         raise ExitConfigurationError(
-            f"{np.count_nonzero(~valid)} of {num_rows} rows have no label that the model knows, the first of them row "
-            f"{first} (counted from 0) with {labels[first]}. Labels are {wanted}: leave the other rows out, or give "
-            "no labels at all, which is enough to calibrate for agreement with the last exit (--risk consistency)."
+            f"{np.count_nonzero(~valid)} of {num_rows} rows have no label that the model knows; the first is row "
+            f"{first} (counted from 0) with {labels[first]}. Labels are {wanted}: leave these rows out, or give no "
+            "labels at all, which is enough to calibrate for agreement with the last exit (--risk consistency)."
         )
     return labels
 
 
 def make_compute_metrics(names: Sequence[str], problem_type: str) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A `compute_metrics` for a `Trainer` whose predictions are logits (num_rows, num_labels).
+    """Make a `compute_metrics` for a `Trainer` whose predictions are logits (num_rows, num_labels).
 
-    More than one metric adds `combined_score`, their mean, as run_glue does. What it gives stands in its attribute
-    `metric_names`.
+    If there are several metrics, their mean is added as `combined_score`, as in run_glue.
+
+    Args:
+        names: keys of `METRICS`.
+        problem_type: as in transformers.
+
+    Returns:
+        the function; its attribute `metric_names` lists the metrics that it returns.
 
     Raises:
         ValueError: an unknown metric or problem type, or a metric that does not fit the problem.
@@ -270,16 +294,21 @@ def make_compute_metrics(names: Sequence[str], problem_type: str) -> Callable[[E
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
     """Expected calibration error of a single-label classifier.
 
-    ECE = sum_m |B_m|/n |acc(B_m) - conf(B_m)|, B_m the rows with confidence in ((m-1)/M, m/M] (Guo et al., On
-    Calibration of Modern Neural Networks, ICML 2017, eq. 3).
+    ECE = sum_m |B_m|/n |acc(B_m) - conf(B_m)|, B_m the rows with confidence in ((m-1)/M, m/M].
 
     Args:
         logits: (num_rows, num_labels).
-        labels: as `check_labels` takes them.
+        labels: class indices (num_rows,), or soft labels (num_rows, num_labels).
         num_bins: M.
+
+    Returns:
+        the error, between 0 and 1.
 
     Raises:
         ExitConfigurationError: missing or impossible labels.
+
+    References:
+        On Calibration of Modern Neural Networks (Guo et al., ICML 2017), equation 3.
     """
     logits = np.asarray(logits, dtype=np.float64)
     labels = check_labels(labels, *logits.shape, "single_label_classification")

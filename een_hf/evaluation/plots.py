@@ -1,4 +1,4 @@
-"""Plots of runs: score and cost of each exit, and where examples exit."""
+"""Plots of runs: the metric against the cost of each exit, and where examples exit."""
 
 import os
 import textwrap
@@ -21,20 +21,24 @@ _BASELINE_MARKERS = "sD^vPXph"
 
 
 def literal(text: str) -> str:
-    """Text for a picture as it is: dollar signs would make a formula of what is between them."""
+    """Escape dollar signs, between which matplotlib would set a formula."""
     return text.replace("$", r"\$")
 
 
 def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure:
-    """Draw a results dict (as `write_exit_results` takes it) into a PNG file.
+    """Plot the results of a run into a PNG file.
 
-    Above, `results["metric"]` against relative cost: every exit on every sample, the budgets, the calibrated policy
-    and the baselines, as far as there are any. Below, under each exit, the share of examples that exit there: by the
-    policy, or else by the budget nearest to half of the cost. Beside these shares the exits are measured on the same
-    rows (`anytime_report`), otherwise on the whole evaluation split (`anytime`).
+    The upper plot shows the metric against the relative cost: of every exit on every example, of the budgets, of the
+    calibrated policy and of the baselines, if there are any. The lower plot shows the share of examples that exit at
+    each exit under the policy, or, without one, under the budget nearest to half of the cost. Then the exits are
+    measured on the same rows (`anytime_report`), otherwise on the whole evaluation split (`anytime`).
+
+    Args:
+        results: as in `write_exit_results`.
+        path: the PNG file.
 
     Returns:
-        the figure; its first axes hold the curves, its second, if there is one, the shares.
+        the figure; its first axes are the upper plot, its second, if any, the lower.
     """
     budgeted = sorted(results["budgeted"], key=lambda entry: entry["relative_cost"])
     policy = results["policy"]
@@ -75,14 +79,17 @@ def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure
 
 
 def plot_comparison(runs: dict[str, dict[str, Any]], path: str | os.PathLike) -> Figure:
-    """Draw the budgets of several runs, by name, and their baselines into one PNG file.
+    """Plot the budgets of several runs and their baselines into one PNG file.
 
-    A point is joined to the next by a step: nothing is claimed between two measured costs. A run with one exit is a
-    baseline, and so a point.
+    Points are joined by steps, since nothing is known between two measured costs. A run with one exit is a baseline,
+    and so a single point.
 
     Args:
-        runs: results dicts (as `write_exit_results` takes them) of one data set and metric.
-        path: of the PNG file.
+        runs: the results of each run (as in `write_exit_results`), by name; all of one data set and metric.
+        path: the PNG file.
+
+    Returns:
+        the figure.
     """
     first = next(iter(runs.values()))
     metric = first["metric"]
@@ -126,7 +133,7 @@ def _draw_exits(axes, exits: list[dict], metric: str) -> None:
     axes.plot(costs, scores, "o-", color=_BLUE, markersize=14, zorder=4, label="one exit for every sample, by number")
     for entry, cost, score in zip(exits, costs, scores, strict=True):
         style = {"color": "white", "fontsize": 8, "ha": "center", "va": "center_baseline", "zorder": 5.5}
-        # Above the baselines: the number stays readable where the stock model lies on the last exit.
+        # In front of the baselines, so that the number is readable if the stock model lies on the last exit.
         axes.text(cost, score, str(entry["exit"]), **style)
 
 

@@ -1,4 +1,4 @@
-"""The table of exits, and `exit_results.json`, which holds it."""
+"""The table of exits, and the file `exit_results.json`."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def anytime_table(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
     problem_type: str,
 ) -> list[dict[str, Any]]:
-    """Every exit's scores on every row.
+    """Evaluate every exit on every row.
 
     Args:
         exit_logits: (num_rows, num_exits, num_labels).
@@ -46,7 +46,7 @@ def anytime_table(
 
     Returns:
         one dict per exit: `exit` (from 1), `layer`, `relative_cost`, `loss` (mean over rows), `metrics`, `ece` (`None`
-        where rows have no single class).
+        unless each row has one class).
 
     Raises:
         ExitConfigurationError: missing or impossible labels.
@@ -73,13 +73,20 @@ def anytime_table(
 
 
 def write_exit_results(output_dir: str | os.PathLike, results: dict[str, Any]) -> Path:
-    """Write `exit_results.json`, whole or not at all, and return its path.
+    """Write `exit_results.json`, completely or not at all.
 
     The file is strict JSON: NaN is written as null, an infinity as the largest number of its sign, so that a threshold
-    no score reaches stays one. `schema_version` is added.
+    that no score reaches remains one. `schema_version` is added.
+
+    Args:
+        output_dir: an existing folder.
+        results: the content of the file, without `schema_version`.
+
+    Returns:
+        path of the file.
 
     Raises:
-        ValueError: a key that the schema requires is missing; it is named.
+        ValueError: a key that the schema requires is missing; the message names it.
     """
     check_schema(results)
     path = Path(output_dir) / RESULTS_NAME
@@ -90,15 +97,21 @@ def write_exit_results(output_dir: str | os.PathLike, results: dict[str, Any]) -
 
 
 def read_exit_results(run: str | os.PathLike) -> dict[str, Any]:
-    """The results of a run, from its folder or from the file itself.
+    """Read the results of a run.
+
+    Args:
+        run: the output folder of a run, or its `exit_results.json`.
+
+    Returns:
+        the content of the file.
 
     Raises:
-        ExitConfigurationError: there is no such file, or it is no complete results file; it is named.
+        ExitConfigurationError: the file does not exist, or is no complete results file.
     """
     path = Path(run)
     path = path / RESULTS_NAME if path.is_dir() else path
     if not path.is_file():
-        raise ExitConfigurationError(f"{path} is not there: give the output folder of a run with --do_eval.")
+        raise ExitConfigurationError(f"{path} does not exist: give the output folder of a run with --do_eval.")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         check_schema(results)
@@ -109,7 +122,14 @@ def read_exit_results(run: str | os.PathLike) -> dict[str, Any]:
 
 
 def format_exit_table(results: dict[str, Any]) -> str:
-    """The exits of a results dict as an aligned table for a terminal, the policy, and which rows measured what."""
+    """Format results for a terminal: a table of the exits, the policy, and the rows on which they were measured.
+
+    Args:
+        results: as in `write_exit_results`.
+
+    Returns:
+        several lines of text.
+    """
     anytime, policy = results["anytime"], results.get("policy")
     metrics = list(anytime[0]["metrics"])
     header = ["exit", "layer", "relative cost", *metrics, "loss", "ece"]

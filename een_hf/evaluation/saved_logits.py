@@ -1,4 +1,4 @@
-"""`exit_logits.npz`: every exit's logits on the evaluation rows of a run."""
+"""The file `exit_logits.npz`: the logits of every exit on the evaluation rows of a run."""
 
 import io
 import os
@@ -22,14 +22,17 @@ def save_exit_logits(
     row_ids: Sequence,
     part: str | Sequence[str],
 ) -> Path:
-    """Write `exit_logits.npz`, whole or not at all, and return its path.
+    """Write `exit_logits.npz`, completely or not at all.
 
     Args:
         output_dir: an existing folder.
         logits: (num_rows, num_exits, num_labels).
-        labels: (num_rows, ...).
+        labels: (num_rows,) or (num_rows, num_labels).
         row_ids: (num_rows,), numbers or text.
-        part: what each row is for, (num_rows,), or one text for all.
+        part: the use of each row, such as `calibration` or `report`, (num_rows,), or one text for all.
+
+    Returns:
+        path of the file.
 
     Raises:
         ValueError: the numbers of rows differ.
@@ -43,24 +46,30 @@ def save_exit_logits(
         if array.dtype == object:
             arrays[name] = array.astype(str)
     path, content = Path(output_dir) / LOGITS_NAME, io.BytesIO()
-    np.savez_compressed(content, **arrays)  # not to the disk: cut short there, an archive fails once more at its end
+    np.savez_compressed(content, **arrays)  # in memory: on a full disk, closing the archive would raise once more
     with replacing(path) as temporary:
         temporary.write_bytes(content.getbuffer())
     return path
 
 
 def load_exit_logits(output_dir: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read `exit_logits.npz`: `logits`, `labels`, `row_ids`, `part`, as `save_exit_logits` takes them.
+    """Read `exit_logits.npz`.
+
+    Args:
+        output_dir: the output folder of a run.
+
+    Returns:
+        `logits`, `labels`, `row_ids` and `part`, as in `save_exit_logits`.
 
     Raises:
-        ExitConfigurationError: the file is not there, is damaged, or holds something else; it is named.
+        ExitConfigurationError: the file does not exist, is damaged, or has another content.
     """
     path = Path(output_dir) / LOGITS_NAME
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         wrong = _wrong_array(arrays)
-    except Exception as error:  # a damaged archive raises nearly anything: zlib.error, EOFError, MemoryError, ...
+    except Exception as error:  # a damaged archive raises errors of many kinds: zlib.error, EOFError, MemoryError, ...
         wrong = in_one_line(error)
     if wrong:
         raise ExitConfigurationError(f"{path} cannot be read: {wrong}")

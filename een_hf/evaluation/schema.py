@@ -1,4 +1,4 @@
-"""What `exit_results.json` must hold, and how a value of each kind is known."""
+"""The schema of `exit_results.json`: the required parts, and a check for the values of each."""
 
 import math
 import reprlib
@@ -60,7 +60,7 @@ def _is_latency(value) -> bool:
     )
 
 
-# What each part of the file must have, and how a value of its kind is known.
+# The required keys of each part of the file, each with the check of its values.
 _ANYTIME = {
     "exit": _is_count,
     "layer": _is_count,
@@ -115,7 +115,7 @@ def check_schema(results: dict[str, Any]) -> None:
 
 
 def check_types(results: dict[str, Any]) -> None:
-    """Refuse values of another kind, and tables of other exits or metrics than the first."""
+    """Raise TypeError for values of another kind, and for tables whose exits or metrics do not agree."""
     for place, mapping, kinds in _places(results):
         kinds = {**kinds, **_OPTIONAL} if place == "results" else kinds
         for key, fits in kinds.items():
@@ -136,9 +136,9 @@ def check_types(results: dict[str, Any]) -> None:
 
 
 def _places(results: dict[str, Any]) -> Iterator[tuple[str, dict, dict]]:
-    """Every part of the results by its name, with what it must have."""
+    """The name of every part of the results, the part, and its required keys."""
     places = [("results", results, _REQUIRED)]
-    for place, mapping, kinds in places:  # grows
+    for place, mapping, kinds in places:  # the list grows in the loop
         if not isinstance(mapping, dict):
             raise TypeError(f"{place} is {reprlib.repr(mapping)}.")
         yield place, mapping, kinds
@@ -153,7 +153,7 @@ def _places(results: dict[str, Any]) -> Iterator[tuple[str, dict, dict]]:
 
 
 def strict(value: Any) -> Any:
-    """`value` in types and numbers that strict JSON has."""
+    """Convert `value` to types and numbers that strict JSON can store."""
     if isinstance(value, dict):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Seconds on the machine at hand, as medians of interleaved repeats."""
+"""Measurements of time on this machine, as medians of interleaved repeats."""
 
 import platform
 import time
@@ -19,7 +19,16 @@ from .cost import ExitCosts, dummy_inputs
 def measure_seconds(
     functions: dict[str, Callable[[], object]], repeats: int = 5, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every call, `repeats` for each function, after `warmup` calls; the functions take turns."""
+    """Measure the time of functions, which are called in turn.
+
+    Args:
+        functions: functions by name.
+        repeats: number of measured calls of each.
+        warmup: number of calls before them that are not measured.
+
+    Returns:
+        seconds of every measured call, by name.
+    """
     seconds = {name: [] for name in functions}
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for repeat in range(-warmup, repeats):
@@ -34,11 +43,14 @@ def measure_seconds(
 
 
 def stock_model(model, num_layers: int | None = None) -> torch.nn.Module:
-    """The plain transformers model inside an early-exit model, weights copied: no exits, first-token pooling.
+    """Copy the plain transformers model inside an early-exit model, without exits and with the stock pooling.
 
     Args:
         model: an early-exit model.
-        num_layers: cut to this many layers.
+        num_layers: keep only so many layers; `None`: all.
+
+    Returns:
+        the stock model in eval mode, on the same device.
     """
     config = model.config
     settings = config.to_dict() if num_layers is None else config.cut_to_layers(config.to_dict(), num_layers)
@@ -56,17 +68,20 @@ def stock_model(model, num_layers: int | None = None) -> torch.nn.Module:
 def text_functions(
     model, tokenizer, texts: list[list[str]], *, max_length: int, batch_size: int
 ) -> dict[str, Callable[[], object]]:
-    """Three ways to classify texts, tokenizing included, for `measure_seconds`.
+    """Three ways to classify texts, including tokenization, for `measure_seconds`.
 
-    The stock pipeline runs the plain model inside; the other two are `een_hf.inference.predict` with exits off and
-    with the model's policy.
+    They are the stock pipeline with the plain model, and `een_hf.inference.predict` without early exits and with the
+    model's policy.
 
     Args:
         model: an early-exit model with a policy.
         tokenizer: its tokenizer.
         texts: one column, or two for pairs.
-        max_length: longer texts are cut, to no more than the model takes.
-        batch_size: of all three.
+        max_length: tokens to which longer texts are truncated, at most what the model takes.
+        batch_size: batch size of all three.
+
+    Returns:
+        the functions `stock pipeline`, `exits off` and `exits on`.
     """
     max_length = model.config.input_limit(max_length)
     rows = list(texts[0]) if len(texts) == 1 else list(zip(*texts, strict=True))
@@ -103,23 +118,24 @@ def relative_latencies(
     repeats: int = 9,
     cuda_graphs: bool | None = None,
 ) -> tuple[ExitCosts, dict]:
-    """Time up to and with each exit over that of the same model without early exits, measured on its device.
+    """Measure the time up to and including each exit, as a share of that of the same model without early exits.
 
-    The same quantity as `relative_costs`, in seconds instead of operations, of what answers there: captured programs
-    on CUDA (`ExitRunner`), else the model's dynamic forward. An exit's head counts with its decision and with the
-    compaction that follows. Medians of interleaved passes of one batch.
+    The same quantity as `relative_costs`, in time on the model's device instead of operations. Measured are captured
+    programs on CUDA (`ExitRunner`), else the model's dynamic forward. The time of an exit includes its head, its
+    decision and the compaction after it. Medians of interleaved passes of one batch.
 
     Args:
         model: an early-exit model; it is put in eval mode.
         batch_size: examples that run together.
-        criterion: that decides, with its `params`.
-        sequence_length: as in `relative_costs`, like `image_size`.
+        criterion: the criterion of the decisions.
+        params: its parameters.
+        sequence_length: as in `relative_costs`.
         image_size: as in `relative_costs`.
-        repeats: passes of each kind.
-        cuda_graphs: whether `ExitRunner` answers; by default on CUDA, unless `model.cuda_graphs` is false.
+        repeats: number of measured passes of each kind.
+        cuda_graphs: whether `ExitRunner` is measured; default: on CUDA, unless `model.cuda_graphs` is false.
 
     Returns:
-        the costs, and `{"device": , "batch_size": , "milliseconds": }`, the last of a batch without early exits.
+        the costs, and `{"device": , "batch_size": , "milliseconds": }`, the time of a batch without early exits.
     """
     model.eval()
     size = {"sequence_length": sequence_length, "image_size": image_size}
@@ -158,13 +174,13 @@ def relative_latencies(
 
 @dataclass
 class BatchSeconds:
-    """Seconds of a batch.
+    """Measured times of a batch, in seconds.
 
     Args:
-        size: examples of the batch.
-        alone: (num_exits,), of a batch that exits as a whole at an exit, no other exit being evaluated.
-        through: of a batch at which every exit decides, and no example exits before the last.
-        compaction: of closing up the examples that continue after a decision, where `through` has none.
+        size: number of examples.
+        alone: (num_exits,), times if the whole batch exits at an exit, and no other exit is evaluated.
+        through: time if every exit decides, and no example exits before the last.
+        compaction: time of one compaction, if `through` does not include it.
     """
 
     size: int
@@ -173,37 +189,47 @@ class BatchSeconds:
     compaction: float = 0.0
 
     def parts(self) -> tuple[np.ndarray, float]:
-        """Seconds of the layers from each exit to the next, (num_exits,), and of an exit's head and decision."""
+        """Divide the time of the batch into its parts.
+
+        Returns:
+            seconds of the layers before each exit, since the exit before, (num_exits,), and seconds of one exit's head
+            and decision.
+        """
         *early, plain = self.alone
         decision = max(0.0, self.through - plain) / max(1, len(early))
-        # What is measured rises only on the average.
+        # Single measurements need not increase from exit to exit.
         reached = np.clip(np.maximum.accumulate([0.0, *(seconds - decision for seconds in early)]), 0, plain)
         return np.diff([*reached, plain]), decision + self.compaction
 
 
 def latency_costs(batch: BatchSeconds, half: BatchSeconds | None = None) -> ExitCosts:
-    """Costs per example, relative to those without early exits, from the times of a batch.
+    """Compute relative costs per example from the times of a batch.
 
-    An example that exits early saves what the layers behind take less for one example less, if others of its batch
-    continue: the time of a part is linear in the number of examples, through its times at two sizes.
+    If an example exits early and others of its batch continue, it saves the time by which the remaining layers are
+    faster with one example less. The time of a part is taken as linear in the number of examples, through its times at
+    two batch sizes.
 
     Args:
-        batch: at the batch size.
-        half: at a smaller one; `None` at batch 1, where an example that exits saves all that follows.
+        batch: times at the batch size.
+        half: times at a smaller batch size; `None` at batch size 1, where an example that exits saves all that
+            follows.
+
+    Returns:
+        the costs.
     """
     plain = batch.alone[-1]
     (layers, decision), waits, shared = batch.parts(), np.zeros(len(batch.alone)), 0.0
     if half is not None:
         half_layers, half_decision = half.parts()
         ratio = batch.size / (batch.size - half.size)
-        # What a part would take for no example at all.
+        # The time of a part for a batch of no examples.
         waits = np.clip(layers - ratio * (layers - half_layers), 0, layers)
         shared = float(np.clip(decision - ratio * (decision - half_decision), 0, decision))
     decisions = np.full(len(layers), decision)
     decisions[-1] = 0
-    # The layers up to an exit, its decision, and what the batch behind it takes anyway.
+    # The layers up to an exit, its decision, and the constant time of the layers after it.
     alone = layers.cumsum() + decisions + waits.sum() - waits.cumsum()
-    alone[-1] = plain  # and not rounded otherwise
+    alone[-1] = plain  # without rounding errors
     others = np.full(len(layers), shared)
     others[-1] = 0
     return ExitCosts(alone.tolist(), decisions.tolist(), others.tolist()).over(plain)
@@ -217,7 +243,7 @@ class _NobodyExits(ExitPolicy):
 
 
 def _compacting(model, inputs: dict, graphs: bool) -> Callable[[], object]:
-    """What the dynamic forward does where half of a batch exits; programs always do it, and one example never."""
+    """The compaction of the dynamic forward if half of a batch exits; programs always include it."""
     with torch.inference_mode():
         examples = model.embed(**inputs)
     exits = torch.arange(len(examples), device=model.device) % 2 == 0

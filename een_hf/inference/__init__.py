@@ -1,9 +1,10 @@
-"""Running early-exit models: whole data sets and single batches."""
+"""Inference with early-exit models, of whole data sets and of single batches."""
 
 from .batches import ExitBatchPredictor
 from .engine import ExitEngine
 from .loading import load_early_exit_model
-from .predict import ExitPredictions, pad_rows, predict
+from .predict import ExitPredictions, predict
+from .rows import pad_rows
 from .runner import ExitRunner
 
 

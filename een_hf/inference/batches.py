@@ -1,4 +1,4 @@
-"""A callable from columns to columns, for engines that deal out batches to many processes."""
+"""`ExitBatchPredictor`: from columns to columns, for engines that distribute batches to many processes."""
 
 import io
 from collections.abc import Mapping
@@ -14,28 +14,29 @@ from .predict import predict
 
 
 class ExitBatchPredictor:
-    """Answers batches of columns with early exits: what Ray Data's `map_batches` and Spark's `predict_batch_udf` call.
+    """Answers batches of columns with early exits, for Ray Data's `map_batches` and Spark's `predict_batch_udf`.
 
-    It is sent to another process as a path and settings; each process loads the model at its first batch. Columns come
-    back as they were, with three more: `label`, `score` (the probability of it that the policy decides by; NaN in
-    regression, where `label` holds the numbers) and `exit_layer`.
+    It is sent to other processes as a path and settings; each process loads the model at its first batch. The columns
+    are returned unchanged, with three more: `label`, `score` (the confidence of the answer, as
+    `ExitPredictions.confidence`; NaN in regression, where `label` contains the predicted numbers) and `exit_layer`.
 
     Args:
         path: folder or Hub name of an early-exit model with its processor.
-        column: of the texts or images (PIL, bytes of a file, or arrays of height, width and channels).
-        pair_column: of the second texts, where the model takes pairs.
+        column: name of the column of texts or images (PIL, bytes of a file, or arrays of height, width and channels).
+        pair_column: name of the column of second texts, if the model takes pairs.
         batch_size: examples per step.
-        policy: who exits; `None`: the model's own; `False`: nobody before the last exit.
-        device: default: cuda where there is one.
-        max_length: longer texts are cut, to no more than the model takes.
+        policy: the exit policy; `None`: the model's own; `False`: no early exit.
+        device: for example `cuda:1`; default: cuda if there is one.
+        max_length: tokens to which longer texts are truncated, at most what the model takes.
 
     Raises:
         ExitConfigurationError: at the first batch: no early-exit model, or a policy or column that does not fit.
 
     Example:
-        >>> predict = ExitBatchPredictor("runs/demo")
-        >>> predict({"id": np.array([7]), "text": np.array(["Shares fell."])})
-        {"id": array([7]), "text": array(["Shares fell."]), "label": array(["business"]), ...}
+        >>> classify = een_hf.inference.ExitBatchPredictor("runs/mine")
+        >>> columns = classify({"id": np.array([7]), "text": np.array(["A fine film."])})
+        >>> sorted(columns)
+        ['exit_layer', 'id', 'label', 'score', 'text']
     """
 
     def __init__(
@@ -58,12 +59,13 @@ class ExitBatchPredictor:
         return {**vars(self), "_model": None, "_processor": None}
 
     def __call__(self, batch: Mapping[str, Any] | Any) -> dict[str, np.ndarray]:
-        """
+        """Answer one batch.
+
         Args:
-            batch: columns of equal length by name; or the one column alone, which Spark gives.
+            batch: columns of equal length by name; or a single column, as Spark passes it.
 
         Returns:
-            the columns and the answers; of one column alone the answers.
+            the columns and the answers; for a single column only the answers.
         """
         if not isinstance(batch, Mapping):
             batch, kept = {self.column: batch}, {}

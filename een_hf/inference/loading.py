@@ -1,4 +1,4 @@
-"""A trained early-exit model from its folder or from the Hub."""
+"""Loading a trained early-exit model and its processor from a folder or from the Hub."""
 
 from typing import Any
 
@@ -12,13 +12,16 @@ from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
 def load_early_exit_model(
     name: str, *, device: str | None = None, dtype: str | None = None, what: str = "MODEL"
 ) -> EarlyExitMixin:
-    """The early-exit model of a folder or Hub name, in eval mode; its exits are trained.
+    """Load an early-exit model whose exits are trained.
 
     Args:
         name: folder or Hub name.
-        device: for example `cuda:1`; by default the GPU where there is one.
-        dtype: for example `bfloat16`; by default the checkpoint's.
-        what: the argument that `name` was given by, for messages.
+        device: for example `cuda:1`; default: the GPU if there is one.
+        dtype: for example `bfloat16`; default: the checkpoint's.
+        what: the argument by which the user gave `name`, for messages.
+
+    Returns:
+        the model in eval mode.
 
     Raises:
         ExitConfigurationError: no such model, one without exits, weights that are missing, or no such device.
@@ -32,7 +35,7 @@ def load_early_exit_model(
     model_class = next((kind for kind in MODEL_CLASSES.values() if kind.config_class.model_type == found), None)
     if model_class is None:
         raise ExitConfigurationError(
-            f"{what} is of type {found!r} and has no exits: train some, or see `een-hf retrofit --help`."
+            f"{what} is of type {found!r} and has no exits: train them, or add them by `een-hf retrofit`."
         )
     with loading(what):
         model = model_class.from_pretrained(name, dtype=getattr(torch, dtype) if dtype else "auto").eval()
@@ -44,7 +47,15 @@ def load_early_exit_model(
 
 
 def load_processor(name: str, model: EarlyExitMixin, *, what: str = "MODEL") -> Any:
-    """The tokenizer or image processor beside `model`.
+    """Load the tokenizer or image processor that is saved with a model.
+
+    Args:
+        name: folder or Hub name.
+        model: the model.
+        what: the argument by which the user gave `name`, for messages.
+
+    Returns:
+        the tokenizer or image processor.
 
     Raises:
         ExitConfigurationError: there is none.

@@ -1,4 +1,4 @@
-"""`pipeline("early-exit-text-classification")` and the same for images: answers with the exit of each input."""
+"""The pipelines `early-exit-text-classification` and `early-exit-image-classification`."""
 
 import base64
 import io
@@ -28,24 +28,28 @@ class _ExitAnswers:
 
     The keys are `exit_layer`, the 1-based layer of the exit, and `cost_saved`, the share of the plain model's cost
     that was saved: 1 minus the exit's relative cost under the policy, at the input's own length. At the last exit it
-    is 0 less the cost of the earlier heads that were evaluated. `score` is the probability from the logits divided by
-    the temperature of their exit, as `ExitPredictions.confidence`; the stock pipelines, and
-    `function_to_apply="none"`, take the logits as they are.
-    Batches run by `ExitRunner` where the attribute `cuda_graphs` says so; `None`, the default: on CUDA, unless the
-    model's own attribute `cuda_graphs` is set to `False`.
+    is negative if earlier heads were evaluated. `score` is the probability from the logits divided by the temperature
+    of their exit, as `ExitPredictions.confidence`; with `function_to_apply="none"` logits are not divided.
+
+    The attribute `cuda_graphs` says whether `ExitRunner` runs the batches; `None`, the default: on CUDA, unless the
+    model's own attribute `cuda_graphs` is `False`.
     """
 
     cuda_graphs: bool | None = None
 
     def check_model_type(self, supported_models) -> None:
-        """
+        """Check that the pipeline's model has exits.
+
+        Args:
+            supported_models: not used.
+
         Raises:
             ExitConfigurationError: a model without exits.
         """
         if not isinstance(self.model, EarlyExitMixin):
             raise ExitConfigurationError(
-                f"The pipeline {self.task!r} needs an early-exit model, not {type(self.model).__name__}: load it with "
-                "een_hf imported and without remote code, or train one."
+                f"The pipeline {self.task!r} needs an early-exit model, not {type(self.model).__name__}: import "
+                "een_hf before you load the model and do not use trust_remote_code, or train a model with exits."
             )
         self._costs_at = cache(self._costs_at)
 
@@ -89,27 +93,27 @@ class _ExitAnswers:
 
 
 class EarlyExitTextClassificationPipeline(_ExitAnswers, TextClassificationPipeline):
-    """`TextClassificationPipeline` whose answers carry `exit_layer` and `cost_saved`.
+    """`TextClassificationPipeline` whose answers include `exit_layer` and `cost_saved`.
 
     Example:
-        >>> classify = pipeline("early-exit-text-classification", model="runs/mine")
+        >>> classify = transformers.pipeline("early-exit-text-classification", model="runs/mine")
         >>> classify("A fine film.")
-        [{"label": "positive", "score": 0.98, "exit_layer": 3, "cost_saved": 0.73}]
+        [{'label': ..., 'score': 0..., 'exit_layer': ..., 'cost_saved': ...}]
     """
 
     def preprocess(self, inputs, **tokenizer_kwargs):
         longest = self.model.config.max_input_length
-        if tokenizer_kwargs.get("truncation") and longest is not None:  # tokenizers need not know the model's length
+        if tokenizer_kwargs.get("truncation") and longest is not None:  # the tokenizer may not know the model's limit
             wanted = tokenizer_kwargs.get("max_length") or self.tokenizer.model_max_length
             tokenizer_kwargs["max_length"] = min(wanted, longest)
         return super().preprocess(inputs, **tokenizer_kwargs)
 
 
 class EarlyExitImageClassificationPipeline(_ExitAnswers, ImageClassificationPipeline):
-    """`ImageClassificationPipeline` whose answers carry `exit_layer` and `cost_saved`.
+    """`ImageClassificationPipeline` whose answers include `exit_layer` and `cost_saved`.
 
-    Images, given as such, as files, as addresses (http) or in base64, are decoded as those that the model was trained
-    and calibrated on.
+    Images may be given as PIL images, as files, as addresses (http) or in base64. They are decoded like the images
+    that the model was trained and calibrated on.
     """
 
     def preprocess(self, image, timeout=None):
@@ -126,7 +130,7 @@ class EarlyExitImageClassificationPipeline(_ExitAnswers, ImageClassificationPipe
 
 
 def _open_image(source: str, timeout: float | None) -> "Image.Image":
-    """An image as transformers' pipelines find it: an address, a file, or base64 with or without its media type."""
+    """Open an image from an address, a file, or base64 with or without a media type, as transformers' pipelines do."""
     from PIL import Image  # not needed for text
 
     if source.startswith(("http://", "https://")):
@@ -151,5 +155,5 @@ for _task, _pipeline_class, _model_class, _type in (
     _task = f"early-exit-{_task}-classification"
     if _task not in PIPELINE_REGISTRY.supported_tasks:
         PIPELINE_REGISTRY.register_pipeline(_task, _pipeline_class, pt_model=_model_class, type=_type)
-        # By this mark a saved pipeline would take this file along, which runs only where een_hf is installed.
+        # With this attribute a saved pipeline would include this file, which runs only where een_hf is installed.
         del _pipeline_class._registered_impl

@@ -1,4 +1,4 @@
-"""The outcome of a retrofit, and its files."""
+"""The result of a retrofit, and its files."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -19,20 +19,20 @@ from .features import ROOM
 from .rows import RetrofitRows
 
 
-@dataclass
+@dataclass(repr=False)
 class RetrofitReport:
-    """The outcome of a retrofit; its model, with the policy, is also in `args.output_dir`.
+    """The result of a retrofit; its model, with the policy, is also in `args.output_dir`.
 
     Args:
-        args: what was asked for.
-        model: with trained exits, in eval mode, and the policy set.
-        certified: what calibration found.
-        costs: of the exits, as `args.cost` says.
-        latency: what was measured for them, by name; `None` for operations.
-        num_training_rows: rows that trained the exits.
-        calibration_rows: (n,) numbers of the rows that certified.
-        columns: columns of text that were read.
-        seconds: by name, what the timed rows took; the stock model first, `exits on` last.
+        args: the arguments of the retrofit.
+        model: the model with trained exits, in eval mode, with the policy set.
+        certified: the certified policy and its results on the rows that certify it.
+        costs: relative costs of the exits, in the unit `args.cost`.
+        latency: device, batch size and time of the measurement; `None` for operations.
+        num_training_rows: number of rows that trained the exits.
+        calibration_rows: (n,), 0-based numbers of the rows that certified the policy.
+        columns: columns of text that were read; none for images.
+        seconds: time of the timed rows, by name; the stock model first, `exits on` last.
     """
 
     args: RetrofitArguments
@@ -47,34 +47,41 @@ class RetrofitReport:
 
     @property
     def policy(self) -> ExitPolicy | None:
-        """The certified policy with its guarantee; `None` where no cheaper one could be certified."""
+        """The certified policy with its guarantee; `None` if no policy that saves cost could be certified."""
         return self.certified.policy
 
     @property
     def relative_cost(self) -> float:
-        """Average cost of an example under the policy, as a share of the plain model's."""
+        """Average cost of an example under the policy, as a share of the plain model's cost."""
         return self.certified.relative_cost
 
     @property
     def message(self) -> str:
-        """What calibration says of the policy, or why there is none."""
+        """The result of calibration in one sentence, or why there is no policy."""
         return self.certified.message
 
     @property
     def summary(self) -> str:
-        """The outcome in one line."""
+        """The result in one line."""
         if self.policy is None:
-            return f"Not cheaper, answers as your model: {self.message}"
+            return f"No saving, the answers are those of your model: {self.message}"
         guarantee = self.policy.guarantee
         line = f"Agrees with your model on at least {100 * (1 - guarantee['limit']):.4g} % "
-        line += f"({100 * guarantee['confidence']:.4g} % sure); {1 / self.relative_cost:.2f} x less "
+        line += f"(confidence {100 * guarantee['confidence']:.4g} %); {1 / self.relative_cost:.2f} x less "
         line += "time, measured" if self.latency else "compute"
         if self.seconds:
-            line += f", {next(iter(self.seconds.values())) / self.seconds['exits on']:.2f} x less time here"
+            line += f", {next(iter(self.seconds.values())) / self.seconds['exits on']:.2f} x less time on this machine"
         return line
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.summary})"
+
     def to_record(self) -> dict[str, Any]:
-        """The content of retrofit.json."""
+        """Convert to a plain dict.
+
+        Returns:
+            the content of retrofit.json.
+        """
         return {
             "arguments": public_settings(asdict(self.args)),
             "num_training_rows": self.num_training_rows,
@@ -103,7 +110,7 @@ def save_report(report: RetrofitReport, exit_logits: np.ndarray, history: list[d
     """Write the certifying rows' logits, the record of the run and retrofit.json.
 
     Args:
-        report: the outcome.
+        report: the result.
         exit_logits: (num_rows, num_exits, num_labels), of the certifying rows.
         history: flags of the runs that trained the model (`history_of`).
     """

@@ -1,4 +1,4 @@
-"""Another exit policy for a finished run, from the logits that it saved; the model is not run."""
+"""Another exit policy for a finished run, from its saved logits, without running the model."""
 
 import os
 from dataclasses import dataclass
@@ -29,17 +29,20 @@ from .costs import fitting_criterion
 from .results import CALIBRATION_PARTS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunCalibration:
-    """A policy for a finished run.
+    """Another policy for a finished run.
 
     Args:
-        report: what calibration found.
-        results: content of `exit_results.json` with this policy; as it was where none was found.
+        report: the policy and its results on the calibration rows.
+        results: content of `exit_results.json` with this policy; unchanged if there is none.
     """
 
     report: CalibrationReport
     results: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.report.message})"
 
 
 def calibrate_run(
@@ -53,26 +56,30 @@ def calibrate_run(
     seed: int | None = None,
     save: bool = False,
 ) -> RunCalibration:
-    """Choose an exit policy from the logits that a run saved: `een-hf calibrate` in Python.
+    """Choose an exit policy from the saved logits of a run, as the command `een-hf calibrate` does.
 
-    The rows that calibrated in the run calibrate here, and the others measure the policy.
+    The calibration rows of the run are used again, and the other rows measure the policy.
 
     Args:
         run: output folder of a training run with `--do_eval`.
-        target_cost: the most accurate policy at this average relative cost.
-        max_risk: in its place, the cheapest policy whose risk is certified to stay below this.
-        risk: what `max_risk` limits: `accuracy_gap`, `consistency` or `hamming`.
-        risk_confidence: with which it holds.
-        exit_criterion: by default the run's.
-        seed: parts searching from certifying rows; by default the run's.
-        save: write the policy into the folder: config, results, plot and model card.
+        target_cost: choose the best policy whose average cost is at most this share of the plain model's cost.
+        max_risk: choose the cheapest policy whose risk is certified to be at most this (give one of the two).
+        risk: the risk that `max_risk` limits: `accuracy_gap`, `consistency` or `hamming`.
+        risk_confidence: confidence of the certificate.
+        exit_criterion: a registered criterion, or `package.module:Class`; default: the run's.
+        seed: seed of the permutation that divides the calibration rows into those that search and those that certify;
+            default: the run's.
+        save: whether to write the policy into the folder: config, results, plot and model card.
+
+    Returns:
+        the policy, and the results of the run with it.
 
     Raises:
         ExitConfigurationError: a folder without results, logits or config, or a target that cannot be met.
 
     Example:
-        >>> found = een_hf.calibrate_run("runs/mine", target_cost=0.4)
-        >>> print(found.report.message)
+        >>> een_hf.calibrate_run("runs/mine", target_cost=0.8)
+        RunCalibration(At ... of the full cost: accuracy ... on ... calibration rows.)
     """
     folder = Path(run)
     results, config = read_exit_results(folder), _load_config(folder)
@@ -116,8 +123,8 @@ def calibrate_run(
 def _load_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise ExitConfigurationError(
-            f"{folder} holds no config.json: it evaluated a model of another folder. Give --target_cost to that run, "
-            "or --output_dir the model's own folder."
+            f"{folder} holds no config.json, because the run evaluated a model of another folder. Repeat the run with "
+            "--target_cost, or with the folder of the model as --output_dir."
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -129,17 +136,17 @@ def _load_config(folder: Path) -> PreTrainedConfig:
 
 
 def _load_rows(folder: Path, num_exits: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Logits and labels that calibrate, and those that are reported."""
+    """Logits and labels of the calibration rows, and of the other rows."""
     saved = load_exit_logits(folder)
     if saved["logits"].shape[1] != num_exits:
         raise ExitConfigurationError(
-            f"{folder}: exit_logits.npz holds {saved['logits'].shape[1]} exits, exit_results.json {num_exits}; they "
-            "are of different runs."
+            f"{folder}: exit_logits.npz has {saved['logits'].shape[1]} exits, but exit_results.json has {num_exits}: "
+            "they are of different runs."
         )
     calibrates = np.isin(saved["part"], CALIBRATION_PARTS)
     if not calibrates.any():
         raise ExitConfigurationError(
-            f"{folder}/exit_logits.npz holds no calibration rows: those of its run had no labels and were not saved. "
-            "Give --target_cost or --max_risk to a run."
+            f"{folder}/exit_logits.npz has no calibration rows: those of the run had no labels and were not saved. "
+            "Repeat the run with --target_cost or --max_risk."
         )
     return tuple((saved["logits"][rows], saved["labels"][rows]) for rows in (calibrates, ~calibrates))

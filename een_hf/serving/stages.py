@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..inference.predict import pad_rows
 from ..inference.programs import Decisions
+from ..inference.rows import pad_rows
 from ..models import EarlyExitMixin, ExitPolicy
 from ..models.policies import decide
 from ..models.stages import Examples

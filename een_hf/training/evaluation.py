@@ -1,6 +1,5 @@
-"""Evaluating, answering and calibrating with every exit of a model in training."""
+"""The evaluation of a trainer: all exits, predictions by the policy, and calibration."""
 
-import warnings
 from itertools import islice
 
 import numpy as np
@@ -10,13 +9,14 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import PredictionOutput
 
+from .._moved import renamed_argument
 from ..inference import ExitPredictions, predict
 from .arguments import CostUnit
 from .losses import LABEL_COLUMNS
 
 
 class EvaluationMixin:
-    """The part of `EarlyExitTrainer` that evaluates exits, answers rows and chooses a policy."""
+    """The part of `EarlyExitTrainer` that evaluates exits, predicts and chooses a policy."""
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As in `Trainer`; the predictions are the logits of all exits, (batch, num_exits, num_labels)."""
@@ -94,7 +94,7 @@ class EvaluationMixin:
                 self.network.to(self.args.device).eval(),
                 own_rows(),
                 self.args.per_device_eval_batch_size,
-                collator=self._get_collator_with_removed_columns(self.data_collator, "test"),
+                data_collator=self._get_collator_with_removed_columns(self.data_collator, "test"),
                 window=max(len(ids), 1) if sized else None,
                 progress=not self.args.disable_tqdm and accelerator.is_main_process,
                 total=len(ids) if sized else None,
@@ -105,26 +105,26 @@ class EvaluationMixin:
         answers = (None if parts[0] is None else torch.cat(parts)[order] for parts in answers)
         return ExitPredictions(*answers), [kept[place][1] for place in order.tolist()]
 
+    @renamed_argument("calibration_data", "calibration_dataset")
     def calibrate(self, calibration_dataset=None, cost: str = "operations", latency_batch_size: int = 1, **settings):
-        """Choose an exit policy on rows that nothing else has chosen; it is returned, not set.
+        """Choose an exit policy on rows that were used for nothing else. The policy is returned, not set.
 
         Args:
             calibration_dataset: rows as `evaluate` takes them.
             cost: `operations`, or `latency`, measured on the model's device.
-            latency_batch_size: examples that run together where latency is measured.
+            latency_batch_size: examples that run together when latency is measured.
             **settings: of `een_hf.calibrate`, for example `target_cost=0.5`, or `max_risk=0.02,
                 risk="consistency"`.
 
         Returns:
-            a `CalibrationReport`; set its policy with `model.set_exit_policy(report.policy)`.
+            the policy and its results on these rows; set it with `model.set_exit_policy(report.policy)`.
+
+        Raises:
+            ExitConfigurationError: as `een_hf.calibrate`.
         """
         from ..calibration import calibrate
         from ..evaluation import cost_inputs, relative_costs, relative_latencies
 
-        if "calibration_data" in settings:
-            message = "calibration_data is deprecated: name it calibration_dataset."
-            warnings.warn(message, DeprecationWarning, stacklevel=2)
-            calibration_dataset = settings.pop("calibration_data")
         unit, size = CostUnit(cost), cost_inputs(calibration_dataset)
         prediction = self.predict_exits(calibration_dataset, "calibration")
         network = self.network

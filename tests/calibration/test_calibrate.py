@@ -55,7 +55,7 @@ def _spoilt(labels, value):
     return labels
 
 
-NO_LABEL = "1 of 100 rows have no label that the model knows, the first of them row 7 .*--risk consistency"
+NO_LABEL = "1 of 100 rows have no label that the model knows; the first is row 7 .*--risk consistency"
 
 
 @pytest.mark.parametrize("settings", [{"target_cost": 0.5}, {"max_risk": 0.1, "risk": "consistency"}])

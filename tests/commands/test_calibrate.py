@@ -88,6 +88,7 @@ def test_python_does_what_the_command_does(run, tmp_path):
     shutil.copytree(run, other)
     main(["calibrate", str(run), *POLICIES["risk"], "--save"])
     found = een_hf.calibrate_run(other, max_risk=0.2, risk="consistency", save=True)
+    assert repr(found) == f"RunCalibration({found.report.message})"
     assert found.report.policy.to_dict() == AutoConfig.from_pretrained(run).exit_policy
     for name in ("exit_results.json", "config.json"):
         assert (other / name).read_bytes() == (run / name).read_bytes()
@@ -194,7 +195,11 @@ def _drop_calibration(run):
         (["--target_cost", "0.6", "--exit_criterion", "surest"], None, "surest"),
         (["--max_risk", "2"], None, "--max_risk"),
         (["--target_cost", "0.6", "--risk", "consistency"], None, "--max_risk too"),
-        (["--target_cost", "0.6"], lambda run: (run / "exit_results.json").unlink(), "exit_results.json is not there"),
+        (
+            ["--target_cost", "0.6"],
+            lambda run: (run / "exit_results.json").unlink(),
+            "exit_results.json does not exist",
+        ),
         (["--target_cost", "0.6"], lambda run: (run / "exit_results.json").write_text("{"), "exit_results.json"),
         (["--target_cost", "0.6"], _truncate_logits, "exit_logits.npz"),
         (["--target_cost", "0.6"], lambda run: (run / "exit_logits.npz").unlink(), "exit_logits.npz"),

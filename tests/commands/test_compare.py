@@ -100,7 +100,7 @@ def test_a_run_with_one_exit_is_a_baseline(write_run, tmp_path, capsys):
     lines = {line.get_label(): line.get_xydata().tolist() for line in plot_comparison(runs, plot).axes[0].lines}
     assert lines["small"] == [[0.45, 0.75]]
     old = write_run("old", CURVE)
-    with pytest.raises(SystemExit, match=f"{old} does not say what its network costs"):
+    with pytest.raises(SystemExit, match=f"{old} lacks the cost of its network"):
         main(["compare", old, small])
 
 
@@ -126,10 +126,10 @@ def test_the_plot(write_run, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"dataset": "reviews"}, "one data set.*of news.*of reviews"),
-        ({"task_name": "sst2"}, "one data set"),
-        ({"metric": "f1"}, "one metric.*accuracy.*f1"),
-        ({"cost_unit": "latency"}, "one unit of cost.*of latency"),
+        ({"dataset": "reviews"}, "same data set.*has news.*has reviews"),
+        ({"task_name": "sst2"}, "same data set"),
+        ({"metric": "f1"}, "same metric.*accuracy.*f1"),
+        ({"cost_unit": "latency"}, "same unit of cost.*has operations.*has latency"),
         ({"num_eval_samples": 12}, "same evaluation rows"),
     ],
 )
@@ -144,7 +144,7 @@ def test_runs_that_cannot_be_compared(write_run, keys, named):
 def test_bad_input(write_run, tmp_path):
     """Fails if a wrong path ends in a traceback, or in a message that does not name it."""
     first = write_run("one", CURVE)
-    with pytest.raises(SystemExit, match="exit_results.json is not there"):
+    with pytest.raises(SystemExit, match="exit_results.json does not exist"):
         main(["compare", first, str(tmp_path)])
     with pytest.raises(SystemExit, match="named twice"):
         main(["compare", first, first])
@@ -159,6 +159,7 @@ def test_python_compares_as_the_command_does(write_run, tmp_path, capsys):
     paths = [write_run("one", curve((0.2, 0.5), (0.5, 0.7))), write_run("two", curve((0.3, 0.6), (0.8, 0.85)))]
     main(["compare", *paths, "--output", str(tmp_path / "command.png")])
     found = een_hf.compare(paths, output=tmp_path / "python.png")
+    assert repr(found) == found.table
     assert capsys.readouterr().out.startswith(found.table + "\n")
     assert (tmp_path / "python.png").read_bytes() == (tmp_path / "command.png").read_bytes()
     assert [row["at 50%"] for row in found.rows] == [0.7, 0.6]

@@ -113,7 +113,7 @@ def test_masked_and_unmasked_batches_of_different_length_wait_together():
     wanted = one_by_one(model, rows)
     for collator in (equal_lengths, lambda batch: pad_rows(batch, model.config)):
         for sized in ([*rows], sorted(rows, key=lambda row: len(row["input_ids"]))):
-            found = predict(model, sized, 2, collator=collator)
+            found = predict(model, sized, 2, data_collator=collator)
             for row, logits, exit_index in zip(sized, found.logits, found.exit_index, strict=True):
                 alone = wanted[rows.index(row)]
                 torch.testing.assert_close(logits, alone.logits[0], rtol=0, atol=1e-5)
@@ -344,7 +344,7 @@ def test_rows_may_lack_a_mask_that_others_have():
     typed = [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in rows]
     found = predict(model, [rows[0], *padded[1:4], *typed[4:]], 8)
     torch.testing.assert_close(found.logits, predict(model, rows, 8).logits, rtol=0, atol=1e-5)
-    with pytest.raises(ExitConfigurationError, match="Some rows have position_ids and others have not"):
+    with pytest.raises(ExitConfigurationError, match="Some rows have position_ids, but one has only"):
         predict(model, [rows[0], {"input_ids": [1, 2], "position_ids": [0, 1]}])
 
 
@@ -400,7 +400,7 @@ def test_a_collator_reads_whatever_rows_it_likes():
 
     wanted = predict(model, rows, 2).logits
     for cuda_graphs in (False, True):
-        found = predict(model, texts, 2, collator=collate, cuda_graphs=cuda_graphs)
+        found = predict(model, texts, 2, data_collator=collate, cuda_graphs=cuda_graphs)
         torch.testing.assert_close(found.logits, wanted, rtol=0, atol=1e-5)
 
 

@@ -10,7 +10,8 @@ import pytest
 import scipy.stats
 import torch
 from datasets import Dataset, load_dataset
-from retrofitting.running import CHUNK, NUM_ROWS, chunks, weights, words_of
+from factory import TOKENS, tiny_processor, tiny_stock_model
+from retrofitting.running import CHUNK, EXIT_CLASSES, MODEL_CLASSES, NUM_ROWS, chunks, weights, words_of
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -46,9 +47,12 @@ def report_of(policy=True, message="", seconds=None):
 
 def test_the_summary():
     """Fails if agreement, confidence or a ratio is printed upside down."""
-    start = "Agrees with your model on at least 98 % (90 % sure); 2.50 x less compute"
-    assert report_of(seconds={"stock model": 3.0, "exits on": 2.0}).summary == start + ", 1.50 x less time here"
-    assert report_of().summary == start
+    start = "Agrees with your model on at least 98 % (confidence 90 %); 2.50 x less compute"
+    assert (
+        report_of(seconds={"stock model": 3.0, "exits on": 2.0}).summary
+        == start + ", 1.50 x less time on this machine"
+    )
+    assert report_of().summary == start and repr(report_of()) == f"RetrofitReport({start})"
     assert "too many" in report_of(policy=False, message="too many errors").summary
 
 
@@ -70,6 +74,43 @@ def test_python_does_what_the_command_does(kind, sources, tmp_path):
     record = json.loads((tmp_path / "command" / "retrofit.json").read_text())
     assert report.relative_cost == record["relative_cost"] and report.message == record["message"]
     assert (report.policy and report.policy.to_dict()) == record["policy"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_a_loaded_model_is_as_good_as_its_folder(kind, sources, tmp_path):
+    """Fails if the weights in memory are not those that get exits, or if the given model changes."""
+    folder, flag, path = sources[kind]
+    main(words_of(sources[kind], tmp_path / "command"))
+    model = MODEL_CLASSES[kind].from_pretrained(folder).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {"max_risk": 0.3, "num_train_epochs": 2, "chunk_size": CHUNK, "batch_size": 8, "speed_samples": 0}
+    settings[flag[2:]] = path
+    een_hf.retrofit(model, output_dir=tmp_path / "loaded", **settings)
+    loaded, wanted = (EXIT_CLASSES[kind].from_pretrained(tmp_path / name) for name in ("loaded", "command"))
+    assert all(wanted.state_dict()[name].equal(tensor) for name, tensor in loaded.state_dict().items())
+    assert loaded.config.to_dict() | {"_name_or_path": "command"} == wanted.config.to_dict()
+    assert model.training and type(model) is MODEL_CLASSES[kind]
+    assert all(before[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+    with torch.no_grad():
+        model.classifier.weight.neg_()
+    report = een_hf.retrofit(model, output_dir=tmp_path / "changed", **settings)
+    assert report.model.classifier.weight.equal(model.classifier.weight)
+    assert report.model.classifier.weight.data_ptr() != model.classifier.weight.data_ptr()
+
+
+def test_a_model_that_came_from_nowhere_needs_its_processor(sources, tmp_path):
+    """Fails if the name of a class is looked for on the Hub, or no message says what to give."""
+    model = tiny_stock_model("bert", seed=1, noise=0.3, vocab_size=len(TOKENS))
+    texts = Path(sources["bert"][2]).read_text().splitlines()[1:]
+    settings = {"output_dir": tmp_path / "out", "max_risk": 0.3, "num_train_epochs": 1, "speed_samples": 0}
+    with pytest.raises(een_hf.ExitConfigurationError, match="processing_class"):
+        een_hf.retrofit(model, texts, **settings)
+    with pytest.raises(een_hf.ExitConfigurationError, match="MODEL is a Linear: give a folder, a Hub name"):
+        een_hf.retrofit(torch.nn.Linear(2, 2), texts, **settings)
+    assert not (tmp_path / "out").exists()
+    report = een_hf.retrofit(model, texts, processing_class=tiny_processor("bert"), **settings)
+    assert torch.equal(report.model.classifier.weight, model.classifier.weight)
 
 
 def test_python_refuses_rows_of_two_sources(sources, tmp_path):

@@ -149,5 +149,9 @@ def test_the_folder_is_complete(finished):
 def test_a_risk_that_is_not_met_says_so(sources, tmp_path, capsys):
     """Fails if a model is saved with a policy, or praised, that could not be certified."""
     main(words_of(sources["bert"], tmp_path, max_risk=0.02, calibration_share=0.82, head_learning_rate=1e-9))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("Not cheaper, answers as your model: No early exit")
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .startswith("No saving, the answers are those of your model: No early exit")
+    )
     assert EarlyExitBertForSequenceClassification.from_pretrained(tmp_path).config.exit_policy is None
