@@ -85,7 +85,11 @@ class DataArguments:
         return {split: path for split, path in paths.items() if path is not None}
 
     def hub_name(self) -> tuple[str | None, str | None]:
-        """Name and configuration of the data set, where neither files nor folders nor a partition alone hold it."""
+        """Name and configuration of the data set on the Hub or in a folder.
+
+        Returns:
+            both; `None` if files, folders or a partition are given instead.
+        """
         return self.dataset_name, self.dataset_config_name
 
     def part_labels(self, column: str) -> tuple[str, ...] | None:

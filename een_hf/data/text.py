@@ -36,15 +36,18 @@ def load_text_data(
 ) -> TaskData:
     """Load the splits of a run, with labels as class ids, numbers, or lists of class ids.
 
-    The label column of a split without labels (GLUE's test splits carry -1) is left out.
+    The label column of a split without labels (GLUE's test splits have -1) is removed.
 
     Args:
-        args: where the data are and what their columns are.
-        splits_needed: of `train`, `validation`, `test`; for MNLI their `_mismatched` halves come along.
-        seed: of the split that `--train_val_split` cuts.
-        cache_dir: where downloads are kept.
-        token: for private Hub repositories.
-        like: data with the same labels, where no task names them; then labels may be missing.
+        args: sources and columns of the data.
+        splits_needed: some of `train`, `validation`, `test`; for MNLI their `_mismatched` halves are included.
+        seed: seed of the split that `--train_val_split` takes from the training rows.
+        cache_dir: folder for downloads.
+        token: token for private Hub repositories.
+        like: data with the same labels, for data whose labels no task defines; then labels may be missing.
+
+    Returns:
+        the splits, their labels and columns.
 
     Raises:
         DataError: a source, split, column or label that is missing or does not fit.
@@ -125,26 +128,31 @@ def encode_text_data(
     max_length: int | None = None,
     keep_columns: Sequence[str] = (),
 ) -> dict[str, datasets.Dataset]:
-    """Turn text into tokens and labels into the model's ids, in the column `labels`.
+    """Convert texts to tokens, and labels to the model's ids in the column `labels`.
 
-    Rows are cut, and padded only with `--pad_to_max_length`; else the collator pads each batch.
+    Texts are truncated. They are padded only with `--pad_to_max_length`; otherwise the collator pads each batch.
 
     Args:
         data: what `load_text_data` returned.
         tokenizer: the model's tokenizer.
         args: lengths, workers and cache.
-        label2id: the model's label names; names that are the data's in another order are followed. `None` takes the
-            data's order.
-        max_length: the most tokens that the model takes; `None`: what the tokenizer says is the only limit.
-        keep_columns: columns of the data that stay beside the model's inputs.
+        label2id: the ids of the model's labels, by name, if its labels have the names of the data, perhaps in another
+            order; `None`: the order of the data.
+        max_length: the largest number of tokens that the model takes; `None`: only the tokenizer has a limit.
+        keep_columns: columns of the data that are kept in addition to the model's inputs.
+
+    Returns:
+        the encoded rows of each split.
 
     Raises:
-        DataError: a label that the model does not know, or no room for a token beside the special ones.
+        DataError: a label that the model does not know, or a length that leaves no room for tokens of the text.
     """
     length = min(args.max_seq_length, tokenizer.model_max_length, max_length or args.max_seq_length)
     if length < args.max_seq_length:
         logger.warning(
-            "--max_seq_length %d is more than the model takes; rows are cut to %d.", args.max_seq_length, length
+            "--max_seq_length %d is more than the model takes; texts are truncated to %d tokens.",
+            args.max_seq_length,
+            length,
         )
     least = tokenizer.num_special_tokens_to_add(len(data.input_columns) > 1) + len(data.input_columns)
     if length < least:

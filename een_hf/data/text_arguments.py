@@ -1,4 +1,4 @@
-"""The data flags of text."""
+"""The data flags of texts."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from .task import DataError
 
 @dataclass
 class TextDataArguments(DataArguments):
-    """Which text is trained on and evaluated, and how it becomes tokens."""
+    """The data flags of texts: sources, columns and tokenization."""
 
     task_name: str | None = field(
         default=None,
@@ -42,20 +42,18 @@ class TextDataArguments(DataArguments):
         default=None, metadata={"help": f"Column of the labels. Default: the first of {', '.join(LABEL_COLUMNS)}."}
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer, where it is not the model's own: Hub name or folder."}
+        default=None, metadata={"help": "Tokenizer, if it is not the model's own: Hub name or folder."}
     )
     skip_empty: bool = field(
         default=False,
-        metadata={
-            "help": "Leave out rows without text instead of stopping; rows to predict are kept, with an empty text."
-        },
+        metadata={"help": "Skip rows without text, which are otherwise an error; rows to predict are kept."},
     )
-    max_seq_length: int = field(default=128, metadata={"help": "Rows are cut to this many tokens."})
+    max_seq_length: int = field(default=128, metadata={"help": "Number of tokens to which texts are truncated."})
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad all rows to --max_seq_length instead of to the longest of their batch."}
     )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that turn text into tokens. Default: this one."}
+        default=None, metadata={"help": "Number of processes that tokenize. Default: no further process."}
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again instead of reading the cache."})
 
@@ -65,7 +63,7 @@ class TextDataArguments(DataArguments):
             if self.task_name not in GLUE_TASKS:
                 raise DataError(f"--task_name {self.task_name!r} is not one of: {', '.join(sorted(GLUE_TASKS))}.")
         if self.task_name is not None and self.problem_type is not None:
-            raise DataError("--task_name says what its labels mean: leave --problem_type out.")
+            raise DataError("--task_name defines the problem type: leave --problem_type out.")
         super().__post_init__()
         if not (self.dataset_name or self.task_name or self.paths() or self.partition_dir):
             raise DataError("No data: give --task_name, --dataset_name, or --train_file and --validation_file.")
@@ -77,7 +75,7 @@ class TextDataArguments(DataArguments):
         self.check_positive("max_seq_length", "preprocessing_num_workers")
 
     def hub_name(self) -> tuple[str | None, str | None]:
-        """As in `DataArguments`; a task has one of the Hub."""
+        """As in `DataArguments`; the default of a GLUE task is its data set on the Hub."""
         name = self.dataset_name
         if name is None and self.task_name is not None and not self.paths() and self.partition_dir is None:
             name = HUB_GLUE

@@ -1,4 +1,4 @@
-"""The model card of a run: what its exits are, what they score and what was promised."""
+"""The model card of a run: its exits, their metrics, and the certified risk."""
 
 import os
 from pathlib import Path
@@ -28,20 +28,23 @@ def write_model_card(
     dataset_id: str | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the card of a run, `README.md`, and return its path.
+    """Write the model card of a run, `README.md`.
 
-    The plot `exit_curves.png` and the examples of `write_examples(..., shared=True)` are shown where the folder holds
-    them.
+    It shows the plot `exit_curves.png` and the examples of `write_examples(..., shared=True)`, if they are in the
+    folder.
 
     Args:
         folder: an existing folder.
-        results: as `write_exit_results` takes them.
-        config: of the early-exit model.
-        settings: the run's flags by name; those that say how it was trained are shown, paths by their last part.
-        repo_id: name on the Hub. Default: the folder's name.
+        results: as in `write_exit_results`.
+        config: config of the early-exit model.
+        settings: the run's flags by name; those of training are shown, paths by their last part.
+        repo_id: name on the Hub. Default: the name of the folder.
         base_model: Hub name of the model that the run started from.
         dataset_id: Hub name of the data set.
         metadata: further fields of the card's header, for example `license` and `language`.
+
+    Returns:
+        path of the card.
     """
     folder = Path(folder)
     repo_id = repo_id or folder.resolve().name
@@ -86,7 +89,14 @@ def write_model_card(
 
 
 def refresh_model_card(folder, results: dict[str, Any], config: PreTrainedConfig, settings: dict[str, Any]) -> None:
-    """Write a run's card again after its policy has changed; what the results do not hold comes from the old card."""
+    """Write the model card of a run again after its policy has changed.
+
+    Args:
+        folder: folder of the run. If it has a card, names and metadata are taken from it.
+        results: as in `write_exit_results`.
+        config: config of the early-exit model.
+        settings: the run's flags by name.
+    """
     path, kept = Path(folder, CARD_NAME), {}
     if is_run_card(path):
         old = ModelCard.load(path).data

@@ -1,4 +1,4 @@
-"""Rows that a card shows: where exit 1 is right, where only the last exit is, and where exit 1 is wrong."""
+"""The examples of a model card: exit 1 is right, only the last exit is right, or exit 1 is wrong."""
 
 import json
 import os
@@ -12,30 +12,32 @@ from ..models import ExitConfigurationError
 from .markdown import escaped, figure, table
 
 
-# What stays in the run folder: a Trainer never pushes names that begin with an underscore.
+# A Trainer never pushes files whose names begin with an underscore.
 PRIVATE_EXAMPLES = "_examples"
 SHARED_EXAMPLES = "examples"
 _EXAMPLE_TITLES = {
-    "surest": "The most confident right answers of exit 1",
+    "most_confident": "The most confident right answers of exit 1",
     "deep": "Only the last exit was right",
     "mistakes": "The most confident mistakes of exit 1",
 }
+_OLD_KINDS = {"most_confident": "surest"}  # in files that earlier releases wrote
 _EXAMPLE_IMAGE = re.compile(r"\w+-\d+\.png")
 
 
 def choose_examples(
     exit_logits: np.ndarray, labels: np.ndarray, label_names: list[str], count: int = 3
 ) -> dict[str, list[dict]]:
-    """Up to `count` rows each of: exit 1 confident and right, only the last exit right, exit 1 confident and wrong.
+    """Choose rows of three kinds: exit 1 confident and right, only the last exit right, exit 1 confident and wrong.
 
     Args:
         exit_logits: (num_rows, num_exits, num_labels).
         labels: (num_rows,), class ids.
         label_names: one per class.
+        count: largest number of rows of each kind.
 
     Returns:
-        by `surest`, `deep` and `mistakes`: `row` (position), `label`, `predictions` (one per exit) and `confidence`
-        (the largest softmax probability of these logits at exit 1), the most confident first; `deep` is ordered by the
+        by `most_confident`, `deep` and `mistakes`: `row` (position), `label`, `predictions` (one per exit) and
+        `confidence` (the largest softmax probability at exit 1), the most confident first; `deep` is ordered by the
         confidence of the last exit.
     """
     logits = np.asarray(exit_logits, dtype=np.float64)
@@ -44,7 +46,7 @@ def choose_examples(
     predictions = logits.argmax(-1)
     right = predictions == np.asarray(labels)[:, None]
     chosen = {
-        "surest": (right[:, 0], confidence[:, 0]),
+        "most_confident": (right[:, 0], confidence[:, 0]),
         "deep": (right[:, -1] & ~right[:, :-1].any(1), confidence[:, -1]),
         "mistakes": (~right[:, 0], confidence[:, 0]),
     }
@@ -68,17 +70,20 @@ def choose_examples(
 def write_examples(
     folder: str | os.PathLike, examples: dict[str, list[dict]], rows, columns: list[str], *, shared: bool
 ) -> Path:
-    """Keep examples in a run's folder, and return where.
+    """Write examples into the folder of a run.
 
-    User data are private: only with `shared` do they go to `examples/`, which the card shows and a push takes along;
-    else to `_examples/`, which stays. Images are PNG files, at most 160 pixels wide and high.
+    User data are private: only with `shared` they are written to `examples/`, which the card shows and a push
+    includes; otherwise to `_examples/`, which is never pushed. Images are PNG files, at most 160 pixels wide and high.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         examples: as `choose_examples` returns them.
-        rows: the data set that `row` counts in.
+        rows: the data set whose positions are `row`.
         columns: its text columns, or its one image column.
         shared: whether they may be published.
+
+    Returns:
+        folder of the examples.
     """
     for name in (PRIVATE_EXAMPLES, SHARED_EXAMPLES):
         shutil.rmtree(Path(folder, name), ignore_errors=True)
@@ -109,7 +114,10 @@ def example_sections(folder: Path) -> list[str]:
         return []
     try:
         examples = json.loads(path.read_text(encoding="utf-8"))
-        tables = {title: _example_table(folder.name, examples.get(kind)) for kind, title in _EXAMPLE_TITLES.items()}
+        tables = {
+            title: _example_table(folder.name, examples.get(kind) or examples.get(_OLD_KINDS.get(kind)))
+            for kind, title in _EXAMPLE_TITLES.items()
+        }
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ExitConfigurationError(
             f"{path} cannot be read as examples of a run ({error!r}): remove the folder."

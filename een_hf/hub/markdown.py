@@ -1,4 +1,4 @@
-"""Text of unknown origin in Markdown."""
+"""Markdown, with text of unknown origin escaped."""
 
 import html
 import json
@@ -10,25 +10,25 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def escaped(value: str) -> str:
-    """Text of unknown origin on one line, shown as it is; longer than 300 characters it is cut."""
+    """Text on one line, escaped so that it is shown literally, and cut after 300 characters."""
     line = " ".join(str(value).split())
     line = html.escape(line if len(line) <= 300 else f"{line[:299]}…", quote=False)
     return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", line)
 
 
 def code_span(value: str) -> str:
-    """Text of unknown origin as a code span of one line."""
+    """Text as a code span of one line."""
     return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
 
 
 def fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any in the text."""
+    """A code block whose fence is longer than any fence in the text."""
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def python_string(value: str) -> str:
-    """Text of unknown origin as a Python string of one line."""
+    """Text as a Python string of one line."""
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -156,7 +156,14 @@ def _threshold(value: float) -> str:
 
 
 def guarantee_in_words(guarantee: dict) -> str:
-    """A policy's guarantee as a sentence."""
+    """Describe the guarantee of a policy.
+
+    Args:
+        guarantee: `ExitPolicy.guarantee`.
+
+    Returns:
+        one sentence.
+    """
     event = {
         "accuracy_gap": "the policy is wrong where the last exit is right",
         "consistency": "the policy answers differently from the last exit",

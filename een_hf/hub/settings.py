@@ -1,4 +1,4 @@
-"""What of a run's settings may be shown: no tokens, and local paths by their last part only."""
+"""The settings of a run that may be published: no tokens, and of local paths only the last part."""
 
 import os
 import re
@@ -9,17 +9,28 @@ _TOKEN = re.compile(r"(.*_)?token")
 
 
 def hub_name(name: str | None, installed: tuple[str, ...] = ()) -> str | None:
-    """`name` if it can only be a name on the Hub: no folder, and none of the `installed` samples."""
+    """Check that a name is a name on the Hub.
+
+    Args:
+        name: a name or path; `None`: none.
+        installed: names of installed samples.
+
+    Returns:
+        `name`; `None` if it is an existing path, an installed sample, or no valid name.
+    """
     if name is None or name in installed or os.path.exists(name):
         return None
     return name if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else None
 
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they may be pushed or logged: without tokens, and with the last part of local paths only.
+    """Remove from settings what must not be pushed or logged: tokens, and all but the last part of local paths.
 
     Args:
-        settings: values by name, lists and dicts of them included; what ends in `_dir` or `_file` is a path.
+        settings: values by name, which may be lists and dicts; names that end in `_dir` or `_file` are paths.
+
+    Returns:
+        the settings, for example for a model card.
     """
     return {
         name: None if _TOKEN.fullmatch(str(name)) else public_value(value, str(name).endswith(("_dir", "_file")))
@@ -38,5 +49,5 @@ def public_value(value: Any, is_path: bool = False) -> Any:
 
 
 def last_part(name: str) -> str:
-    """A local path by its last part; anything else as it is."""
+    """The last part of a local path; anything else unchanged."""
     return name if hub_name(name) else os.path.basename(os.path.normpath(name)) or name

@@ -83,7 +83,14 @@ class DynamicExits(nn.Module):
         return found[0], found[1]
 
     def continuing(self, exits: torch.Tensor) -> torch.Tensor:
-        """The numbers, int64, of the rows that do not exit; there is one at least."""
+        """The rows that continue.
+
+        Args:
+            exits: (batch,) bool, the rows that exit: not all of them.
+
+        Returns:
+            0-based numbers of the rows, int64.
+        """
         rows = (~exits).nonzero().squeeze(1)
         torch._check(rows.shape[0] >= 1)
         return rows

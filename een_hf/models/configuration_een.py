@@ -169,6 +169,7 @@ class EarlyExitDeiTConfig(EarlyExitImageConfigMixin, DeiTConfig):
 
     @property
     def stock_architecture(self) -> str:
+        """The name of the stock class, of which there are two."""
         return f"DeiTForImageClassification{'WithTeacher' * self.distillation_head}"
 
 

@@ -170,6 +170,13 @@ class EarlyExitConfigMixin:
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in `PreTrainedConfig`, but overrides are passed to the constructor, so that they are checked too.
 
+        Args:
+            config_dict: content of a `config.json`.
+            **kwargs: fields that override it, and keywords of `PreTrainedConfig.from_dict`.
+
+        Returns:
+            the config.
+
         Raises:
             ExitConfigurationError: a value of another kind, or an attention kernel of the Hub, which is code: it may
                 be requested when the model is loaded, but not by the config file.

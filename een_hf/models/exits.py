@@ -172,7 +172,15 @@ class ExitHead(nn.Module):
         raise NotImplementedError
 
     def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (batch, num_labels) of hidden states (batch, length, hidden_size) and their mask (batch, length)."""
+        """Pool hidden states and compute logits.
+
+        Args:
+            hidden: (batch, length, hidden_size).
+            attention_mask: (batch, length), or `None`: no padding.
+
+        Returns:
+            logits (batch, num_labels).
+        """
         return self.classify(self.pool(hidden, attention_mask))
 
 

@@ -61,7 +61,18 @@ class EarlyExitTextMixin(EarlyExitMixin):
         early_exit: bool | ExitPolicy | dict = True,
         **kwargs,
     ) -> EarlyExitClassifierOutput:
-        """Classify; inputs as in the stock class, `early_exit` as in `EarlyExitMixin.run_exits`."""
+        """Classify texts.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: (batch, length, ...), as in the
+                stock class.
+            labels: as in `loss_matrix`; `None`: no loss.
+            early_exit: as in `EarlyExitMixin.run_exits`.
+            **kwargs: passed to every layer.
+
+        Returns:
+            the output: dynamic if a policy is used, else anytime.
+        """
         examples = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         return self.run_exits(examples, labels, early_exit, **kwargs)
 
@@ -87,7 +98,17 @@ class EarlyExitUntypedTextMixin(EarlyExitTextMixin):
         early_exit: bool | ExitPolicy | dict = True,
         **kwargs,
     ) -> EarlyExitClassifierOutput:
-        """Classify; inputs as in the stock class, `early_exit` as in `EarlyExitMixin.run_exits`."""
+        """Classify texts.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: (batch, length, ...), as in the stock class.
+            labels: as in `loss_matrix`; `None`: no loss.
+            early_exit: as in `EarlyExitMixin.run_exits`.
+            **kwargs: passed to every layer.
+
+        Returns:
+            the output: dynamic if a policy is used, else anytime.
+        """
         examples = self.embed(input_ids, attention_mask, position_ids, inputs_embeds)
         return self.run_exits(examples, labels, early_exit, **kwargs)
 
@@ -147,5 +168,16 @@ class EarlyExitImageMixin(EarlyExitMixin):
         early_exit: bool | ExitPolicy | dict = True,
         **kwargs,
     ) -> EarlyExitClassifierOutput:
-        """Classify; inputs as in the stock class, `early_exit` as in `EarlyExitMixin.run_exits`."""
+        """Classify images.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            labels: as in `loss_matrix`; `None`: no loss.
+            interpolate_pos_encoding: as in the stock class.
+            early_exit: as in `EarlyExitMixin.run_exits`.
+            **kwargs: passed to every layer.
+
+        Returns:
+            the output: dynamic if a policy is used, else anytime.
+        """
         return self.run_exits(self.embed(pixel_values, interpolate_pos_encoding), labels, early_exit, **kwargs)

@@ -13,8 +13,15 @@ class EarlyExitBertForSequenceClassification(EarlyExitTextMixin, BertPreTrainedM
 
     Loads any BERT checkpoint, with or without a fine-tuned head; the stock head is the last exit.
 
+    Args:
+        config: the model's config.
+
     Example:
-        >>> model = EarlyExitBertForSequenceClassification.from_pretrained("my-finetuned-bert", exit_layers=[3, 6, 9])
+        >>> model_class = een_hf.EarlyExitBertForSequenceClassification
+        >>> model = model_class.from_pretrained("my-finetuned-bert", exit_layers=[1, 3])
+        >>> outputs = model(**tokenizer("A fine film.", return_tensors="pt"))
+        >>> outputs.exit_logits.shape  # batch, exits, labels
+        torch.Size([1, 2, 2])
     """
 
     config: EarlyExitBertConfig

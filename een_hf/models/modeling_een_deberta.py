@@ -51,7 +51,14 @@ class DisentangledTextMixin(EarlyExitTextMixin):
         return Examples(hidden, attention_mask)
 
     def relative_positions(self, distances: torch.Tensor) -> torch.Tensor:
-        """What the layers know of the distances (length, length), integers, from the second axis to the first."""
+        """Convert distances between positions to what the layers read.
+
+        Args:
+            distances: (length, length), int64, from the position of the second axis to that of the first.
+
+        Returns:
+            (length, length), int64.
+        """
         return distances
 
     def make_context(self, examples: Examples) -> dict[str, torch.Tensor | None]:
@@ -73,6 +80,16 @@ class DisentangledTextMixin(EarlyExitTextMixin):
         return self.layer_output(hidden, after, attention)[0]
 
     def finish_first_layer(self, before: torch.Tensor, after: torch.Tensor, context: dict) -> torch.Tensor:
+        """What the encoder does after its first layer; by default nothing.
+
+        Args:
+            before: hidden states before the layer (batch, length, hidden_size).
+            after: hidden states after it, of the same shape.
+            context: what `make_context` returned.
+
+        Returns:
+            the hidden states for the second layer, of the same shape.
+        """
         return after
 
     def last_head(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -15,9 +15,9 @@ class EarlyExitDebertaV2ForSequenceClassification(DisentangledTextMixin, Deberta
     backbone_class = DebertaV2Model
 
     def relative_positions(self, distances: torch.Tensor) -> torch.Tensor:
-        """Distances as they are up to half of the buckets, on a logarithmic scale beyond.
+        """As in `DisentangledTextMixin`: distances up to half of the buckets, on a logarithmic scale beyond.
 
-        The stock function copies numbers from the host, which a CUDA graph cannot hold.
+        The stock function copies numbers from the host, which cannot be captured in a CUDA graph.
         """
         encoder = self.deberta.encoder
         if not (encoder.relative_attention and encoder.position_buckets > 0 and encoder.max_relative_positions > 0):

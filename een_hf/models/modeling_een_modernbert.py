@@ -53,7 +53,7 @@ class EarlyExitModernBertForSequenceClassification(EarlyExitUntypedTextMixin, Mo
         return Examples(hidden, attention_mask, per_token)
 
     def make_context(self, examples: Examples) -> dict[str, dict]:
-        """For each kind of layer, its mask and its rotary tables."""
+        """As in `EarlyExitMixin`: for each kind of layer its mask and its rotary tables."""
         hidden, config = examples.hidden, self.config
         positions = examples.per_token.get("position_ids")
         if positions is None:

@@ -38,7 +38,7 @@ class EarlyExitMPNetForSequenceClassification(EarlyExitUntypedTextMixin, MPNetPr
         return [self.classifier]
 
     def make_context(self, examples: Examples) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The mask, and the bias of relative positions (1, heads, length, length), which follows from the length."""
+        """As in `EarlyExitMixin`: the mask, and the bias of relative positions (1, heads, length, length)."""
         encoder, positions = self.mpnet.encoder, torch.arange(examples.hidden.shape[1], device=examples.hidden.device)
         bias = encoder.relative_attention_bias(encoder.relative_position_bucket(positions - positions[:, None]))
         return super().make_context(examples), bias.permute(2, 0, 1).unsqueeze(0)

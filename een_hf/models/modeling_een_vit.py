@@ -14,8 +14,14 @@ class EarlyExitViTForImageClassification(EarlyExitImageMixin, ViTPreTrainedModel
 
     Loads any ViT checkpoint, with or without a fine-tuned head; the stock head is the last exit.
 
+    Args:
+        config: the model's config.
+
     Example:
-        >>> model = EarlyExitViTForImageClassification.from_pretrained("my-finetuned-vit", exit_layers=[3, 6, 9])
+        >>> model_class = een_hf.EarlyExitViTForImageClassification
+        >>> model = model_class.from_pretrained("my-finetuned-vit", exit_layers=[1, 3])
+        >>> model.num_exits
+        2
     """
 
     config: EarlyExitViTConfig

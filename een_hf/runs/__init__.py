@@ -1,9 +1,9 @@
-"""What the two scripts do, as steps that exchange values.
+"""Training runs, as `een-hf train` and the two scripts perform them, in steps that exchange values.
 
-`arguments` (flags and recipes), `model` (from a checkpoint or from scratch), `rows` (encoded; some calibrate),
-`checks` (before any work), `costs`, `results` (the content of exit_results.json), `report` (files and tables) and
-`predictions`; `experiment` puts them in their order. `recalibrate` chooses another policy for
-a finished run.
+The steps are `arguments` (flags and recipes), `model` (from a checkpoint or from scratch), `rows` (encoded, and those
+for calibration), `checks` (before any work), `costs`, `results` (the content of exit_results.json), `report` (files
+and tables) and `predictions`; `experiment` calls them in order. `recalibrate` chooses another policy for a finished
+run.
 """
 
 from ..extras import named_extras

@@ -1,4 +1,4 @@
-"""The flags of one run: parsed from the command line or a recipe, and what of them makes two runs the same."""
+"""The flags of a run, from the command line or a recipe, and the settings by which runs are compared."""
 
 import difflib
 import json
@@ -18,7 +18,7 @@ from ..training.arguments import CalibrationArguments, EarlyExitTrainingArgument
 from ..training.registry import get_scheme, scheme_arguments
 
 
-# Flags that say where a run is written, how it is watched and how fast it loads, but not what it computes.
+# Flags that set where a run is written, how it is monitored and how fast it loads data, but not what it computes.
 _WATCHING = ("log", "hub_", "card_", "save_", "resume_")
 _WHERE = (
     "output_dir report_to run_name project push_to_hub disable_tqdm token do_eval do_predict local_rank cache_dir "
@@ -29,7 +29,15 @@ _WHERE = (
 
 @dataclass
 class RunArguments:
-    """The parsed flags of one run."""
+    """The parsed flags of one run.
+
+    Args:
+        model: flags of the model.
+        data: flags of the data, of texts or of images.
+        training: flags of training.
+        calibration: flags of calibration.
+        scheme: flags of the scheme; `None` if it has none.
+    """
 
     model: ModelArguments
     data: Any
@@ -38,7 +46,7 @@ class RunArguments:
     scheme: Any | None
 
     def __post_init__(self):
-        self._settings = self._read_settings()  # as given: a run fills in what was left open
+        self._settings = self._read_settings()  # as given by the user, before the run fills in defaults
 
     @property
     def folder(self) -> Path:
@@ -51,7 +59,11 @@ class RunArguments:
         return self.calibration.target_cost is not None or self.calibration.max_risk is not None
 
     def settings(self) -> dict:
-        """What makes two runs the same experiment: all flags but those that say where and how it is watched."""
+        """The settings that must be equal in two runs of the same experiment.
+
+        Returns:
+            all flags but those of output and monitoring, by name.
+        """
         return self._settings
 
     def _read_settings(self) -> dict:
@@ -66,9 +78,12 @@ def parse_arguments(modality: Modality, argv: list[str], prog: str | None = None
     """Parse flags, or a recipe (first argument, YAML or JSON) and flags that override it.
 
     Args:
-        modality: text or images, which have data flags of their own.
-        argv: what follows the name of the script.
-        prog: what `--help` calls the script; its own name by default.
+        modality: texts or images, which have different data flags.
+        argv: the words after the name of the script.
+        prog: name of the script in `--help`; default: that of the process.
+
+    Returns:
+        the flags.
 
     Raises:
         ExitConfigurationError: a recipe that does not exist, or an unknown flag or recipe key.

@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 
 class Evaluator(EarlyExitTrainer):
-    """Evaluates a model as it is: no scheme is asked, and none changes how its exits answer."""
+    """Evaluates a model as it is: no scheme changes the aggregation of its exits."""
 
     scheme = None
 
@@ -40,17 +40,17 @@ class Evaluator(EarlyExitTrainer):
 
 @dataclass
 class Run:
-    """What the steps of a run share, once all of it is loaded and checked.
+    """The parts of a run, after all of them have been loaded and checked.
 
     Args:
         args: its flags.
-        rows: what it trains on, evaluates and calibrates with.
+        rows: the rows for training, evaluation and calibration.
         loaded: the model that it starts from.
-        trainer: with that model.
-        costs: of the model's exits.
-        chosen_by: what the calibration rows chose already, here or in the run that made the checkpoint; `None` where a
-            guarantee may rest on them.
-        metrics: of training and evaluation, once these are done.
+        trainer: the trainer of this model.
+        costs: relative costs of the model's exits.
+        chosen_by: what else was chosen on the calibration rows, in this run or in the run of the checkpoint; `None`: a
+            guarantee may be based on them.
+        metrics: metrics of training and evaluation, after these.
     """
 
     args: RunArguments
@@ -66,8 +66,11 @@ def run_experiment(modality: Modality, args: RunArguments) -> Run:
     """Train, evaluate, calibrate and predict as the flags say.
 
     Args:
-        modality: text or images.
+        modality: texts or images.
         args: the flags.
+
+    Returns:
+        the run, with its metrics.
 
     Raises:
         ExitConfigurationError: flags, data or a model that do not fit, before any training.

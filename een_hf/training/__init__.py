@@ -1,4 +1,4 @@
-"""Training schemes."""
+"""Training schemes: one trainer for each, by name in a registry, and their arguments."""
 
 from ..extras import named_extras
 

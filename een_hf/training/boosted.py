@@ -1,4 +1,4 @@
-"""Exits as an additive model."""
+"""The scheme `boosted`: exits as an additive model."""
 
 import logging
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ class BoostedArguments:
     gradient_rescale: bool = field(
         default=True,
         metadata={
-            "help": "boosted: each block receives the mean of the gradients of the exits behind it. It acts under "
-            "SGD; the steps of AdamW do not depend on a constant factor of a block's gradient."
+            "help": "boosted: each block receives the mean of the gradients of the exits after it. It has an effect "
+            "with SGD; the steps of AdamW do not depend on a constant factor of a block's gradient."
         },
     )
 
@@ -35,12 +35,13 @@ class BoostedArguments:
 class BoostedExitTrainer(EarlyExitTrainer):
     """Exits are weak learners of an additive model: F_k = f_k + t * stop_gradient(F_{k-1}), F_0 = 0.
 
-    Every F_k gets the loss, and F_k is what exit k predicts: in training, in evaluation and after reload, because the
-    model does the aggregation (config `exit_aggregation`, `boost_temperature`). With `gradient_rescale` the hidden
-    state after block k is scaled in the backward pass so that block k receives
-    (1 / (K-k+1)) * (g_head + (K-k) * g_next): the sum over the exits behind it times a constant of the block. So it
-    acts under SGD, as in the paper; under AdamW, whose steps do not depend on such a factor, it changes nothing but
-    the norm that `--max_grad_norm` clips, and a warning says so. Regression boosts residuals by the same recursion.
+    The loss is applied to every F_k, and F_k is the prediction of exit k: in training, in evaluation and after
+    loading, because the model computes the sum (config `exit_aggregation`, `boost_temperature`).
+
+    With `gradient_rescale` gradients of hidden states are scaled so that block k receives
+    (1 / (K-k+1)) * (g_head + (K-k) * g_next): the sum over the exits after it, times a constant of the block. This has
+    an effect with SGD, as in the paper. The steps of AdamW do not depend on such a factor: only the norm that
+    `--max_grad_norm` clips changes, and a warning says so. For regression the same recursion boosts residuals.
 
     References:
         Boosted Dynamic Neural Networks (Yu et al., AAAI 2023): equations 5 and 6 for the additive model, section
@@ -54,8 +55,8 @@ class BoostedExitTrainer(EarlyExitTrainer):
     def check_model(self, model) -> None:
         if model.backbone_frozen:
             raise ExitConfigurationError(
-                "--method boosted changes what the last exit predicts, which --freeze_backbone keeps: use --method "
-                "joint."
+                "--method boosted changes the predictions of the last exit, but --freeze_backbone keeps them: use "
+                "--method joint."
             )
         model.config.exit_aggregation = "boosted"
         model.config.boost_temperature = self.scheme_args.boost_temperature
@@ -65,8 +66,9 @@ class BoostedExitTrainer(EarlyExitTrainer):
         optimizer = super().create_optimizer(model)
         if self.scheme_args.gradient_rescale and "adam" in type(optimizer).__name__.lower():
             logger.warning(
-                "--gradient_rescale does nothing under %s but to the norm that --max_grad_norm clips: its steps do "
-                "not depend on the scale of a block's gradient, as those of --optim sgd do.",
+                "--gradient_rescale has hardly any effect with %s: its steps do not depend on the scale of a block's "
+                "gradient, so that only the norm which --max_grad_norm clips changes. It has an effect with --optim "
+                "sgd.",
                 type(optimizer).__name__,
             )
         return optimizer

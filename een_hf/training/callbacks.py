@@ -1,8 +1,8 @@
 """Callbacks: a table of exits at each evaluation, curves in the run's folder, wandb and TensorBoard.
 
-`EarlyExitTrainer` adds the first two and replaces the stock callbacks of wandb and TensorBoard by ours.
-In addition to the Trainer's events, these callbacks have `on_exit_results(args, state, control, results)`, which gets
-the final table of exits, budgets and policy, as in exit_results.json.
+`EarlyExitTrainer` adds the first two, and replaces the stock callbacks of wandb and TensorBoard by those below. They
+have one more event, `on_exit_results(args, state, control, results)`, which receives the final table of exits, budgets
+and policy, as in exit_results.json.
 """
 
 import json
@@ -38,7 +38,15 @@ _EXIT_METRIC = re.compile(r"(?:(?P<split>.+)_)?exit(?P<exit>\d+)_(?P<name>.+)")
 
 
 def metrics_by_exit(logs: dict[str, float], prefix: str) -> dict[int, dict[str, float]]:
-    """`{prefix}_exit{k}_{name}` (or `exit{k}_{name}` where the prefix is empty) as {k: {name: value}}."""
+    """Group logged metrics by exit.
+
+    Args:
+        logs: metrics by name; those named `{prefix}_exit{k}_{name}` are used, or `exit{k}_{name}` without a prefix.
+        prefix: for example `eval`, or an empty text.
+
+    Returns:
+        for each exit k its metrics by name.
+    """
     found = {}
     for key, value in logs.items():
         match = _EXIT_METRIC.fullmatch(key)
@@ -48,7 +56,14 @@ def metrics_by_exit(logs: dict[str, float], prefix: str) -> dict[int, dict[str, 
 
 
 def samplers_of(dataloader) -> Iterator:
-    """The batch sampler of a data loader, whatever it wraps, and at the end the sampler of rows."""
+    """The samplers of a data loader.
+
+    Args:
+        dataloader: the data loader.
+
+    Yields:
+        its batch sampler, then the samplers that this one wraps, the sampler of rows last.
+    """
     part = dataloader.batch_sampler
     while part is not None:
         yield part
@@ -56,10 +71,10 @@ def samplers_of(dataloader) -> Iterator:
 
 
 class EpochCallback(TrainerCallback):
-    """Tell training rows and samplers which epoch it is.
+    """Calls `set_epoch` of the training rows and samplers at the beginning of each epoch.
 
-    accelerate leaves out the rows in the epoch in which a run resumes, and with several processes the sampler below
-    the wrapper that skips the batches of before.
+    accelerate does not call it for the rows in the epoch in which a run resumes, nor, with several processes, for the
+    sampler inside the wrapper that skips the batches before.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -69,7 +84,7 @@ class EpochCallback(TrainerCallback):
 
 
 class ExitTableCallback(TrainerCallback):
-    """Print a line per exit at each evaluation during training."""
+    """Prints one line per exit at each evaluation during training."""
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         exits = metrics_by_exit(metrics or {}, "eval")
@@ -82,7 +97,7 @@ class ExitTableCallback(TrainerCallback):
 
 
 class ExitHistoryCallback(TrainerCallback):
-    """Write every exit's curves over training into the run's folder: training_curves.json and training_curves.png."""
+    """Writes the training curves of every exit into the run's folder: training_curves.json and training_curves.png."""
 
     def on_train_end(self, args, state, control, **kwargs):
         curves = exit_curves(state.log_history)
@@ -95,7 +110,14 @@ class ExitHistoryCallback(TrainerCallback):
 
 
 def exit_curves(log_history: list[dict]) -> dict[str, dict[str, list]]:
-    """{`train_loss`, `eval_loss`, `eval_<metric>`, ...: {`step`: [..], `exit 1`: [..], ..}} of a trainer's log."""
+    """Collect the curves of all exits from a trainer's log.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+
+    Returns:
+        by `train_loss`, `eval_loss`, `eval_<metric>`, ...: a dict of columns `step`, `exit 1`, `exit 2`, ...
+    """
     curves = {}
     for logs in log_history:
         for split in ("", "eval"):
@@ -109,7 +131,15 @@ def exit_curves(log_history: list[dict]) -> dict[str, dict[str, list]]:
 
 
 def plot_history(curves: dict[str, dict[str, list]], path: str | os.PathLike) -> Figure:
-    """Draw one picture per curve of `exit_curves`, a line per exit with a colour and a marker of its own."""
+    """Plot curves into a PNG file, one plot per metric, with one line per exit.
+
+    Args:
+        curves: as `exit_curves` returns them.
+        path: the PNG file.
+
+    Returns:
+        the figure.
+    """
     figure = Figure(figsize=(4.5 * len(curves), 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
@@ -127,7 +157,7 @@ def plot_history(curves: dict[str, dict[str, list]], path: str | os.PathLike) ->
 
 
 def _result_rows(results: dict) -> dict[str, list[dict]]:
-    """The final tables as flat rows: `exits`, `budgets` and, where there is a policy, `policy`."""
+    """The final tables as flat rows: `exits` and, if there are any, `budgets`."""
     policy = results["policy"]
     shares = policy["exit_fractions"] if policy else [None] * len(results["anytime"])
     thresholds = policy["thresholds"] if policy else shares
@@ -146,7 +176,7 @@ def _result_rows(results: dict) -> dict[str, list[dict]]:
 
 
 def _pictures(folder: str) -> list[Path]:
-    """Of a run: the curves of its exits and, of l2w, weights against losses."""
+    """The plots of a run: the curves of its exits and, for l2w, weights against losses."""
     return [path for name in ("exit_curves", "l2w_weights") if (path := Path(folder, f"{name}.png")).exists()]
 
 
@@ -160,22 +190,29 @@ def _policy_scalars(results: dict) -> dict[str, float]:
 
 
 class EarlyExitWandbCallback(WandbCallback):
-    """The stock callback, with exits: final tables, the budgeted curve, shares, thresholds and pictures.
+    """The stock callback, and the results of exits: final tables, curve of budgets, shares, thresholds and plots.
 
-    Curves have the same names in every scheme (`train/exit1_loss`, `eval/exit1_accuracy`, ...), so that one panel
-    overlays them. Runs go to the project `WANDB_PROJECT`, or else `args.project` (the scripts put data set and
-    partition there), under the name `args.run_name`, or else scheme and seed. `WANDB_MODE=offline` needs no account.
+    Curves have the same names in every scheme (`train/exit1_loss`, `eval/exit1_accuracy`, ...), so that one panel can
+    show several schemes. The project is `WANDB_PROJECT`, or `args.project` (which the scripts set to data set and
+    partition). The name of the run is `args.run_name`, or scheme and seed. `WANDB_MODE=offline` needs no account.
     """
 
     def setup(self, args, state, model=None, **kwargs):
         if state.is_world_process_zero and self._wandb.run is None and state.trial_name is None:
             name = args.run_name or f"{getattr(args, 'method', None) or 'run'}-seed{args.seed}"
-            # Of itself wandb records the command line with its tokens, the console, and folders of this machine.
+            # By default wandb records the command line with its tokens, the console, and folders of this machine.
             settings = self._wandb.Settings(x_disable_meta=True, console=os.getenv("WANDB_CONSOLE", "off"))
             self._wandb.init(project=os.getenv("WANDB_PROJECT") or args.project, name=name, settings=settings)
         super().setup(args, state, model, **kwargs)
 
     def on_exit_results(self, args, state, control, results=None, **kwargs):
+        """Log the final results.
+
+        Args:
+            args, state, control: as for the events of `TrainerCallback`.
+            results: exits, budgets and policy, as in exit_results.json.
+            **kwargs: as for the events of `TrainerCallback`.
+        """
         if not state.is_world_process_zero:
             return
         if not self._initialized:
@@ -196,9 +233,10 @@ class EarlyExitWandbCallback(WandbCallback):
 
 
 class EarlyExitTensorBoardCallback(TensorBoardCallback):
-    """The stock callback, with exits: the final tables as text, the policy's figures and the pictures."""
+    """The stock callback, and the results of exits: final tables as text, numbers of the policy, and plots."""
 
     def on_exit_results(self, args, state, control, results=None, **kwargs):
+        """As in `EarlyExitWandbCallback`."""
         if not state.is_world_process_zero:
             return
         if self.tb_writer is None:
@@ -217,7 +255,11 @@ class EarlyExitTensorBoardCallback(TensorBoardCallback):
 
 
 def use_early_exit_callbacks(trainer) -> None:
-    """Add the table and the curves, and put ours in the place of a tracker's stock callback: never two of a kind."""
+    """Add the callbacks of this module to a trainer, and replace the stock callbacks of trackers.
+
+    Args:
+        trainer: the trainer.
+    """
     for own in (EpochCallback, ExitTableCallback, ExitHistoryCallback):
         trainer.add_callback(own)
     present = [type(callback) for callback in trainer.callback_handler.callbacks]

@@ -25,22 +25,30 @@ class EvaluationMixin:
         return super().prediction_step(model, inputs, prediction_loss_only, [*only_exit_logits, *(ignore_keys or [])])
 
     def predict_exits(self, dataset, metric_key_prefix: str = "test") -> PredictionOutput:
-        """Evaluate every exit on every row: predictions (num_rows, num_exits, num_labels), labels, metrics."""
+        """Evaluate every exit on every row.
+
+        Args:
+            dataset: as in `Trainer.predict`.
+            metric_key_prefix: prefix of the names of the metrics.
+
+        Returns:
+            predictions (num_rows, num_exits, num_labels), labels and metrics.
+        """
         return super().predict(dataset, metric_key_prefix=metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
-        """Answer as the model will: with its exit policy where it has one, else from the last exit.
+        """Predict by the model's exit policy; without a policy by its last exit.
 
-        The rows run through `een_hf.inference.predict`, spread over the processes; each is read once.
+        The rows are distributed over the processes and run through `een_hf.inference.predict`; each is read once.
 
         Args:
             test_dataset: a map-style data set, or a stream.
-            ignore_keys: without effect, as nothing but logits is predicted.
-            metric_key_prefix: of the names of the metrics.
+            ignore_keys: without effect, since only logits are predicted.
+            metric_key_prefix: prefix of the names of the metrics.
 
         Returns:
-            predictions (num_rows, num_labels); labels, where the rows have them; metrics, with `exit_fractions` where
-            the model has an exit policy.
+            predictions (num_rows, num_labels); labels, if the rows have them; metrics, with `exit_fractions` if the
+            model has an exit policy.
         """
         answers, kept = self._answer_rows(test_dataset)
         logits, labels, metrics = answers.logits.numpy(), None, {}
@@ -63,9 +71,15 @@ class EvaluationMixin:
         return PredictionOutput(predictions=logits, label_ids=labels, metrics=metrics)
 
     def predict_dynamic(self, dataset) -> ExitPredictions:
-        """Each row's answer and exit by `een_hf.inference.predict`, spread over the processes, in input order.
+        """As `een_hf.inference.predict`, with the rows distributed over the processes.
 
-        Under the precision of the evaluation (`--bf16`, `--fp16`), as the thresholds were calibrated.
+        Runs in the precision of the evaluation (`--bf16`, `--fp16`), in which the thresholds were calibrated.
+
+        Args:
+            dataset: a map-style data set, or a stream.
+
+        Returns:
+            logits, exit and confidence of each row, in input order.
         """
         return self._answer_rows(dataset)[0]
 

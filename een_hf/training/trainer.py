@@ -1,4 +1,4 @@
-"""What all schemes share: the loss over exits, the training step and its log."""
+"""`EarlyExitTrainer`, the base class of all schemes: the loss over exits, the training step and its log."""
 
 import logging
 import math
@@ -33,7 +33,7 @@ __getattr__ = moved_names(__name__, _PLACES)
 
 
 def _read_later(number: torch.Tensor) -> Callable[[], float]:
-    """Start to copy a number to the host; what is returned waits for it, but not for work that came after."""
+    """Start to copy a number to the host; the returned function waits for the copy, but not for later work."""
     on_host = number.detach().to("cpu", non_blocking=True)
     if number.device.type == "cpu":
         return on_host.item
@@ -48,22 +48,26 @@ def _read_later(number: torch.Tensor) -> Callable[[], float]:
 
 
 class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, OptimizationMixin, PublishingMixin, Trainer):
-    """A `Trainer` for early-exit models; a scheme subclasses it under `@register_scheme("name")`.
+    """A `Trainer` for early-exit models, and the base class of schemes (`register_scheme`).
 
-    A scheme changes what it needs: `check_model` (what it can train, settings it writes into the config),
-    `sample_weights` (w[i,k]), or the Trainer's own hooks. The loss is `(w * l).mean(0).sum()` with l[i,k] the loss of
-    sample i at exit k, and `--exit_loss_weights` multiplies w in every scheme.
+    The loss is `(w * l).mean(0).sum()`, with l[i,k] the loss of sample i at exit k; `--exit_loss_weights` multiplies w
+    in every scheme. A scheme overrides `sample_weights` (w[i,k]), `check_model` (which models it can train, and the
+    settings that it writes into the config), or any method of `Trainer`.
 
     Args:
         model: an early-exit model, or a PEFT model around one.
         args: `EarlyExitTrainingArguments`.
-        scheme_args: the scheme's own dataclass (`arguments_class`), its defaults where left out.
-        compute_metrics: as in `Trainer`: called with (num_samples, num_labels) logits, once for every exit, with the
-            inputs and the losses of that exit where `--include_for_metrics` asks for them.
-        preprocess_logits_for_metrics: as in `Trainer`: called with such logits and the labels, once for every exit.
-        compute_loss_func: as in `Trainer`: called once for every exit, with an output that has that exit's `logits`.
-        model_init: as in `Trainer`: makes the model of each training, for `hyperparameter_search`.
-        **kwargs: as in `Trainer`, whose other arguments are listed there.
+        scheme_args: the scheme's own dataclass (`arguments_class`); `None`: its defaults.
+        train_dataset: as in `Trainer`.
+        eval_dataset: as in `Trainer`.
+        model_init: as in `Trainer`: creates the model of each training, for `hyperparameter_search`.
+        compute_loss_func: as in `Trainer`, but called once for every exit, with an output that has that exit's
+            `logits`.
+        compute_metrics: as in `Trainer`, but called once for every exit, with its logits (num_samples, num_labels),
+            and with the inputs and the losses of that exit if `--include_for_metrics` requests them.
+        optimizers: as in `Trainer`.
+        preprocess_logits_for_metrics: as in `Trainer`, but called once for every exit, with its logits and the labels.
+        **kwargs: the other arguments of `Trainer`.
 
     Raises:
         ExitConfigurationError: a model without exits, or settings that do not fit it.
@@ -98,8 +102,8 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         args = args or EarlyExitTrainingArguments()
         if not isinstance(args, EarlyExitTrainingArguments):
             raise ExitConfigurationError(
-                f"{type(self).__name__} needs EarlyExitTrainingArguments, which take all that TrainingArguments take, "
-                f"not {type(args).__name__}."
+                f"{type(self).__name__} needs EarlyExitTrainingArguments, which extend TrainingArguments, not "
+                f"{type(args).__name__}."
             )
         check_supported(args, *optimizers)
         if compute_loss_func is not None:
@@ -110,7 +114,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         args.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
         self.scheme_args = scheme_args or (self.arguments_class and self.arguments_class())
         self.task_metrics, self.logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
-        # As in `Trainer`: a function of the user's divides by the examples of all micro-batches itself.
+        # As in `Trainer`: the user's function itself divides by the examples of all micro-batches.
         self.loss_is_scaled_for_ga = compute_loss_func is not None
         if model is not None or model_init is None:
             self._accept(model, args, train_dataset)
@@ -155,7 +159,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
             self.class_weights = class_weights(args.class_weights, model.config.num_labels, train_dataset)
             self.class_weights = self.class_weights.to(args.device)
         if args.freeze_backbone:
-            model.freeze_backbone()  # first: it refuses a boosted model, which a scheme may make a plain one
+            model.freeze_backbone()  # first, since it refuses boosted models, and `check_model` may reset boosting
         self.check_model(model)
         half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
         if half and train_dataset is not None:
@@ -166,23 +170,23 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
             )
         self._new_heads: list[int] | None = None
         self._forget_steps()
-        self._operations_of_a_number: int | None = None  # that the model takes in, forward and backward
-        self._unchecked = None, float  # losses of the present micro-batch, and what reads the number made of them
+        self._operations_of_a_number: int | None = None  # forward and backward, for each number of the input
+        self._unchecked = None, float  # losses of this micro-batch, and a function that reads their sum
 
     @property
     def network(self) -> EarlyExitMixin:
-        """The early-exit model, without what an adapter of PEFT, processes or compilation put around it."""
-        # To unwrap a model that is not wrapped looks through all of its modules.
+        """The early-exit model, without the wrappers of PEFT, several processes or compilation."""
+        # `unwrap_model` would look through all modules of a model that is not wrapped.
         model = self.model
         return model if isinstance(model, EarlyExitMixin) else without_adapter(self.accelerator.unwrap_model(model))
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a PEFT model is trained: what is saved is its adapter."""
+        """Whether a PEFT model is trained, of which only the adapter is saved."""
         return not isinstance(self.model, EarlyExitMixin) and hasattr(self.model, "peft_config")
 
     def _forget_steps(self) -> None:
-        """Begin to count: what an earlier training has left is not of this one."""
+        """Reset the counters of an earlier training."""
         self._summed_losses, self._num_summed = 0.0, 0  # of each exit, since the last log
         self._place = (0, -1)  # global step, and micro-batch within it
 
@@ -197,28 +201,50 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
     # What a scheme may change
 
     def check_model(self, model: EarlyExitMixin) -> None:
-        """Refuse what the scheme cannot train, and write its settings into `model.config`.
+        """Check that the scheme can train a model, and write the scheme's settings into `model.config`.
 
-        Unless a scheme says otherwise, every exit predicts by itself.
+        By default every exit predicts by itself.
+
+        Args:
+            model: an early-exit model.
+
+        Raises:
+            ExitConfigurationError: the scheme cannot train it.
         """
         if model.config.exit_aggregation != "none" or model.config.gradient_rescale:
             logger.warning(
-                "--method %s resets exit_aggregation and gradient_rescale of the checkpoint: no boosting.", self.scheme
+                "--method %s does not boost: exit_aggregation and gradient_rescale of the checkpoint are reset.",
+                self.scheme,
             )
         model.config.exit_aggregation = "none"
         model.config.gradient_rescale = False
 
     def sample_weights(self, losses: torch.Tensor, exit_logits: torch.Tensor) -> torch.Tensor | None:
-        """w, (batch, num_exits), for these losses (batch, num_exits) and logits; `None` weighs all by 1."""
+        """The weights w of the losses; by default all 1.
+
+        Args:
+            losses: l, (batch, num_exits), without gradient.
+            exit_logits: (batch, num_exits, num_labels), without gradient.
+
+        Returns:
+            w, (batch, num_exits); `None`: all 1.
+        """
         return None
 
     # Loss
 
     def losses_of(self, exit_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """l, (batch, num_exits), from logits (batch, num_exits, num_labels); in training under `--class_weights`.
+        """The losses l; in training with `--class_weights`.
+
+        Args:
+            exit_logits: (batch, num_exits, num_labels).
+            labels: as `loss_matrix` takes them.
+
+        Returns:
+            l, (batch, num_exits).
 
         Raises:
-            ExitConfigurationError: label smoothing or class weights where there are no classes.
+            ExitConfigurationError: label smoothing or class weights for a problem without classes.
         """
         args, model = self.args, self.network
         config, weights = model.config, self.class_weights if model.training else None
@@ -232,7 +258,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         return loss_matrix(exit_logits, labels, config.problem_type, args.label_smoothing_factor, weights)
 
     def _all_losses(self, exit_logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
-        """l as `losses_of` gives it, or the number that `compute_loss_func` gives of each exit, for all examples."""
+        """l from `losses_of`; or the result of `compute_loss_func` for each exit, repeated for all examples."""
         if self.compute_loss_func is None:
             return self.losses_of(exit_logits, labels)
         outputs = [EarlyExitClassifierOutput(logits=logits) for logits in exit_logits.unbind(1)]
@@ -245,10 +271,10 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         return losses.expand(len(labels), -1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The weighted sum over exits of the mean over examples.
+        """As in `Trainer`: the weighted sum over exits of the mean over examples.
 
-        `compute_loss_func`, where given, is called for each exit, with an output whose `logits` are that exit's, and
-        like `Trainer`'s it divides by `num_items_in_batch` itself.
+        `compute_loss_func`, if given, is called for each exit, with an output whose `logits` are that exit's. As in
+        `Trainer`, it divides by `num_items_in_batch` itself.
 
         Raises:
             ExitConfigurationError: a batch without labels.
@@ -283,10 +309,10 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As in `Trainer`; the loss is read while the backward pass runs, so that the device does not wait for it.
+        """As in `Trainer`; the loss is checked while the backward pass runs, so that the device does not wait.
 
         Raises:
-            NonFiniteLossError: it is not finite.
+            NonFiniteLossError: the loss is not finite.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         (losses, read), self._unchecked = self._unchecked, (None, float)
@@ -295,7 +321,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         return loss
 
     def floating_point_ops(self, inputs):
-        """As in `Trainer`, which counts the parameters at every step."""
+        """As in `Trainer`, but without counting the parameters again at every step."""
         main_input = inputs.get(self.network.main_input_name)
         if main_input is None or not main_input.numel():
             return super().floating_point_ops(inputs)
@@ -304,7 +330,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         return self._operations_of_a_number * main_input.numel()
 
     def _stop_at(self, losses: torch.Tensor) -> None:
-        """Stop the run before a step with a loss that is not finite; name the examples that the loss comes from."""
+        """Stop the run because of a loss that is not finite, and name the examples that cause it."""
         places = (~losses.isfinite().all(1)).nonzero().squeeze(1).tolist()
         if len(places) in (0, len(losses)):
             cause = "all examples of a batch: training has diverged, lower --learning_rate"
@@ -318,11 +344,15 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         raise NonFiniteLossError(f"The loss of training step {step} is not finite for {cause}.")
 
     def in_warm_start(self) -> bool:
-        """Whether the last exit alone is trained, for the first `--warm_start_epochs`."""
+        """Whether only the last exit is trained at this step, as in the first `--warm_start_epochs`.
+
+        Returns:
+            `True` during the warm start.
+        """
         return (self.state.epoch or 0.0) < self.args.warm_start_epochs
 
     def log(self, logs, start_time=None):
-        """As in `Trainer`, with the loss of each exit (mean over this process' batches) next to the training loss."""
+        """As in `Trainer`, and the loss of each exit (mean over the batches of this process)."""
         if "loss" in logs and self._num_summed:
             means = (self._summed_losses / self._num_summed).tolist()
             self._summed_losses, self._num_summed = 0.0, 0
@@ -330,7 +360,11 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         super().log(logs, start_time)
 
     def report_results(self, results: dict) -> None:
-        """Show trackers the final table of exits, budgets and policy, as in exit_results.json."""
+        """Send the final results to the trackers.
+
+        Args:
+            results: exits, budgets and policy, as in exit_results.json.
+        """
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "on_exit_results"):
                 callback.on_exit_results(self.args, self.state, self.control, results=results, model=self.model)

@@ -1,4 +1,4 @@
-"""The model first, its early exits afterwards."""
+"""The scheme `two_stage`: the model is trained first, and its early exits afterwards."""
 
 from dataclasses import dataclass, field
 
@@ -18,16 +18,16 @@ class TwoStageArguments:
     """Settings of `--method two_stage`."""
 
     second_stage_epochs: int = field(
-        default=20, metadata={"help": "two_stage: passes of the early exits over what they read of the training rows."}
+        default=20, metadata={"help": "two_stage: epochs of the early exits over the stored inputs of their heads."}
     )
     second_stage_learning_rate: float = field(
-        default=1e-3, metadata={"help": "two_stage: of the early exits, at the start; AdamW, cosine to zero."}
+        default=1e-3, metadata={"help": "two_stage: learning rate of the early exits (AdamW, cosine to zero)."}
     )
     second_stage_batch_size: int = field(default=32, metadata={"help": "two_stage: rows per step of the early exits."})
     second_stage_samples: int = field(
         default=50_000,
         metadata={
-            "help": "two_stage: most training rows, drawn at random, that the early exits learn from; each takes "
+            "help": "two_stage: largest number of training rows, drawn at random, for the early exits; each needs "
             "4 * (exits - 1) * hidden size bytes of memory."
         },
     )
@@ -44,15 +44,15 @@ class TwoStageArguments:
 
 @register_scheme("two_stage")
 class TwoStageExitTrainer(EarlyExitTrainer):
-    """The model and its last exit are trained as without early exits; then the early exits learn what it answers.
+    """The model is trained as without early exits; then the early exits learn to predict what the last exit predicts.
 
-    The first stage is plain fine-tuning, and so is what the last exit answers. After its last step, the best
-    checkpoint loaded where that is asked for, the model reads training rows once more, in eval mode. The exits before
-    the last learn its probabilities from what they read there, all else being frozen: a few seconds of training for
-    each thousand rows. Until then their metrics mean nothing, and a checkpoint holds them untrained; resuming from the
-    last one trains them again, to the same result.
+    The first stage is plain fine-tuning, and the last exit's predictions are those of plain fine-tuning. After its
+    last step (with the best checkpoint loaded, if requested) the model runs once more on the training rows, in eval
+    mode. The exits before the last learn the last exit's probabilities from their hidden states, while all other
+    weights are frozen: a few seconds of training for each thousand rows. Until then their metrics have no meaning, and
+    checkpoints contain them untrained; resuming from the last checkpoint trains them again, to the same result.
 
-    `--exit_loss_weights` has no effect, label smoothing and class weights act in the first stage.
+    `--exit_loss_weights` has no effect; label smoothing and class weights are used in the first stage.
 
     References:
         DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference (Xin et al., ACL 2020), section 3.1, trains in
@@ -67,7 +67,7 @@ class TwoStageExitTrainer(EarlyExitTrainer):
         super()._accept(model, args, train_dataset)
         if model.backbone_frozen:
             raise ExitConfigurationError(
-                "--method two_stage trains the model before its early exits, and --freeze_backbone keeps it: use "
+                "--method two_stage trains the model before its early exits, but --freeze_backbone keeps it: use "
                 "--method joint."
             )
         if args.warm_start_epochs:
@@ -80,22 +80,22 @@ class TwoStageExitTrainer(EarlyExitTrainer):
             )
         if train_dataset is not None and not hasattr(train_dataset, "__len__"):
             raise ExitConfigurationError(
-                "--method two_stage reads training rows a second time, which a stream does not give: use --method "
+                "--method two_stage reads training rows a second time, which a stream does not allow: use --method "
                 "joint, or leave out --streaming."
             )
 
     def in_warm_start(self) -> bool:
-        """The last exit alone is trained, in all of the first stage."""
+        """As in `EarlyExitTrainer`: in all of the first stage only the last exit is trained."""
         return True
 
     def train(self, *args, **kwargs):
-        """As in `Trainer`, both stages."""
+        """As in `Trainer`; trains both stages."""
         outcome = super().train(*args, **kwargs)
         self.train_early_exits()
         return outcome
 
     def train_early_exits(self) -> None:
-        """The second stage, on the model as it is now."""
+        """Train the second stage, on the model as it is now."""
         settings, model = self.scheme_args, self.network
         features, answers = self._read_training_rows(model)
         loss = train_heads(

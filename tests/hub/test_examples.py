@@ -21,9 +21,9 @@ from een_hf.models import ExitConfigurationError
     [
         "",
         "[]",
-        '{"surest": 3}',
-        '{"surest": [{}]}',
-        '{"surest": [{"image": "../../x](http://e) ![", "label": 1, "predictions": [], "confidence": 1}]}',
+        '{"most_confident": 3}',
+        '{"most_confident": [{}]}',
+        '{"most_confident": [{"image": "../../x](http://e) ![", "label": 1, "predictions": [], "confidence": 1}]}',
     ],
 )
 def test_examples_that_are_none_are_named(tmp_path, content):
@@ -41,12 +41,12 @@ def test_examples_against_a_plain_loop():
     def softmax(row):
         return np.exp(row) / np.exp(row).sum()
 
-    wanted = {"surest": [], "deep": [], "mistakes": []}
+    wanted = {"most_confident": [], "deep": [], "mistakes": []}
     for row in range(200):
         said = [int(logits[row, k].argmax()) for k in range(3)]
         right = [answer == labels[row] for answer in said]
         sure, last = softmax(logits[row, 0]).max(), softmax(logits[row, 2]).max()
-        wanted["surest" if right[0] else "mistakes"].append((sure, row))
+        wanted["most_confident" if right[0] else "mistakes"].append((sure, row))
         if right == [False, False, True]:
             wanted["deep"].append((last, row))
     for kind, rows in wanted.items():
@@ -84,7 +84,18 @@ def test_images_of_the_card_are_the_rows(tmp_path):
     shown = re.findall(r"!\[\]\((examples/.*?)\)", card)
     assert len(shown) == 4
     greys = {name: np.asarray(Image.open(tmp_path / name)) for name in shown}
-    expected = {"examples/surest-1.png": 0, "examples/deep-1.png": 40, "examples/mistakes-1.png": 80} | {
+    expected = {"examples/most_confident-1.png": 0, "examples/deep-1.png": 40, "examples/mistakes-1.png": 80} | {
         "examples/mistakes-2.png": 40
     }
     assert all((greys[name] == value).all() for name, value in expected.items())
+
+
+def test_examples_of_an_earlier_release_are_shown(tmp_path):
+    """What breaks: `een-hf calibrate --save` writes a card without the examples that were there before."""
+    rows = [{"text": text} for text in ("first", "second", "third")]
+    folder = write_examples(tmp_path, choose_examples(LOGITS, LABELS, ["no", "yes"]), rows, ["text"], shared=True)
+    wanted = write_model_card(tmp_path, RESULTS, tiny_config()).read_text()
+    assert "### The most confident right answers of exit 1" in wanted
+    path = folder / "examples.json"
+    path.write_text(path.read_text().replace('"most_confident"', '"surest"'))
+    assert write_model_card(tmp_path, RESULTS, tiny_config()).read_text() == wanted

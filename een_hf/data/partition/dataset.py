@@ -1,4 +1,4 @@
-"""A data set cut into parts: the rows found, assigned and written."""
+"""`partition_dataset`: loads the rows, assigns them to parts, and writes the parts."""
 
 import math
 import os
@@ -35,37 +35,38 @@ def partition_dataset(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> dict[str, Any]:
-    """Cut a labelled data set into IID or non-IID parts, as files: `een-hf partition` in Python.
+    """Divide a labelled data set into IID or non-IID parts, as the command `een-hf partition` does.
 
     Args:
-        train_dataset: rows with one class each; in its place one of the next three names them.
+        train_dataset: rows with one class each; `dataset_name`, `train_file` or `train_dir` may name them instead.
         output_dir: a folder that is empty or does not exist.
         num_partitions: number of parts.
-        scheme: `iid`, `dir` (Dirichlet shares of the classes) or `pat` (a few classes each).
+        scheme: `iid`, `dir` (Dirichlet shares of the classes) or `pat` (a few classes in each part).
         dataset_name: Hub name, folder of parquet files or of images, or an installed sample.
-        dataset_config_name: configuration of it.
+        dataset_config_name: configuration of `dataset_name`.
         train_file: csv, json, jsonl or parquet.
         train_dir: images, one folder per class.
-        label_column_name: by default the first of `label`, `fine_label`, `labels`.
-        input_column_names: of `format="npz"`: one image column, one text column or two.
-        alpha: of `dir`, 0.1 by default; the smaller, the fewer classes in a part.
-        classes_per_partition: of `pat`, 2 by default.
-        balance: parts of equal size.
-        min_size: fewest rows of a part; by default as many as give one validation row.
-        valid_fraction: validation share of each part, 0 for none.
+        label_column_name: column of the labels; default: the first of `label`, `fine_label`, `labels`.
+        input_column_names: for `format="npz"`: one image column, or one or two text columns.
+        alpha: for `dir`: concentration of the Dirichlet distribution; the smaller, the fewer classes in a part.
+            Default: 0.1.
+        classes_per_partition: for `pat`: number of classes in each part; default: 2.
+        balance: whether parts have equal size.
+        min_size: smallest number of rows of a part; default: as many as are needed for one validation row.
+        valid_fraction: validation share of each part; 0: none.
         format: `parquet` (all columns) or `npz` (arrays x and y).
-        seed: of all draws.
-        cache_dir: where downloads are kept.
-        token: for private Hub repositories.
+        seed: seed of all random draws.
+        cache_dir: folder for downloads.
+        token: token for private Hub repositories.
 
     Returns:
         the content of partition.json.
 
     Raises:
-        DataError: rows that are missing, a value out of range, or parts that cannot be made of these rows.
+        DataError: rows that are missing, a value out of range, or parts that cannot be made from these rows.
 
     Example:
-        >>> een_hf.partition_dataset(dataset_name="digits", num_partitions=10, scheme="iid", output_dir="parts")
+        >>> about = een_hf.partition_dataset(rows_with_labels, output_dir="parts", num_partitions=3, scheme="iid")
         >>> part = een_hf.data.load_partition("parts", 0)["train"]
     """
     check_output_dir(output_dir)

@@ -17,18 +17,20 @@ from .layout import FOLDERS, FORMATS, PARTITION_FILE, sha256
 
 
 def load_partition(folder: str | os.PathLike, partition_id: int | str) -> datasets.DatasetDict:
-    """Load one part, or the union of all, as the splits `train` and `validation`.
+    """Load one part of a partitioned data set, or the union of all parts.
 
-    Features are the data set's own; of npz files the input columns and the label alone. Parts that were cut with
-    `--valid_fraction 0` have no `validation`.
+    The features are those of the data set; npz files have only the input columns and the label.
 
     Args:
-        folder: what `een-hf partition` wrote.
-        partition_id: number of a part, or `all`.
+        folder: the output folder of `een-hf partition`.
+        partition_id: 0-based number of a part, or `all`.
+
+    Returns:
+        the splits `train` and, unless the parts were made with `--valid_fraction 0`, `validation`.
 
     Raises:
-        DataError: a folder that holds no partition, a part that does not exist, or a file that cannot be read or is
-            not what partition.json says.
+        DataError: a folder without a partition, a part that does not exist, or a file that cannot be read or is not
+            the one that partition.json describes.
     """
     folder = Path(folder)
     about, features = _read_partition_file(folder)

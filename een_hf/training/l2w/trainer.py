@@ -31,11 +31,11 @@ _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 @register_scheme("l2w")
 class MetaWeightedExitTrainer(EarlyExitTrainer):
-    """A weight network W learns, by looking one step ahead, how much each sample counts at each exit.
+    """A weight network W learns, by looking one step ahead, the weight of each sample at each exit.
 
     The network trains on sum_k mean_i w[i,k] l[i,k], with w = W(l) taken as a constant. Every `meta_interval`
-    optimizer steps W learns first, from the step's first micro-batch: it is cut in halves a and b, and W is updated
-    for (train a, meta b), then for (train b, meta a), both at the same theta:
+    optimizer steps W is trained first, on the step's first micro-batch, which is divided into halves a and b. W is
+    updated for (train a, meta b), then for (train b, meta a), both at the same theta:
 
         theta'(w) = the optimizer's step on a = theta - P g(w) + terms without w
         L_meta    = sum_k mean of l[j,k](theta') over the samples j of b charged at exit k (`charged_shares`)
@@ -46,11 +46,19 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     by forward-mode differentiation along u, in one forward pass, with autocast where the training has it; it never
     waits for the device. `directional`, the default on the CPU, takes central differences along u, in full float32
     also under mixed precision; `exact` is the double backward, in float32 too. All use the dropout masks of the train
-    half's first pass. Parameters, buffers and random states are left as they were to the last bit. A batch of one
-    sample has no halves: W rests. Logged weights are those of the main process' samples.
+    half's first pass. Parameters, buffers and random states are restored to the last bit. A batch of one sample has no
+    halves, and W is not updated. Logged weights are those of the main process' samples.
 
-    The meta half is half of one process' micro-batch, 16 samples at a batch size of 32, where the paper's CIFAR runs
-    have 512: of so few a deep exit is charged with one sample or none, and the meta gradient is noisier in proportion.
+    The meta half is half of one process' micro-batch, 16 samples at a batch size of 32; in the paper's CIFAR runs it
+    has 512. Of so few samples a deep exit is charged with one or none, and the meta gradient is noisier.
+
+    Args:
+        model: as in `EarlyExitTrainer`.
+        args: as in `EarlyExitTrainer`.
+        **kwargs: as in `EarlyExitTrainer`.
+
+    Raises:
+        ExitConfigurationError: a problem, optimizer or attention kernel that the look-ahead does not support.
 
     Differences from the paper's code:
         - Both look-aheads start at the same theta, and then one step takes the whole batch; there, each half has its
@@ -181,7 +189,11 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     # Learning W
 
     def meta_step(self, inputs: dict) -> None:
-        """Update W on both orders of the halves of `inputs`."""
+        """Update W on both orders of the halves of a micro-batch.
+
+        Args:
+            inputs: model inputs and labels, each (batch, ...).
+        """
         halves, device = halve(inputs), self.args.device
         whole = self.look_ahead.programs is not None  # graphs read tensors that stay where they are
         tokens = nullcontext() if whole else used_tokens(inputs, self.network, self.optimizer)
@@ -198,7 +210,15 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         self.meta_scheduler.step()
 
     def meta_gradient(self, train: dict, meta: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Look one step ahead on the train half, and judge the step on the meta half (`LookAhead.gradient`)."""
+        """Look one step ahead on the train half, and evaluate this step on the meta half (`LookAhead.gradient`).
+
+        Args:
+            train: model inputs and labels of the train half.
+            meta: model inputs and labels of the meta half.
+
+        Returns:
+            w (samples, num_exits), the gradient of the meta loss with respect to w, and the meta loss.
+        """
         return self.look_ahead.gradient(train, meta)
 
     def _average_over_processes(self) -> bool:
@@ -250,13 +270,13 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     # What W has learned
 
     def log(self, logs, start_time=None):
-        """As in `Trainer`, with statistics of the weights since the last log."""
+        """As in `Trainer`, and statistics of the weights since the last log."""
         if "loss" in logs:
             logs = {**logs, **self.weight_record.logs()}
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As in `EarlyExitTrainer`; writes a heat map of weight against loss to the output folder."""
+        """As in `Trainer`; writes a heat map of weight against loss to the output folder."""
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.is_world_process_zero():
             self.weight_record.write(self.args.output_dir)
