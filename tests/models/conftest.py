@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
-    AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     DeiTForImageClassificationWithTeacher,
@@ -166,14 +168,15 @@ def _architecture(name):
     model_class = MODEL_CLASSES[model_type]
     text = model_class.main_input_name == "input_ids"
     auto_class = AutoModelForSequenceClassification if text else AutoModelForImageClassification
-    stock_class = auto_class._model_mapping[type(config)]
+    classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if text else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    stock_class = classes[type(config)]
     if isinstance(stock_class, tuple):
         stock_class = stock_class[0]
     return Architecture(
         name,
         config,
         DeiTForImageClassificationWithTeacher if name == "deit_teacher" else stock_class,
-        AutoModel._model_mapping[type(config)],
+        MODEL_MAPPING[type(config)],
         model_class.config_class,
         model_class,
         auto_class,
