@@ -11,7 +11,7 @@ import page as page_script
 import pytest
 from common import pack_bits, unpack_bits
 from quality import side_by_side
-from test_run_glue_een import write_task
+from text_runs import write_task
 
 
 ROOT = Path(__file__).parents[1]

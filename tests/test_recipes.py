@@ -13,7 +13,7 @@ import pytest
 import yaml
 from factory import tiny_stock_model
 from PIL import Image
-from test_run_glue_een import write_task
+from text_runs import write_task
 from transformers import AutoTokenizer, ViTImageProcessor
 
 from een_hf.data.images import IMAGES

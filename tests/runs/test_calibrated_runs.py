@@ -1,0 +1,200 @@
+"""Calibration within a run: which rows calibrate, what they certify, what is refused before training."""
+
+import json
+import re
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from factory import tiny_stock_model
+from text_runs import sentences, tiny, write_csv
+from transformers import (
+    AutoModelForSequenceClassification,
+)
+
+from een_hf.commands import main as command_main
+from een_hf.commands.train import main
+from een_hf.data.text import TEXT
+from een_hf.evaluation import ExitCosts
+from een_hf.models import ExitPolicy
+from een_hf.runs import parse_arguments
+from een_hf.runs.experiment import prepare
+
+
+LEAKS = {
+    "rows of the validation split": ({}, [], None),
+    "best checkpoint": ({"load_best_model_at_end": True}, [], "the checkpoint"),
+    "best checkpoint, other rows": ({"load_best_model_at_end": True}, ["--calibration_file=new"], None),
+    "best checkpoint by the calibration file": (
+        {"load_best_model_at_end": True},
+        ["--calibration_file=validation"],
+        "the checkpoint",
+    ),
+    "a file that was trained on": ({}, ["--calibration_file=train"], "the weights"),
+    "rows that were trained on": ({}, ["--calibration_samples=60"], "the weights, for all that is known"),
+    "rows that were held out": ({"calibration_samples": 60}, ["--calibration_samples=60"], None),
+    "a checkpoint without a record": (None, ["--calibration_samples=60"], "the weights, for all that is known"),
+}
+
+
+@pytest.mark.parametrize("case", LEAKS)
+def test_rows_that_chose_the_model_certify_nothing(case, finished, files, tmp_path, caplog):
+    """A certificate from rows that the model was fitted to, here or in the run before, promises too much."""
+    before, flags, reason = LEAKS[case]
+    model, places = shutil.copytree(finished, tmp_path / "model"), {**files, "new": tmp_path / "new.csv"}
+    write_csv(places["new"], 60, 7)
+    flags = [f"{flag.split('=')[0]}={places.get(flag.split('=')[1], flag.split('=')[1])}" for flag in flags]
+    record = json.loads((model / "_run_arguments.json").read_text())
+    if before is None:
+        (model / "_run_arguments.json").unlink()
+    else:
+        record["settings"] |= {**before, "test_file": None}
+        (model / "_run_arguments.json").write_text(json.dumps(record))
+    (model / "checkpoint-1").mkdir()
+    for file in model.iterdir():
+        if file.is_file() and file.name != "_run_arguments.json":
+            file.rename(model / "checkpoint-1" / file.name)
+    flags += [f"--train_file={files['train']}", f"--validation_file={files['validation']}", "--do_eval"]
+    flags += [f"--model_name_or_path={model / 'checkpoint-1'}", "--max_risk=0.3", "--max_seq_length=16", "--use_cpu"]
+    with caplog.at_level("WARNING"):
+        main(TEXT, [*flags, f"--output_dir={tmp_path / 'out'}"])
+    results = json.loads((tmp_path / "out" / "exit_results.json").read_text())
+    assert results["calibration_rows_chose"] == reason
+    assert ("No guarantee will go with --max_risk" in caplog.text) == (reason is not None)
+    if results["policy"] is not None and reason is not None:
+        assert results["policy"]["guarantee"] is None
+        assert reason in results["policy"]["calibrated_for"]["no_guarantee"]
+
+
+@pytest.mark.parametrize(
+    "case", ["best checkpoint", "a checkpoint without a record", "trained on the evaluation rows"]
+)
+def test_a_model_that_was_saved_on_the_way_is_no_cleaner(case, finished, files, tmp_path):
+    """A run that only calibrates saves the model anew: what its weights have seen must not be forgotten there."""
+    model, flags = shutil.copytree(finished, tmp_path / "model"), [f"--train_file={files['train']}"]
+    record = json.loads((model / "_run_arguments.json").read_text())
+    validation, reason = files["validation"], "the checkpoint"
+    if case == "best checkpoint":
+        record["settings"]["load_best_model_at_end"] = True
+        (model / "_run_arguments.json").write_text(json.dumps(record))
+    elif case == "a checkpoint without a record":
+        (model / "_run_arguments.json").unlink()
+        flags, reason = [*flags, "--calibration_samples=60"], "the weights, for all that is known"
+    else:
+        validation, reason = files["train"], "the weights"
+    flags += [f"--validation_file={validation}", "--do_eval", "--max_seq_length=16", "--use_cpu"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(TEXT, [*flags, f"--model_name_or_path={model}", "--target_cost=0.8", f"--output_dir={first}"])
+    main(TEXT, [*flags, f"--model_name_or_path={first}", "--max_risk=0.3", f"--output_dir={second}"])
+    results = json.loads((second / "exit_results.json").read_text())
+    assert results["calibration_rows_chose"] == reason
+    assert results["policy"] is None or results["policy"]["guarantee"] is None
+
+
+def test_what_cannot_be_calibrated_is_refused_before_training(files, minilm_path, tmp_path, caplog):
+    train = [f"--train_file={files['train']}", "--do_train", "--do_eval", "--max_steps=1"]
+    write_csv(tmp_path / "one.csv", 1, 3)
+    (tmp_path / "gap.csv").write_text("text,label\na word,\nanother,good\n")
+    validation = f"--validation_file={files['validation']}"
+    cases = {
+        "only one": [f"--validation_file={tmp_path / 'one.csv'}"],
+        "--calibration_file .*gap.csv": [validation, f"--calibration_file={tmp_path / 'gap.csv'}"],
+        "--measure_speed times a policy": [validation, "--measure_speed"],
+    }
+    for words, flags in cases.items():
+        with pytest.raises(SystemExit, match=words):
+            main(TEXT, tiny(minilm_path, *train, *flags, f"--output_dir={tmp_path / 'run'}"))
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="--model_name_or_path .*nowhere cannot be loaded"):
+        nowhere = f"--model_name_or_path={tmp_path / 'nowhere'}"
+        main(TEXT, [*train, validation, nowhere, f"--output_dir={tmp_path / 'run'}"])
+    torn = tmp_path / "torn"
+    tiny_stock_model().save_pretrained(torn)
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(SystemExit, match="^error: --model_name_or_path .*torn cannot be loaded: SafetensorError"):
+        main(TEXT, [*train, validation, f"--model_name_or_path={torn}", f"--output_dir={tmp_path / 'run'}"])
+    with caplog.at_level("WARNING"):
+        main(TEXT, tiny(minilm_path, *train, validation, "--max_risk=0.001", f"--output_dir={tmp_path / 'few'}"))
+    assert re.search("No early exit will be certified: .* at least [0-9]+ calibration rows", caplog.text)
+
+
+def test_a_budget_may_be_time_on_this_machine(finished, files, tmp_path):
+    """Measured once for the whole run: results, policy and predictions must tell of the same costs."""
+    flags = [f"--model_name_or_path={finished}", "--do_eval", "--do_predict", "--cost=latency", "--max_seq_length=16"]
+    flags += ["--latency_batch_size=2"]
+    flags += [f"--validation_file={files['validation']}", f"--test_file={files['test']}", "--target_cost=100"]
+    main(TEXT, [*flags, "--use_cpu", f"--output_dir={tmp_path}"])
+    results = json.loads((tmp_path / "exit_results.json").read_text())
+    costs = [row["relative_cost"] for row in results["anytime"]]
+    counted = json.loads((finished / "exit_results.json").read_text())
+    assert min(np.diff(costs)) > -1e-9 and costs != [row["relative_cost"] for row in counted["anytime"]]
+    assert results["latency"]["batch_size"] == 2 and results["latency"]["milliseconds"] > 0
+    policy = ExitPolicy.from_results(tmp_path / "exit_results.json")
+    under_policy = ExitCosts(**results["exit_costs"]).of_policy(policy)
+    assert results["policy"]["relative_cost"] == pytest.approx(results["policy"]["exit_fractions"] @ under_policy)
+    lines = [json.loads(line) for line in (tmp_path / "predict_exits_dev.jsonl").read_text().splitlines()]
+    assert all(line["relative_cost"] == under_policy[line["exit"] - 1] for line in lines)
+    card = (tmp_path / "README.md").read_text()
+    assert "Time up to and with the exit" in card and "at batch size 2, where the model" in card
+
+
+def test_bf16_predictions_agree_with_what_the_exits_say(finished, files, tmp_path):
+    """Calibrated under bfloat16, answered in float32: the two files of predictions would contradict each other."""
+    model = AutoModelForSequenceClassification.from_pretrained(finished)
+    scores = torch.from_numpy(np.load(finished / "exit_logits.npz")["logits"][:, 0]).softmax(-1).amax(-1)
+    middle = (scores.min() + scores.max()).item() / 2  # some examples exit at exit 1, and some do not
+    model.set_exit_policy({"criterion": "confidence", "thresholds": [middle, 0.0, 0.0]})
+    model.save_pretrained(shutil.copytree(finished, tmp_path / "model"))
+    flags = [f"--model_name_or_path={tmp_path / 'model'}", "--do_predict", "--bf16", "--use_cpu"]
+    main(TEXT, [*flags, "--max_seq_length=16", f"--test_file={files['train']}", f"--output_dir={tmp_path}"])
+    answers = [line.split("\t")[1] for line in (tmp_path / "predict_results_train.txt").read_text().splitlines()[1:]]
+    exits = [json.loads(line) for line in (tmp_path / "predict_exits_train.jsonl").read_text().splitlines()]
+    assert answers == [line["predictions"][line["exit"] - 1] for line in exits]
+    assert len({line["exit"] for line in exits}) > 1
+
+
+def test_a_run_of_several_labels_calibrates(minilm_path, tmp_path, capsys):
+    """Such a model could never leave early; budgets, a policy and a certified share of labels come as for others."""
+    kind = datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    features = datasets.Features({"text": datasets.Value("string"), "label": kind})
+    for split, count in (("train", 40), ("validation", 400)):
+        rows = {"text": [f"{split} {text}" for text in sentences(count, 1)[0]], "label": [[0, 1], [1], [], [0]]}
+        rows["label"] *= count // 4
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{split}.parquet")
+    flags = [f"--{split}_file={tmp_path / split}.parquet" for split in ("train", "validation")]
+    flags += ["--do_train", "--do_eval", "--max_steps=1", f"--output_dir={tmp_path / 'run'}"]
+    main(TEXT, tiny(minilm_path, *flags))
+    assert f"een-hf calibrate {tmp_path / 'run'}" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "exit_results.json").read_text())
+    assert {row["criterion"] for row in results["budgeted"]} == {"label_confidence"}
+    command_main(["calibrate", str(tmp_path / "run"), "--max_risk", "0.2", "--risk", "hamming", "--save"])
+    assert "on at most 0.2 of labels of new rows" in capsys.readouterr().out
+    policy = json.loads((tmp_path / "run" / "config.json").read_text())["exit_policy"]
+    assert policy["criterion"] == "label_confidence" and policy["guarantee"]["risk"] == "hamming"
+    assert len(policy["temperatures"]) == 3
+
+
+def test_unlabelled_rows_calibrate(files, minilm_path, tmp_path):
+    """`--calibration_file` with texts alone: consistency needs no labels."""
+    calibration = write_csv(tmp_path / "calibration.csv", 300, 5, labels=False)
+    flags = [f"--train_file={files['train']}", f"--validation_file={files['validation']}", "--do_train", "--do_eval"]
+    flags += [f"--calibration_file={calibration}", "--max_risk=0.05", "--risk=consistency", "--learning_rate=0.01"]
+    main(TEXT, tiny(minilm_path, *flags, "--num_train_epochs=3", f"--output_dir={tmp_path / 'run'}"))
+    results = json.loads((tmp_path / "run" / "exit_results.json").read_text())
+    assert results["num_calibration_samples"] == 300
+    saved = np.load(tmp_path / "run" / "exit_logits.npz")
+    assert set(saved["part"]) == {"report"}
+
+
+def test_calibration_rows_are_not_trained_on(files, minilm_path, tmp_path):
+    flags = [f"--train_file={files['train']}", f"--validation_file={files['validation']}", "--do_train", "--do_eval"]
+    words = tiny(minilm_path, *flags, "--calibration_samples=40", f"--output_dir={tmp_path}")
+    rows = prepare(TEXT, parse_arguments(TEXT, words)).rows
+    held, trained = len(rows.calibration), len(rows.splits["train"])
+    assert (held, trained) == (40, 120)
+    whole = prepare(TEXT, parse_arguments(TEXT, [w for w in words if not w.startswith("--calibration")])).rows
+    every = sorted(map(str, whole.splits["train"]["input_ids"]))
+    parts = [*rows.calibration["input_ids"], *rows.splits["train"]["input_ids"]]
+    assert sorted(map(str, parts)) == every
