@@ -6,7 +6,8 @@ een-hf train images --model_name_or_path google/vit-base-patch16-224 --dataset_n
     --output_dir out
 
 The same as run_glue_een.py (text) and run_cifar_een.py (images). A first argument that ends in .yaml, .yml or .json is
-a recipe; flags after it override it. een-hf train text --help lists the flags.
+a recipe; flags after it override it. een-hf train text --help shows the flags, --help_all also those of transformers'
+TrainingArguments.
 """
 
 import argparse

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
 from ..data.task import Modality
 from ..errors import in_one_line, refuse_nan
 from ..models import ExitConfigurationError
 from ..models.criteria import find_criterion
 from ..training.arguments import CalibrationArguments, EarlyExitTrainingArguments, ModelArguments
-from ..training.registry import get_scheme, scheme_arguments
+from ..training.registry import get_scheme, scheme_arguments, scheme_names
+from .parser import RunParser
 
 
 # Flags that set where a run is written, how it is monitored and how fast it loads data, but not what it computes.
@@ -99,9 +99,15 @@ def parse_arguments(modality: Modality, argv: list[str], prog: str | None = None
         EarlyExitTrainingArguments.method,
     )
     scheme_class = get_scheme(method)  # imports the module of a scheme from elsewhere, which then has flags
-    schemes = scheme_arguments()
-    common = [ModelArguments, modality.data_arguments, EarlyExitTrainingArguments, CalibrationArguments]
-    parser = HfArgumentParser([*common, *schemes], prog=prog)
+    common = {
+        "model": ModelArguments,
+        "data": modality.data_arguments,
+        "training of exits": EarlyExitTrainingArguments,
+        "evaluation and calibration": CalibrationArguments,
+    }
+    names = {get_scheme(name).arguments_class: name for name in reversed(scheme_names())}
+    schemes = {f"--method {names[kind]}": kind for kind in scheme_arguments()}
+    parser = RunParser({**common, **schemes}, prog)
     _refuse_unknown(parser, given, argv, recipe)
     try:
         parsed = parser.parse_args_into_dataclasses(given)
@@ -113,11 +119,11 @@ def parse_arguments(modality: Modality, argv: list[str], prog: str | None = None
         refuse_nan(vars(part))
     model, data, training, calibration = parsed[: len(common)]
     calibration.exit_criterion = find_criterion(calibration.exit_criterion)
-    own = dict(zip(schemes, parsed[len(common) :], strict=True)).get(scheme_class.arguments_class)
+    own = dict(zip(schemes.values(), parsed[len(common) :], strict=True)).get(scheme_class.arguments_class)
     return RunArguments(model, data, training, calibration, scheme=own)
 
 
-def _refuse_unknown(parser: HfArgumentParser, given: list[str], argv: list[str], recipe: str | None) -> None:
+def _refuse_unknown(parser: RunParser, given: list[str], argv: list[str], recipe: str | None) -> None:
     """Raise ExitConfigurationError for a flag or recipe key that the parser does not know, with those most like it."""
     flags = sorted(option for action in parser._actions for option in action.option_strings)
     for word in given:
