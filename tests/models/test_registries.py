@@ -119,12 +119,19 @@ def test_architectures_without_exits(config, words, tmp_path):
 
 
 def test_adapters_are_imported_when_they_are_asked_for(tmp_path):
-    """What breaks: who uses one architecture waits for the modules of fifteen, or the Auto classes do not find one."""
+    """What breaks: who uses one architecture waits for the modules of fifteen, or the Auto classes do not find one.
+
+    Nor is anything loaded that only training and evaluation need.
+    """
     program = """
 import json
 import sys
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import BertModel, PreTrainedModel, ViTModel
+before = set(sys.modules)
 import een_hf.models
+heavy = {"sklearn", "matplotlib", "datasets", "timm", "pandas"}
+assert not heavy & {name.split(".")[0] for name in set(sys.modules) - before}
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 from een_hf.models import MODEL_CLASSES, AutoEarlyExitModel
 
 def imported():

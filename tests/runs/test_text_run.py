@@ -146,12 +146,8 @@ def test_a_second_run_into_a_folder_is_told_of_the_first(files, minilm_path, tmp
 
 
 def test_evaluating_a_finished_model_again_gives_its_figures(finished, files, tmp_path):
-    """A new process on the saved folder: same metrics, and the policy in the config is kept."""
-    command = [sys.executable, str(ROOT / "run_glue_een.py"), f"--model_name_or_path={finished}", "--do_eval"]
-    command += [f"--validation_file={files['validation']}", "--max_seq_length=16", "--use_cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, f"--output_dir={tmp_path}"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    """From the saved folder alone: same metrics, and the policy in the config is kept."""
+    evaluate(finished, tmp_path, validation=files["validation"])
     before, after = (json.loads((folder / "exit_results.json").read_text()) for folder in (finished, tmp_path))
     assert [row["metrics"] for row in after["anytime"]] == [row["metrics"] for row in before["anytime"]]
     assert json.loads((finished / "config.json").read_text())["exit_policy"] is not None
