@@ -26,6 +26,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--reuse_port", action="store_true", help="let several servers listen on one port (Linux)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda if there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
+    parser.add_argument("--no_cuda_graphs", action="store_true", help="on CUDA, run the stages without CUDA graphs")
     parser.add_argument("--threads", type=int, help="number of torch's threads on the CPU; default: torch's own")
     parser.add_argument("--max_rows", type=int, help="most rows that run together; default: 64 on CUDA, else 8")
     parser.add_argument(
@@ -78,6 +79,7 @@ def run(args) -> None:
         max_length=args.max_length,
         observer=PrometheusObserver(),
         auditor=auditor,
+        cuda_graphs=False if args.no_cuda_graphs else None,
     )
     limits = ServerLimits(args.max_body_bytes, args.max_inputs, args.timeout)
     serve(create_app(engine, name=args.model, limits=limits), listening, args.timeout)

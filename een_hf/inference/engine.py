@@ -1,13 +1,15 @@
 """`ExitEngine`: the examples of several batches that continue run the deeper stages together."""
 
-import operator
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from functools import partial
 
 import torch
 
 from ..models import EarlyExitMixin
-from ..models.stages import Examples
+from .programs import segments_of
+from .runner import runs_graphs
+from .slots import Slots, SlotsByShape, Step, graphs_on, send
 
 
 class ExitEngine:
@@ -16,26 +18,38 @@ class ExitEngine:
     Examples of several batches that continue wait before each stage and run together as soon as there are `batch_size`
     of them; of several full stages the deepest runs first. Between two steps fewer than `batch_size` examples wait
     before each stage, and one step adds at most `batch_size`. So the hidden states of at most
-    (num_exits + 1) * batch_size examples are held at any time, plus one window of inputs.
+    (num_exits + 1) * batch_size examples are held at any time, plus one window of inputs. They stay where they are on
+    the device (`Slots`).
 
     Args:
         model: an early-exit model. Its `config.exit_policy` decides where examples exit; without a policy every
             example runs to the last exit.
-        batch_size: number of examples per step, at least 1.
+        batch_size: number of examples per step, at least 1. By static programs a deeper stage takes fewer, where a
+            probe shows that more of them take no less time each.
+        cuda_graphs: run static programs, which CUDA replays as graphs (default: on CUDA where `model.cuda_graphs` is
+            true).
 
     Raises:
         ValueError: `batch_size` is below 1.
     """
 
-    def __init__(self, model: EarlyExitMixin, batch_size: int = 32):
+    def __init__(self, model: EarlyExitMixin, batch_size: int = 32, cuda_graphs: bool | None = False):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         self.model, self.batch_size = model, batch_size
         self.policy = model.get_exit_policy()
-        # The exits that are evaluated; a stage runs from one to the next.
-        self.exits = model.evaluated_exits(self.policy)
-        self.waiting: list[list[Examples]] = [[] for _ in self.exits]
+        self._static = runs_graphs(model, cuda_graphs)
+        self._graphs = graphs_on(model.device) if self._static else None
+        stages = len(segments_of(model, self.policy))
+        self._slots = SlotsByShape(partial(
+            Slots, model, self.policy, batch_size, static=self._static, graphs=self._graphs,
+            num_slots=batch_size * (stages + 1) if self._static else None,
+        ))  # fmt: skip
+        # A stage ends where examples can exit. Before each but the first wait pairs of slot and id, by shape.
+        self._waiting: list[dict[tuple | None, deque[tuple[int, int]]]] = [{} for _ in range(stages)]
+        self._running: deque[tuple[tuple | None, Slots, int, Step, list[int]]] = deque()
 
+    @torch.no_grad()
     def run(self, batches: Iterable[tuple[torch.Tensor, dict]]) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Answer batches of examples.
 
@@ -50,66 +64,71 @@ class ExitEngine:
             ExitConfigurationError: a mask that is not 2-D, or padding on the left that the model cannot take.
         """
         for ids, inputs in batches:
-            examples = self.model.embed(**inputs)
-            self.model.check_mask(examples.attention_mask, True, examples.hidden.shape[:2])
-            self.model.check_padding(examples.attention_mask)
-            self.waiting[0].append(replace(examples, ids=ids.to(examples.hidden.device)))
-            while (stage := self._deepest_full()) is not None:
-                yield from self._step(stage)
-        for stage in range(len(self.exits)):
-            while self.waiting[stage]:
-                yield from self._step(stage)
+            ids = ids.tolist()
+            for start in range(0, len(ids), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                self._start(ids[part], {n: v[part] if torch.is_tensor(v) else v for n, v in inputs.items()})
+                # While a graph runs, the next is sent: its answers are read after that.
+                yield from self._finish(keep=0 if self._graphs is None else 1)
+                while (stage := self._deepest_full()) is not None:
+                    self._step(stage)
+                    yield from self._finish(keep=0 if self._graphs is None else 1)
+        for stage in range(len(self._waiting)):
+            while self.num_waiting(stage):
+                self._step(stage)
+            yield from self._finish()
 
     def num_waiting(self, stage: int) -> int:
-        """How many examples wait before a stage.
+        """The number of examples that wait before a 0-based stage."""
+        return sum(map(len, self._waiting[stage].values()))
 
-        Args:
-            stage: 0-based, among the exits that are evaluated.
-
-        Returns:
-            number of examples.
-        """
-        return sum(map(len, self.waiting[stage]))
+    def _start(self, ids: list[int], inputs: dict) -> None:
+        """Run the first stage."""
+        model, main = self.model, inputs.get(self.model.main_input_name)
+        shape = main.shape[1:] if model.main_input_name == "pixel_values" else None
+        if shape is None:
+            mask = inputs.get("attention_mask")
+            model.check_mask(mask, True, (inputs["inputs_embeds"] if main is None else main).shape[:2])
+            model.check_padding(mask)
+        slots = self._slots[shape]
+        self._running.append((shape, slots, 0, slots.start(inputs), ids))
 
     def _deepest_full(self) -> int | None:
-        stages = reversed(range(len(self.exits)))
-        return next((stage for stage in stages if self.num_waiting(stage) >= self.batch_size), None)
+        stages = reversed(range(1, len(self._waiting)))
+        return next(
+            (stage for stage in stages if self._waiting[stage] and self.num_waiting(stage) >= self._size(stage)), None
+        )
 
-    def _take(self, stage: int) -> Examples:
-        """Up to `batch_size` of the examples that wait before a stage, first come, first served.
+    def _size(self, stage: int) -> int:
+        """The number of examples of a step of those that wait."""
+        if not self._static:
+            return self.batch_size
+        shape, waiting = next(iter(self._waiting[stage].items()))
+        slots = self._slots[shape]
+        return slots.fastest_rows(stage, int(slots.widths[waiting[0][0]]))
 
-        Images of different sizes never run together, since padding of an image cannot be masked.
-        """
-        parts, room = [], self.batch_size
-        queue, text = self.waiting[stage], self.model.main_input_name == "input_ids"
-        while queue and room and (text or not parts or _shapes(queue[0]) == _shapes(parts[0])):
-            part = queue.pop(0)
-            if len(part) > room:
-                queue.insert(0, part.map(operator.itemgetter(slice(room, None))))
-                part = part.map(operator.itemgetter(slice(room)))
-            parts.append(part)
-            room -= len(part)
-        return Examples.join(parts).trim()
+    def _step(self, stage: int) -> None:
+        """Run a later stage on those that have waited longest, longest texts first."""
+        shape, waiting = next(iter(self._waiting[stage].items()))
+        taken = [waiting.popleft() for _ in range(min(self._size(stage), len(waiting)))]
+        if not waiting:
+            del self._waiting[stage][shape]
+        places, ids = map(list, zip(*taken, strict=True))
+        slots = self._slots[shape]
+        self._running.append((shape, slots, stage, slots.run(stage, places), ids))
 
-    def _step(self, stage: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        model, examples, exit_index = self.model, self._take(stage), self.exits[stage]
-        after = self.exits[stage - 1] if stage else -1
-        hidden, logits = model.run_stage(exit_index, examples, model.make_context(examples), examples.logits, after)
-        if exit_index == model.num_exits - 1:
-            yield examples.ids, logits, exit_index
-            return
-        examples = replace(examples, hidden=hidden, logits=logits)
-        if self.policy is None:
-            self.waiting[stage + 1].append(examples)
-            return
-        exits, examples.state = self.policy.decide(exit_index, logits, examples.state)
-        gone = exits.nonzero().squeeze(1)
-        if len(gone):
-            yield examples.ids[gone], logits[gone], exit_index
-        if len(gone) < len(examples):
-            left = (~exits).nonzero().squeeze(1)
-            self.waiting[stage + 1].append(examples.select(left) if len(gone) else examples)
-
-
-def _shapes(examples: Examples) -> list[torch.Size]:
-    return [tensor.shape[1:] for tensor in examples.tensors()]
+    def _finish(self, keep: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Wait for all steps that run, but the last so many, and yield what exits; the others wait."""
+        while len(self._running) > keep:
+            shape, slots, stage, step, ids = self._running.popleft()
+            exits = step.exits()
+            gone = [place for place, done in enumerate(exits) if done]
+            if len(self._waiting) > 1:
+                slots.release([step.slots[place] for place in gone])
+            if len(gone) < len(ids):
+                left = ((step.slots[place], ids[place]) for place, done in enumerate(exits) if not done)
+                self._waiting[stage + 1].setdefault(shape, deque()).extend(left)
+            if gone:
+                whole = len(gone) == len(ids)
+                logits = step.logits if whole else step.logits.index_select(0, send(gone, step.logits.device))
+                yield torch.tensor([ids[place] for place in gone]), logits, step.exit_index

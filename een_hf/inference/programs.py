@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -50,7 +51,7 @@ class Decisions:
     """A policy whose numbers are on the device, so that another policy of the same kind needs no new programs."""
 
     def __init__(self, model, policy: ExitPolicy | None):
-        self.segments = segments_of(model, policy)
+        self.model, self.segments = model, segments_of(model, policy)
         self.scorer = policy and policy.scorer
         self.thresholds = torch.zeros(model.num_exits, device=model.device)
         self.temperatures = torch.ones_like(self.thresholds) if policy and policy.temperatures else None
@@ -75,10 +76,70 @@ class Decisions:
             self.temperatures.copy_(torch.tensor(policy.temperatures, dtype=torch.float32))
         self.policy = policy
 
-    def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
-        """As `ExitPolicy.decide`."""
-        temperature = None if self.temperatures is None else self.temperatures[exit_index]
-        return decide(self.scorer, logits, state, self.thresholds[exit_index], temperature)
+    def run(
+        self,
+        segment: int,
+        examples: Examples,
+        run_stage: Callable,
+        numbers: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    ) -> tuple[Examples, torch.Tensor, torch.Tensor | None]:
+        """One segment: layers, heads and decision. This is what every program computes, whatever surrounds it.
+
+        Args:
+            segment: 0-based.
+            examples: the examples after the segment before, or after `embed`.
+            run_stage: the model's `run_stage`, as it is or compiled.
+            numbers: thresholds and temperatures of each example, both (batch, num_exits); default: the policy's.
+
+        Returns:
+            the examples after the segment, the logits (batch, num_labels) of its exit, and which examples exit there,
+            (batch,) bool. After the last segment all do, and the last value means nothing.
+        """
+        model, exits, done = self.model, self.segments[segment], None
+        thresholds, temperatures = numbers or (self.thresholds, self.temperatures)
+        after = self.segments[segment - 1][-1] if segment else -1
+        context = model.make_context(examples)
+        boosted = model.config.exit_aggregation == "boosted"
+        for exit_index in exits:
+            hidden, logits = run_stage(exit_index, examples, context, examples.logits, after)
+            examples = replace(examples, hidden=hidden, logits=logits if boosted else None)
+            if self.scorer is not None and (self.scorer.remembers or exit_index == exits[-1]):
+                if exit_index < model.num_exits - 1:
+                    temperature = None if temperatures is None else temperatures[..., exit_index, None]
+                    threshold = thresholds[..., exit_index]
+                    done, examples.state = decide(self.scorer, logits, examples.state, threshold, temperature)
+            after = exit_index
+        return examples, logits, done
+
+
+class ModelTensors:
+    """The tensors of a model and where they are: a graph may only read these.
+
+    Training in place is not noticed, since a graph reads what it has written. Tensors that are held here stay where
+    they are until a graph that reads them is dropped.
+    """
+
+    def __init__(self, model):
+        self.model, self.attention = model, model.config._attn_implementation
+        modules = list(model.modules())
+        self._parents = [module._modules for module in modules if module._modules]
+        self._children = self._find_children()
+        parts = [part for module in modules for part in (module._parameters, module._buffers)]
+        self._holders = [(part, name) for part in parts for name, tensor in part.items() if tensor is not None]
+        self._held = [part[name].detach() for part, name in self._holders]
+        self._pointers = [tensor.data_ptr() for tensor in self._held]
+
+    def _find_children(self) -> list[torch.nn.Module | None]:
+        return list(chain.from_iterable(map(dict.values, self._parents)))
+
+    def are_current(self) -> bool:
+        """Whether the model has the same modules, tensors and attention as before."""
+        try:
+            same = self._children == self._find_children()
+            same = same and self._pointers == [part[name].data_ptr() for part, name in self._holders]
+        except (KeyError, AttributeError):
+            return False
+        return same and self.attention == self.model.config._attn_implementation
 
 
 class Lane:
@@ -100,11 +161,7 @@ class Lane:
     ):
         self.model, self.decisions, self.capacity, self.padded = model, decisions, capacity, padded
         self.pool, self.stream, self.run_stage = pool, stream, run_stage
-        device = model.device
-        # Autocast would free its cached casts while the graph still reads them.
-        enabled = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type)
-        self.autocast = partial(torch.autocast, device.type, dtype, enabled, cache_enabled=False)
+        self.autocast, device = autocast_here(model.device), model.device
         self.inputs = {
             name: torch.zeros((capacity, *value.shape[1:]), dtype=value.dtype, device=device)
             if isinstance(value, torch.Tensor)
@@ -180,19 +237,9 @@ class Lane:
             inputs = {n: v[:rows] if isinstance(v, torch.Tensor) else v for n, v in self.inputs.items()}
             ids = None if single else self.places[1 : rows + 1]
             examples = replace(model.embed(**inputs), ids=ids, padded=self.padded or None)
-            after = -1
         else:
             examples = self.buffers[segment % 2].map(lambda tensor: tensor[1 : rows + 1])
-            after = decisions.segments[segment - 1][-1]
-        context = model.make_context(examples)
-        for exit_index in exits:
-            hidden, logits = self.run_stage(exit_index, examples, context, examples.logits, after)
-            boosted = model.config.exit_aggregation == "boosted"
-            examples = replace(examples, hidden=hidden, logits=logits if boosted else None)
-            if decisions.scorer is not None and (decisions.scorer.remembers or exit_index == exits[-1]):
-                if exit_index < model.num_exits - 1:
-                    done, examples.state = decisions.decide(exit_index, logits, examples.state)
-            after = exit_index
+        examples, logits, done = decisions.run(segment, examples, self.run_stage)
 
         if self.logits is None:
             self.logits = logits.new_zeros(self.capacity + 1, logits.shape[-1])
@@ -232,6 +279,12 @@ class Lane:
         tensors += [tensor for examples in self.buffers if examples is not None for tensor in examples.tensors()]
         tensors += [tensor for tensor in (self.logits, self.exit_index) if tensor is not None]
         return sum(tensor.nbytes for tensor in tensors)
+
+
+def autocast_here(device: torch.device) -> Callable[[], torch.autocast]:
+    """Makes the autocast context that holds now, but without its cache: graphs would read casts that were freed."""
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    return partial(torch.autocast, device.type, dtype, enabled, cache_enabled=False)
 
 
 # For so many seconds an event is polled before the thread sleeps: waking up takes longer than most segments, but
@@ -295,3 +348,69 @@ def capture(function: Callable[[], object], pool, stream) -> "torch.cuda.CUDAGra
             gc.enable()
     here.wait_stream(stream)
     return graph
+
+
+def fill(static: torch.Tensor, value: torch.Tensor, padding: int) -> None:
+    """Copy a model input into a static tensor of as many examples, whose tokens beyond it become padding.
+
+    Args:
+        static: (batch, ...), with as many tokens as the input, or more.
+        value: (batch, ...), on any device.
+        padding: see `padding_of`.
+    """
+    if static.shape != value.shape:
+        static[:, value.shape[1] :].fill_(padding)
+        static = static[:, : value.shape[1]]
+    static.copy_(value, non_blocking=True)
+
+
+def padding_of(config, name: str) -> int:
+    """What stands in the model input of this name where a text has no tokens."""
+    return (getattr(config, "pad_token_id", 0) or 0) if name == "input_ids" else 0
+
+
+def padded_shape(value: torch.Tensor, length: int, width: int) -> tuple[int, ...]:
+    """The shape (...) of one example of a model input (batch, ...) after its `length` tokens are padded to `width`."""
+    shape = tuple(value.shape[1:])
+    return (width, *shape[1:]) if shape and shape[0] == length else shape
+
+
+def fastest_size(seconds: Callable[[int], float], largest: int, smallest: int = 32) -> int:
+    """The number of rows, doubled from `smallest` on, beyond which the time per row hardly falls.
+
+    Args:
+        seconds: the time that so many rows take together.
+        largest: the largest number.
+        smallest: the smallest number.
+    """
+    best, size = seconds(smallest) / smallest, smallest
+    while 2 * size <= largest and (time_per_row := seconds(2 * size) / (2 * size)) <= _WORTH * best:
+        best, size = time_per_row, 2 * size
+    return size
+
+
+# A larger batch is worth its memory if its time per row is at most this share of the smaller batch's.
+_WORTH = 0.95
+
+
+def seconds_of(function: Callable[[], object], graphs: tuple | None) -> float:
+    """Time of one call.
+
+    Args:
+        function: reads and writes static tensors.
+        graphs: memory pool and stream of the CUDA graph that is measured; `None`: `function` itself.
+    """
+    if graphs is None:
+        function()
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    graph = capture(function, *graphs)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    start.record()
+    for _ in range(5):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 5000

@@ -2,24 +2,31 @@
 
 import inspect
 import threading
-import time
 from collections import OrderedDict
 from contextlib import nullcontext
-from itertools import chain
 
 import torch
 
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitPolicy
 from ..models.stages import Examples
-from .programs import Decisions, Lane, capture, row_bucket, wait_for
+from .programs import (
+    Decisions,
+    Lane,
+    ModelTensors,
+    fastest_size,
+    fill,
+    padded_shape,
+    padding_of,
+    row_bucket,
+    seconds_of,
+    wait_for,
+)
 
 
 # Texts are padded to a multiple of this many tokens; every such length has its own programs.
 LENGTH_STEP = 16
 MAX_LANES = 32
 MAX_ROWS = 512
-# A larger batch is worth its memory if its time per example is at most this share of the smaller batch's.
-_WORTH = 0.95
 
 
 class ExitRunner:
@@ -96,20 +103,8 @@ class ExitRunner:
             self._looked = torch.cuda.Event()
         self._kinds: dict[tuple, Decisions] = {}
         self._decisions: Decisions | None = None
-        self._attention = self.model.config._attn_implementation
         self._lanes: OrderedDict[tuple, Lane] = OrderedDict()
-        # The modules and the addresses of their tensors. `_held` keeps the tensors alive, so that no graph reads freed
-        # memory.
-        modules = list(self.model.modules())
-        self._parents = [module._modules for module in modules if module._modules]
-        self._children = self._find_children()
-        parts = [part for module in modules for part in (module._parameters, module._buffers)]
-        self._holders = [(part, name) for part in parts for name, tensor in part.items() if tensor is not None]
-        self._held = [part[name].detach() for part, name in self._holders]
-        self._pointers = [tensor.data_ptr() for tensor in self._held]
-
-    def _find_children(self) -> list[torch.nn.Module | None]:
-        return list(chain.from_iterable(map(dict.values, self._parents)))
+        self._tensors = ModelTensors(self.model)
 
     def _graphed(self) -> bool:
         return self.cuda_graphs and self.device.type == "cuda"
@@ -120,12 +115,7 @@ class ExitRunner:
         if policy is not self._decisions.policy:
             self._decide_by(policy)
             return False
-        try:
-            same = self._children == self._find_children()
-            same = same and self._pointers == [part[name].data_ptr() for part, name in self._holders]
-        except (KeyError, AttributeError):
-            same = False
-        if not same or self._attention != self.model.config._attn_implementation:
+        if not self._tensors.are_current():
             self._forget()
             return False
         return True
@@ -224,26 +214,14 @@ class ExitRunner:
             padded = wanted > length or (mask is not None and self._guess_padded(mask))
             if padded:
                 inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.int64) if mask is None else mask
-        shapes = []
+        shapes = tuple(
+            (name, (padded_shape(value, length, wanted), value.dtype) if isinstance(value, torch.Tensor) else value)
+            for name, value in inputs.items()
+        )
+        lane = self._lane(batch, shapes, padded)
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor):
-                shape = tuple(value.shape[1:])
-                if wanted > length and shape and shape[0] == length:
-                    shape = (wanted, *shape[1:])
-                value = shape, value.dtype
-            shapes.append((name, value))
-        lane = self._lane(batch, tuple(shapes), padded)
-        for name, value in inputs.items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            static = lane.inputs[name]
-            if batch < lane.capacity:
-                static = static[:batch]
-            if static.shape == value.shape:
-                static.copy_(value, non_blocking=True)
-            else:
-                static[:, :length].copy_(value, non_blocking=True)
-                static[:, length:].fill_(self._padding(name))
+                fill(lane.inputs[name][:batch], value, padding_of(self.model.config, name))
         lane.start(batch)
         return lane, batch
 
@@ -283,16 +261,13 @@ class ExitRunner:
                 for name, value in shapes
             }
             # Other implementations of attention search the mask for padding, which cannot be captured.
-            pool = self._pool if not padded or self._attention in ("eager", "sdpa") else None
+            pool = self._pool if not padded or self._tensors.attention in ("eager", "sdpa") else None
             lane = Lane(self.model, self._decisions, capacity, shown, padded, pool, self._stream, self._stage)
             self._lanes[key] = lane
             if len(self._lanes) > MAX_LANES:
                 self._lanes.popitem(last=False)
         self._lanes.move_to_end(key)
         return lane
-
-    def _padding(self, name: str) -> int:
-        return (getattr(self.model.config, "pad_token_id", 0) or 0) if name == "input_ids" else 0
 
     def fastest_batch_size(self, inputs: dict) -> int:
         """The smallest batch size, a power of two up to `MAX_ROWS`, beyond which the time per example hardly falls.
@@ -314,35 +289,14 @@ class ExitRunner:
             example = model.embed(**inputs)
             length = -(-example.hidden.shape[1] // LENGTH_STEP) * LENGTH_STEP
             if length not in self._sizes:
-                best, size = None, 32
-                while size <= MAX_ROWS:
-                    seconds = self._layer_seconds(example, size) / size
-                    if best is not None and seconds > _WORTH * best:
-                        break
-                    best, self._sizes[length], size = seconds, size, size * 2
+                graphs = (self._pool, self._stream) if self._graphed() else None
+                self._sizes[length] = fastest_size(lambda size: self._layer_seconds(example, size, graphs), MAX_ROWS)
             return self._sizes[length]
 
-    def _layer_seconds(self, example: Examples, size: int) -> float:
+    def _layer_seconds(self, example: Examples, size: int, graphs: tuple | None) -> float:
         examples = example.map(lambda tensor: tensor[:1].expand(size, *tensor.shape[1:]).contiguous())
         context = self.model.make_context(examples)
-
-        def run():
-            return self.model.run_layer(0, examples.hidden, context)
-
-        if not self._graphed():
-            run()
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        graph = capture(run, self._pool, self._stream)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()
-        start.record()
-        for _ in range(5):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 5000
+        return seconds_of(lambda: self.model.run_layer(0, examples.hidden, context), graphs)
 
     def __deepcopy__(self, memo):
         return None  # a copy of the model captures its own graphs

@@ -42,7 +42,7 @@ class Examples:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Examples":
         """The same examples with `function` applied to every tensor."""
-        return replace(self, **{f.name: _map(getattr(self, f.name), function) for f in fields(self)})
+        return Examples(*[_map(getattr(self, name), function) for name in _FIELDS])
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor, always in the same order."""
@@ -64,9 +64,9 @@ class Examples:
         Returns:
             the examples without these columns.
         """
-        if self.attention_mask is None:
-            return self
         if width is None:
+            if self.attention_mask is None:
+                return self
             _, width, padded = self.measure(torch.zeros_like(self.hidden[:, 0, 0], dtype=torch.bool))
         cut = {name: tensor[:, :width] for name, tensor in self.per_token.items()}
         mask = self.attention_mask[:, :width] if padded else None
@@ -158,6 +158,9 @@ class Examples:
             return self
         mask = torch.ones(self.hidden.shape[:2], dtype=torch.int64, device=self.hidden.device)
         return replace(self, attention_mask=mask)
+
+
+_FIELDS = [f.name for f in fields(Examples)]
 
 
 def _map(value, function: Callable[[torch.Tensor], torch.Tensor]):

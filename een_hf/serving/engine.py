@@ -74,10 +74,12 @@ class AsyncExitEngine:
         max_waiting: the largest number of rows that are accepted and not answered; more are refused.
         max_length: tokens to which longer texts are truncated, at most what the model takes.
         max_pixels: larger images, given as bytes, are refused.
-        length_step: texts run together if their lengths are equal when rounded up to a multiple of this. Default: 16
-            on CUDA, else 4.
+        length_step: texts run together if their lengths are equal when rounded up to a multiple of this; others join
+            where that costs less padding than another step costs. Default: 16 on CUDA, else 4.
         observer: its methods are called at each event.
         auditor: monitors the policy's risk on a share of the rows; it does not delay their answers.
+        cuda_graphs: run captured programs (default: on CUDA where `model.cuda_graphs` is true), each captured at the
+            first use of its stage, number of rows and length. Elsewhere than on CUDA the same programs run eagerly.
 
     Raises:
         ExitConfigurationError: a number is out of its range.
@@ -104,6 +106,7 @@ class AsyncExitEngine:
         length_step: int | None = None,
         observer: EngineObserver | None = None,
         auditor: Auditor | None = None,
+        cuda_graphs: bool | None = None,
     ):
         cuda = model.device.type == "cuda"
         max_rows = (64 if cuda else 8) if max_rows is None else max_rows
@@ -114,7 +117,7 @@ class AsyncExitEngine:
             raise ExitConfigurationError(f"max_wait_ms must be at least 0, not {max_wait_ms}.")
         self.model, self.max_waiting = model.eval(), max_waiting
         self.observer, self.auditor = observer or EngineObserver(), auditor
-        self.worker = StageWorker(model, max_rows, max_wait_ms / 1000, self.observer, auditor)
+        self.worker = StageWorker(model, max_rows, max_wait_ms / 1000, self.observer, auditor, cuda_graphs)
         length_step = length_step or (LENGTH_STEP if cuda else 4)
         self.reader = Reader(model, processor, max_length, length_step, max_pixels, self._has_been_read)
         self._read: queue.SimpleQueue[tuple[Request, Exception | None] | None] = queue.SimpleQueue()

@@ -35,13 +35,15 @@ class Log(EngineObserver):
         self.seen.append((difference, alarm))
 
 
-def test_audits_see_what_the_last_exit_answers_and_change_no_answer(bert):
+@pytest.mark.parametrize("cuda_graphs", [None, True])
+def test_audits_see_what_the_last_exit_answers_and_change_no_answer(bert, cuda_graphs):
     """What breaks: the risk in service is measured on other rows, or by other answers, than those that were given."""
     texts, log = random_texts(120, seed=11), Log()
     auditor = Auditor(bert.model, 1.0, limit=0.999)
 
     async def main():
-        async with AsyncExitEngine(bert.model, bert.processor, observer=log, auditor=auditor) as engine:
+        settings = {"observer": log, "auditor": auditor, "cuda_graphs": cuda_graphs}
+        async with AsyncExitEngine(bert.model, bert.processor, **settings) as engine:
             answers = []
             for start in range(0, 120, 12):  # in turn, so that the order of the audits is that of the texts
                 answers.append(await engine.predict(texts[start : start + 12]))

@@ -1,6 +1,7 @@
 """The asynchronous engine answers each row as `model(...)` does that row alone, whatever happens to other requests."""
 
 import asyncio
+import copy
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from factory import tiny_model
+from recorded_graphs import record_graphs
 
 from een_hf import ExitConfigurationError, ExitPolicy, predict
 from een_hf.inference.runner import input_names
@@ -67,8 +69,13 @@ def other_policies(model):
 
 
 @pytest.mark.parametrize("aggregation", ["none", "boosted"])
-def test_any_mix_of_requests_policies_and_lengths_is_answered_as_by_the_model(tmp_path, aggregation):
+@pytest.mark.parametrize("cuda_graphs", [None, True, "recorded"])
+def test_any_mix_of_requests_policies_and_lengths_is_answered_as_by_the_model(
+    tmp_path, cuda_graphs, aggregation, monkeypatch
+):
     """What breaks: a row gets another's answer, another's thresholds, or sees the padding of its batch."""
+    if cuda_graphs == "recorded":
+        record_graphs(monkeypatch)
     served = make_bert(tmp_path, exit_aggregation=aggregation)
     rng, texts = random.Random(0), random_texts(150, longest=36, seed=1)
     policies = other_policies(served.model)
@@ -83,7 +90,7 @@ def test_any_mix_of_requests_policies_and_lengths_is_answered_as_by_the_model(tm
         return await engine.predict(examples, policy=None if policy is True else policy)
 
     async def main():
-        async with AsyncExitEngine(served.model, served.processor, max_rows=5) as engine:
+        async with AsyncExitEngine(served.model, served.processor, max_rows=5, cuda_graphs=cuda_graphs) as engine:
             tasks = [ask(engine, *request, rng.random() / 20) for request in requests]
             return await asyncio.gather(*tasks)
 
@@ -94,12 +101,13 @@ def test_any_mix_of_requests_policies_and_lengths_is_answered_as_by_the_model(tm
     assert len(exits) == 3  # it was a mix
 
 
-def test_images_pairs_and_rows_of_model_inputs(bert, vit):
+@pytest.mark.parametrize("cuda_graphs", [None, True])
+def test_images_pairs_and_rows_of_model_inputs(bert, vit, cuda_graphs):
     left_padded = {"input_ids": [0, 0, 2, 5, 6, 3], "attention_mask": [0, 0, 1, 1, 1, 1]}
     examples = ["a b", ("a b", "c"), ("d", "e f"), left_padded, {"input_ids": [2, 9, 3]}]
 
     async def main(served, examples):
-        async with AsyncExitEngine(served.model, served.processor) as engine:
+        async with AsyncExitEngine(served.model, served.processor, cuda_graphs=cuda_graphs) as engine:
             return await engine.predict(examples)
 
     assert_answers(bert, examples, asyncio.run(main(bert, examples)))
@@ -108,6 +116,21 @@ def test_images_pairs_and_rows_of_model_inputs(bert, vit):
     assert len(set(answers.exit_index.tolist())) == 3
     tempered = torch.softmax(answers.logits, -1).amax(-1)
     torch.testing.assert_close(answers.confidence, tempered)
+
+
+def test_no_request_is_answered_by_weights_that_are_gone(bert, monkeypatch):
+    """A captured program reads the tensors that the model had when it was captured."""
+    record_graphs(monkeypatch)
+    served, texts = SimpleNamespace(**{**vars(bert), "model": copy.deepcopy(bert.model)}), random_texts(12, seed=8)
+
+    async def main():
+        async with AsyncExitEngine(served.model, served.processor, max_rows=4, cuda_graphs=True) as engine:
+            for factor in (1.0, 0.8, 1.1):
+                tensors = {name: factor * tensor for name, tensor in served.model.state_dict().items()}
+                served.model.load_state_dict(tensors, assign=factor != 1.1)  # replaced, then changed in place
+                assert_answers(served, texts, await engine.predict(texts))
+
+    asyncio.run(main())
 
 
 def rows_of(served, texts, policy=None, future=None, arrived=0.0):
@@ -169,7 +192,38 @@ def test_survivors_wait_for_no_longer_than_they_may_while_new_rows_keep_coming(b
     assert log.steps == [(0, 2), (1, 2)]
 
 
-def test_a_request_that_cannot_be_answered_harms_no_other(bert):
+def test_texts_of_other_lengths_join_where_their_padding_costs_less_than_a_step(bert):
+    """What breaks: rows of every length run by themselves, or short ones beside the longest."""
+    policy = ExitPolicy("confidence", [0.999999, 0.999999, 0.0])
+    for texts, wanted in (
+        (["a b c"] * 2 + ["a b c d e f g h"] * 2, [4, 4, 4]),  # 5 tokens of padding for each of two rows
+        (["a b c"] * 3 + ["a b c d e f g h i j k l"] * 2, [2, 2, 2, 3, 3, 3]),  # 9 for each of three
+        (["a b c"] * 2 + ["a b c d e f g h"] * 7, [2, 2, 2, 7, 7, 7]),  # nine rows, eight fit
+    ):
+        log = Log()
+        worker = StageWorker(bert.model, 8, max_wait=100.0, observer=log)
+        worker.add(rows_of(bert, texts, policy))
+        while worker.step():
+            pass
+        assert sorted(count for _, count in log.steps) == wanted
+
+
+def test_no_more_rows_are_in_flight_than_there_are_slots(bert):
+    """What breaks: new rows of ever other lengths start while those before wait, and fill the memory."""
+    for cuda_graphs in (None, True):
+        worker, most = StageWorker(bert.model, 2, 100.0, EngineObserver(), cuda_graphs=cuda_graphs), 0
+        policy = ExitPolicy("confidence", [0.999999, 0.999999, 0.0])
+        for number in range(30):
+            worker.add(rows_of(bert, [" ".join("abcdefghij"[: 1 + number % 10] * (1 + number % 3))], policy))
+        (lane,) = worker._lanes.values()
+        while worker.step():
+            most = max(most, lane.slots(4).num_in_flight)
+        assert most <= lane.max_in_flight == lane.slots(4).num_slots == 8 and len(worker.finished) == 30
+        assert lane.slots(4).num_in_flight == 0
+
+
+@pytest.mark.parametrize("cuda_graphs", [None, True])
+def test_a_request_that_cannot_be_answered_harms_no_other(bert, cuda_graphs):
     """What breaks: one bad row fails the batch that it shares, or the engine."""
     bad = [
         ({"input_ids": [2, 999, 3]}, IndexError),  # no such token: the embedding of the whole batch fails
@@ -185,7 +239,7 @@ def test_a_request_that_cannot_be_answered_harms_no_other(bert):
     texts = random_texts(40, seed=2)
 
     async def main():
-        async with AsyncExitEngine(bert.model, bert.processor, max_rows=16) as engine:
+        async with AsyncExitEngine(bert.model, bert.processor, max_rows=16, cuda_graphs=cuda_graphs) as engine:
             good = [engine.predict([text]) for text in texts[:20]]
             failing = [engine.predict(["a", example, "b"]) for example, _ in bad]
             more = [engine.predict([text]) for text in texts[20:]]
