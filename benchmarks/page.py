@@ -498,7 +498,8 @@ def screened(data: dict, name: str, plots: Path | None) -> str:
     text = (
         "MiniLM-L6 in a plain loop, one epoch; differences to `joint` of the same loop, paired by seed and row. "
         "`benchmarks/screen.py` says what each option is. `plain heads`: as with `--standardize_heads false`. What is "
-        f"not above joint on two data sets is not built. {machines}.\n\n```\n{commands}\n```\n"
+        "not above joint on two data sets is not built; `retrofit` is, as `--method two_stage`. "
+        f"{machines}.\n\n```\n{commands}\n```\n"
     )
     head = ["data", "option", "seeds", "exits", *(f"budget {share:.0%}" for share in SHARES), "last exit"]
     return "\n".join(["## Ways of training that were tried\n", text, table(head, lines)])
