@@ -16,12 +16,12 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 SETTINGS = {"initializer_range": 0.3, **NO_DROPOUT}  # so that untrained layers tell rows apart
-GLOBAL_BATCH, NUM_STEPS, SEED = 8, 6, 6
+GLOBAL_BATCH, NUM_STEPS = 8, 6
 
 
 def text_flags(folder, minilm_path):
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)
-    stock = tiny_stock_model("bert", seed=SEED, vocab_size=len(tokenizer), **SETTINGS)
+    stock = tiny_stock_model("bert", seed=6, vocab_size=len(tokenizer), **SETTINGS)
     stock.base_model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     label = datasets.ClassLabel(names=["not_equivalent", "equivalent"])
@@ -42,7 +42,7 @@ def text_flags(folder, minilm_path):
 
 
 def image_flags(folder):
-    tiny_stock_model("vit", seed=SEED, image_size=16, **SETTINGS).base_model.save_pretrained(folder / "model")
+    tiny_stock_model("vit", seed=1, image_size=16, **SETTINGS).base_model.save_pretrained(folder / "model")
     tiny_processor("vit", size=16).save_pretrained(folder / "model")
     return ["run_cifar_een.py", f"--model_name_or_path={folder / 'model'}", "--dataset_name=digits"]
 

@@ -50,7 +50,7 @@ def test_without_the_package_a_pushed_model_answers_the_same(found, name):
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
-def test_without_the_package_rows_that_leave_stop_computing(found, name):
+def test_without_the_package_examples_that_exit_stop_computing(found, name):
     """Each layer must see just the rows whose exit lies at or behind it."""
     exits = np.array([1, 2, 4])[found[name]["exit_index"].numpy()]
     assert len(set(exits)) > 1

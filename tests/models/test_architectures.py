@@ -86,7 +86,7 @@ def test_a_backbone_gets_a_new_last_head(any_architecture, load_exits):
     assert config.exit_pooling == ("mean" if any_architecture.text else "cls_mean")
 
 
-def test_fewer_layers(any_architecture, load_exits):
+def test_fewer_layers_keep_the_last_head(any_architecture, load_exits):
     """A cut network keeps the stock head; a field that stands for another would be set after the exits."""
     model = load_exits(any_architecture, num_hidden_layers=2, exit_layers=[1])
     assert (model.config.exit_layers, len(model.backbone_layers)) == ([1, 2], 2)

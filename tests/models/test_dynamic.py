@@ -101,7 +101,7 @@ def test_masks_with_holes(bert, load_exits, attention, exit_pooling):
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])
-def test_everybody_leaves_at_the_first_exit(architecture, load_exits, batch_size):
+def test_all_examples_exit_at_the_first_exit(architecture, load_exits, batch_size):
     """The loop must stop, not go on with an empty batch."""
     model = load_exits(architecture, exit_layers=EXIT_LAYERS)
     seen = watch_layers(architecture, model)
@@ -116,7 +116,7 @@ def test_everybody_leaves_at_the_first_exit(architecture, load_exits, batch_size
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])
-def test_nobody_leaves(architecture, load_exits, batch_size):
+def test_no_example_exits_early(architecture, load_exits, batch_size):
     """Exit K takes whoever is left, whatever its own threshold says."""
     model = load_exits(architecture, exit_layers=EXIT_LAYERS)
     seen = watch_layers(architecture, model)
@@ -131,7 +131,7 @@ def test_nobody_leaves(architecture, load_exits, batch_size):
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_nan_rows_never_leave(architecture, load_exits, criterion):
+def test_examples_with_nan_never_exit_early(architecture, load_exits, criterion):
     """A broken row that leaves early looks like a sure one; and it must not keep or spoil the others."""
     model = load_exits(architecture, exit_layers=EXIT_LAYERS)
     lowest = -1.5 if criterion == "entropy" else 0.0
@@ -150,7 +150,7 @@ def test_nan_rows_never_leave(architecture, load_exits, criterion):
                     torch.testing.assert_close(output.logits[row], clean[row, 0], rtol=0, atol=1e-5)
 
 
-def test_nan_at_one_exit_only(architecture, load_exits):
+def test_nan_at_one_exit_holds_an_example_there_only(architecture, load_exits):
     """A broken exit must hold nobody for longer than itself."""
     model = load_exits(architecture, exit_layers=EXIT_LAYERS)
     inputs = architecture.inputs()
@@ -162,7 +162,7 @@ def test_nan_at_one_exit_only(architecture, load_exits):
     torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-5)
 
 
-def test_modes(architecture, load_exits):
+def test_each_mode_evaluates_the_exits_that_it_needs(architecture, load_exits):
     """Training on the rows that stay, or evaluating exits that some rows skipped, would both go unnoticed."""
     model, inputs = load_exits(architecture, exit_layers=EXIT_LAYERS), architecture.inputs()
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_bfloat16_and_autocast(architecture, load_exits, criterion):
         assert error / exit_logits.float().abs().max() < 0.05
 
 
-def test_inference_mode(architecture, load_exits):
+def test_inference_mode_gives_the_same_answers(architecture, load_exits):
     """Engines run under inference_mode, where some in-place writes are refused."""
     model, inputs = load_exits(architecture, exit_layers=EXIT_LAYERS), architecture.inputs(32)
     scores = [scores_by_hand("confidence", row) for row in anytime_logits(model, inputs).double().tolist()]
@@ -284,7 +284,7 @@ def test_calls_do_not_remember(architecture, load_exits):
         assert again.exit_index.tolist() == first.exit_index.tolist()
 
 
-def test_regression_leaves_by_patience(architecture, stock_folders):
+def test_a_regression_exits_by_patience(architecture, stock_folders):
     """Without classes only the change from exit to exit tells how sure a model is."""
     torch.manual_seed(3)
     model = architecture.model_class.from_pretrained(
@@ -322,7 +322,7 @@ def test_regression_leaves_by_patience(architecture, stock_folders):
 
 @pytest.mark.parametrize("exit_pooling", ["cls", "mean"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_row_without_any_token(bert, load_exits, attention, exit_pooling):
+def test_a_row_without_any_token_keeps_a_column(bert, load_exits, attention, exit_pooling):
     """A row that is all padding (filler at the end of a batch) uses no column: trimmed to none, it would crash."""
     model = load_exits(bert, exit_layers=EXIT_LAYERS, exit_pooling=exit_pooling, attn_implementation=attention)
     inputs = bert.inputs(64, padding="right")

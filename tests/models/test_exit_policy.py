@@ -130,7 +130,7 @@ def test_what_is_no_policy_is_answered_with_a_sentence(bert, load_exits, given):
 
 
 @pytest.mark.parametrize("given", ["no", 0.5, 1, [True]])
-def test_early_exit_is_no_word(bert, load_exits, given):
+def test_early_exit_is_no_string(bert, load_exits, given):
     """`early_exit="no"` used to mean yes."""
     model = load_exits(bert, exit_layers=EXIT_LAYERS).eval()
     with pytest.raises(ExitConfigurationError, match="early_exit is True, False"):

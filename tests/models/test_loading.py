@@ -16,7 +16,7 @@ from transformers import BertForMultipleChoice, BertForTokenClassification
 from een_hf.models import ExitConfigurationError
 
 
-def test_backbone_only_checkpoint(architecture, load_exits, load_stock, stock_folders):
+def test_a_checkpoint_without_a_head_makes_every_head_new(architecture, load_exits, load_stock, stock_folders):
     """Without a fine-tuned head nothing ties the last exit to `cls`, and reports must say that the head is new."""
     backbone = architecture.backbone_class.from_pretrained(stock_folders[architecture.name, "backbone"]).eval()
     for pooling in architecture.poolings:
@@ -37,7 +37,7 @@ def test_backbone_only_checkpoint(architecture, load_exits, load_stock, stock_fo
                 assert_close(model(**inputs).exit_logits, architecture.exit_logits_by_hand(model, stock, inputs), 1e-5)
 
 
-def test_newly_initialized(architecture, load_exits, tmp_path):
+def test_what_is_newly_initialized_is_listed(architecture, load_exits, tmp_path):
     """The head learning rate and freezing go by what is new: a wrong list trains the wrong heads."""
     model = load_exits(architecture, exit_layers=[1, 3])
     heads = {name for name, _ in model.named_parameters() if name.startswith("exit_heads.")}
@@ -149,7 +149,7 @@ def test_exit_heads_are_kept_when_exit_layers_change(architecture, load_exits, t
     assert torch.isfinite(after).all()
 
 
-def test_fewer_layers(architecture, load_exits, load_stock):
+def test_fewer_layers_keep_the_last_head(architecture, load_exits, load_stock):
     """A cut network keeps the head: exit K is then the stock head on the shallower network."""
     stock = load_stock(architecture, num_hidden_layers=2)
     model = load_exits(architecture, num_hidden_layers=2, exit_layers=[1])
@@ -160,7 +160,7 @@ def test_fewer_layers(architecture, load_exits, load_stock):
         assert_close(model(**inputs).logits, stock(**inputs).logits)
 
 
-def test_only_the_last_exit(architecture, load_exits, load_stock):
+def test_the_last_exit_alone_is_the_plain_model(architecture, load_exits, load_stock):
     """One exit is the plain model: comparisons need it to work."""
     model, inputs = load_exits(architecture, exit_layers=[4]), architecture.inputs()
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_another_architecture_is_refused(architecture, stock_folders):
         architecture.model_class.from_pretrained(stock_folders[other, "head"])
 
 
-def test_loading_info(architecture, stock_folders):
+def test_loading_info_is_the_pair_that_callers_expect(architecture, stock_folders):
     """The pair that callers of output_loading_info expect."""
     model, info = architecture.model_class.from_pretrained(
         stock_folders[architecture.name, "head"], output_loading_info=True

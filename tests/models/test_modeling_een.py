@@ -84,7 +84,7 @@ def test_hidden_states_and_attentions_are_stocks(architecture, load_stock, load_
         assert plain.attentions is None
 
 
-def test_hidden_states_by_config(architecture, load_exits):
+def test_the_config_may_ask_for_hidden_states(architecture, load_exits):
     """The config's own switches would be overridden by a keyword's default."""
     model = load_exits(architecture, attn_implementation="eager")
     model.config.output_hidden_states = model.config.output_attentions = True
@@ -108,7 +108,7 @@ def test_gradients_of_the_last_exit_are_stocks(architecture, load_stock, load_ex
         assert_close(actual[name], gradient)
 
 
-def test_inputs_embeds(bert, load_exits):
+def test_embeddings_are_answered_as_their_tokens(bert, load_exits):
     """Prompts and attributions feed embeddings instead of ids."""
     model, inputs = load_exits(bert), bert.inputs(padding="right")
     input_ids = inputs.pop("input_ids")
@@ -122,7 +122,7 @@ def test_inputs_embeds(bert, load_exits):
                 model(**wrong, **inputs)
 
 
-def test_position_ids_and_token_types(bert, load_exits, load_stock):
+def test_position_ids_and_token_types_are_read(bert, load_exits, load_stock):
     """An input that is accepted and ignored is a wrong answer without an error."""
     model, stock, inputs = load_exits(bert), load_stock(bert), bert.inputs(padding="right")
     inputs["position_ids"] = torch.arange(12).flip(0).unsqueeze(0)
@@ -134,7 +134,7 @@ def test_position_ids_and_token_types(bert, load_exits, load_stock):
             assert not torch.allclose(model(**changed).logits, logits, atol=1e-3)
 
 
-def test_interpolated_positions(vit, load_exits, load_stock):
+def test_images_of_another_size_read_interpolated_positions(vit, load_exits, load_stock):
     """A ViT at another image size reads resized position embeddings."""
     pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_interpolated_positions(vit, load_exits, load_stock):
             load_exits(vit)()
 
 
-def test_tuple_output(architecture, load_exits):
+def test_a_tuple_holds_the_same_in_order(architecture, load_exits):
     """`return_dict=False` is how tracing and old scripts read the outputs: order and numbers."""
     model, inputs = load_exits(architecture), architecture.inputs()
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_autocast(architecture, load_exits):
 # The new name of these calls is younger than the oldest transformers that is supported.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_checkpointing(architecture, load_exits, frozen):
+def test_gradient_checkpointing_changes_no_gradient(architecture, load_exits, frozen):
     """Checkpointing saves memory only; other gradients mean another training."""
     reference = load_exits(architecture, exit_layers=[1, 3], **NO_DROPOUT).train()
     inputs = architecture.inputs(padding=architecture.paddings[0])

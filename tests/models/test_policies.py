@@ -121,7 +121,7 @@ def test_exits_of_is_the_first_exit_sure_enough():
     assert len(set(expected)) > 2
 
 
-def test_exactly_as_sure_as_the_threshold_leaves():
+def test_a_score_equal_to_the_threshold_exits():
     """A threshold of n equal exits must not ask for n + 1."""
     logits = torch.zeros(1, NUM_EXITS, 3)
     assert ExitPolicy("patience", [2, 2, 2, 2, 2]).exits_of(logits).tolist() == [2]
@@ -142,7 +142,7 @@ def test_half_precision_logits_are_scored_in_float32(criterion, dtype):
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_nan_never_leaves_early(criterion):
+def test_nan_never_exits_early(criterion):
     """A broken row that leaves looks like a sure one; the rows beside it must not be held up by it."""
     logits = _logits(num_rows=6)
     logits[2] = float("nan")
@@ -290,7 +290,7 @@ def test_multi_label_problems_are_refused(criterion):
 
 
 @pytest.mark.parametrize("temperatures", [None, [0.5, 1.0, 2.0, 3.0, 0.25]])
-def test_several_labels_leave_by_the_least_certain(temperatures):
+def test_several_labels_exit_by_the_least_certain(temperatures):
     """A row that leaves because one label is clear would answer the others by chance."""
     logits = _logits()
     logits[3, 1, 2] = float("nan")

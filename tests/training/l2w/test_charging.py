@@ -63,7 +63,7 @@ def plain_meta_loss(exit_logits, labels):
 
 @pytest.mark.parametrize("kind", ["left padding", "right padding", "4-D mask", "images"])
 @pytest.mark.parametrize("num_rows", [1, 3, 16])
-def test_rows_that_leave_where_they_are_charged_change_no_gradient(tmp_path, kind, num_rows):
+def test_samples_that_exit_where_they_are_charged_change_no_gradient(tmp_path, kind, num_rows):
     """What breaks: a row is charged at another exit, or reaches a parameter more or less than if it had stayed."""
     text = kind != "images"
     model = (bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) if text else vit(dropout=0.0)).double()

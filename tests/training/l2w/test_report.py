@@ -37,7 +37,7 @@ def test_logs_what_w_has_learned(tmp_path):
     assert sum(map(sum, table["counts"])) == 16 * 3
 
 
-def test_weight_map(tmp_path):
+def test_the_weight_map_is_the_mean_weight_by_loss(tmp_path):
     losses = torch.tensor([[1e-5, 0.5], [100.0, 0.5], [0.5, 0.02]], dtype=torch.float64)
     weights = torch.tensor([[0.5, 1.0], [1.5, 2.0], [0.7, 0.1]], dtype=torch.float64)
     save_weight_map(weights, losses, str(tmp_path))

@@ -10,7 +10,7 @@ from een_hf.training.l2w.look_ahead import halve
 @pytest.mark.parametrize("method", ["directional", "exact"])
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("table", ["padded", "unpadded", "shared"])
-def test_only_the_words_of_the_batch_count(tmp_path, table, optimizer, method):
+def test_only_the_tokens_of_the_batch_count(tmp_path, table, optimizer, method):
     """A look-ahead on the rows of the word table that the batch looks up is the one on the whole table."""
     model = bert().double()
     words = model.get_input_embeddings()

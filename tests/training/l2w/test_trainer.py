@@ -103,7 +103,7 @@ def test_looks_ahead_once_per_interval_on_the_first_micro_batch(tmp_path):
     assert trainer.meta_optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)  # cosine, all three used up
 
 
-def test_odd_and_tiny_batches(tmp_path):
+def test_a_batch_of_one_sample_trains_the_model_alone(tmp_path):
     # 7 samples, then 3, 2 or 1: one sample has no halves, so the network is trained and W rests.
     for size, expected in ((10, [0, 0, 1, 1]), (9, [0, 0, 1, 1]), (8, [0, 0])):
         trainer = make_trainer(bert(), tmp_path, size=size, per_device_train_batch_size=7, num_train_epochs=1)
@@ -118,7 +118,7 @@ def test_odd_and_tiny_batches(tmp_path):
     assert weights.shape == gradient.shape == (1, 3) and gradient.isfinite().all()
 
 
-def test_soft_labels_and_label_smoothing(tmp_path):
+def test_w_learns_from_soft_and_smoothed_labels(tmp_path):
     for kwargs, labels in (
         ({"label_smoothing_factor": 0.1}, torch.randint(0, NUM_LABELS, (8,))),
         ({}, torch.rand(8, NUM_LABELS).softmax(-1)),
@@ -132,7 +132,7 @@ def test_soft_labels_and_label_smoothing(tmp_path):
 
 @pytest.mark.parametrize("method", ["directional", "forward", "exact"])
 @pytest.mark.parametrize("batch_size", [3, 8])
-def test_frozen_backbone(tmp_path, batch_size, method):
+def test_a_frozen_backbone_stays_under_l2w(tmp_path, batch_size, method):
     # One sample may be charged at the last exit, which is frozen: then the meta loss has no gradient.
     model = bert()
     model.newly_initialized = frozenset(name for name, _ in model.named_parameters() if name.startswith("exit_heads"))
