@@ -28,6 +28,7 @@ MODULES = (
     "een_hf.runs",
     "een_hf.retrofitting",
     "een_hf.inference.onnx",
+    "een_hf.inference.quantization",
 )
 _SECTIONS = ("Args", "Returns", "Yields", "Raises", "References")
 

@@ -123,12 +123,23 @@ def _too_few_rows(num_rows: int, max_risk: float, confidence: float) -> str:
 
 def _split(scored: ScoredRows, seed: int) -> tuple[ScoredRows, ScoredRows]:
     """The rows that search for a policy and those that certify it; temperatures are fitted on the first only."""
-    order, num_search = np.random.default_rng(seed).permutation(scored.num_rows), _num_search_rows(scored.num_rows)
-    search = scored.select(order[:num_search])
+    searching, certifying = split_rows(scored.num_rows, seed)
+    search = scored.select(searching)
     if scored.regression:
         choices = search.choices()
         search = choices[len(choices) // 2]
-    return search, scored.select(order[num_search:], search.temperatures, search.params)
+    return search, scored.select(certifying, search.temperatures, search.params)
+
+
+def split_rows(num_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows that search for a policy and of those that certify it.
+
+    Args:
+        num_rows: calibration rows.
+        seed: of the permutation that parts them.
+    """
+    order, num_search = np.random.default_rng(seed).permutation(num_rows), _num_search_rows(num_rows)
+    return order[:num_search], order[num_search:]
 
 
 def _last_certified(search: ScoredRows, certify: ScoredRows, max_risk: float, risk: str | Callable, confidence: float):

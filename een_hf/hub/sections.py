@@ -164,9 +164,10 @@ def guarantee_in_words(guarantee: dict) -> str:
     Returns:
         one sentence.
     """
+    who = f"the {guarantee['quantize']} graph" if "quantize" in guarantee else "the policy"
     event = {
         "accuracy_gap": "the policy is wrong where the last exit is right",
-        "consistency": "the policy answers differently from the last exit",
+        "consistency": f"{who} answers differently from the {guarantee.get('reference', 'last exit')}",
         "hamming": "the policy answers differently from the last exit",
     }.get(guarantee["risk"], f"the risk {guarantee['risk']!r} is met")
     what = "labels of new rows" if guarantee["risk"] == "hamming" else "new rows"

@@ -17,14 +17,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..errors import ExportError
 from ..extras import named_extras
 from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from ..models.policies import NEVER
 from ..models.stages import Examples
+from .quantization import (
+    UNCALIBRATED,
+    CalibratedGraph,
+    GraphCalibration,
+    check_quantization,
+    graph_record,
+    quantize_graph,
+)
 
 
+logger = logging.get_logger(__name__)
 TOLERANCE = 1e-4
 THRESHOLDS = "thresholds"
 
@@ -114,8 +124,15 @@ def _exits_of(model: EarlyExitMixin, policy: ExitPolicy) -> list[int]:
     return model.evaluated_exits(replace(policy, thresholds=thresholds))
 
 
-def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -> None:
-    """Write an early-exit model as one ONNX graph in float32, after checking it against PyTorch.
+def export_onnx(
+    model: EarlyExitMixin,
+    path: str | Path,
+    dynamic: bool = True,
+    *,
+    quantize: str | None = None,
+    calibration: GraphCalibration | None = None,
+) -> CalibratedGraph | None:
+    """Write an early-exit model as one ONNX graph, in float32 after checking it against PyTorch, or from that in int8.
 
     Inputs of the graph: `pixel_values` (batch, channels, height, width), or those of `input_ids`, `attention_mask` and
     `token_type_ids` (batch, length), int64, that the model takes. Batch and length of texts may be of any size.
@@ -130,26 +147,40 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
     Policy, labels, exit layers and aggregation are in the metadata of the file. Weights beyond 2 GB go to a second
     file, `<path>.data`. The model is not changed.
 
+    An int8 graph takes a quarter of the space. Its logits differ from the model's, whose thresholds, temperatures
+    and guarantee therefore do not fit it: `calibration` finds a policy on the logits of the graph. Without that, the
+    graph keeps thresholds and temperatures of the model but no guarantee, and a warning says so. `<path>.json` holds
+    the policy of an int8 graph and what calibration found.
+
     Args:
         model: an early-exit model.
         path: the file to write, ending in `.onnx`, in a folder that exists.
         dynamic: `True`: every row exits by the model's policy; `False`: every exit is evaluated.
+        quantize: `int8`; by default the graph is in float32.
+        calibration: for a dynamic graph in int8: rows, and the cost or the risk to meet.
+
+    Returns:
+        what calibration found, or `None` where there is none.
 
     Raises:
-        ExitConfigurationError: the path cannot be written, the model has no policy or one exit, or a package is
-            missing.
-        ExportError: the answers of ONNX Runtime differ from those of PyTorch.
+        ExitConfigurationError: the path cannot be written, the model has no policy or one exit, a package is missing,
+            or `quantize` or `calibration` do not fit.
+        ExportError: the answers of ONNX Runtime differ from those of PyTorch, or no policy of the int8 graph can be
+            certified.
 
     Example:
         >>> een_hf.export_onnx(model, "model.onnx")
         >>> session = een_hf.inference.onnx.load_session("model.onnx")
         >>> logits, exit_index = session.run(None, dict(tokenizer(texts, return_tensors="np")))
+        >>> new = een_hf.GraphCalibration(new_texts, partial(tokenizer, truncation=True), max_risk=0.05)
+        >>> print(een_hf.export_onnx(model, "small.onnx", quantize="int8", calibration=new).agreement)
     """
     path = Path(path)
     check_output(path)
-    config, policy = model.config, None
+    check_quantization(quantize, dynamic, calibrated=calibration is not None)
+    policy = None
     if dynamic:
-        if config.exit_policy is None:
+        if model.config.exit_policy is None and calibration is None:
             raise ExitConfigurationError(
                 "The model has no exit policy: set one with `een-hf calibrate RUN --target_cost 0.5 "
                 "--save`, or give --no_dynamic for a graph of all exits."
@@ -160,16 +191,49 @@ def export_onnx(model: EarlyExitMixin, path: str | Path, dynamic: bool = True) -
     model = copy.deepcopy(model).float().cpu().eval()
     # Its mask is finite, so that rows that consist of padding only do not become NaN.
     model.set_attn_implementation("eager")
-    program = _export(model, policy)
-    program.model.metadata_props.update(_metadata(model, policy))
+    found = None
     # In the same folder, so that the checked files can be moved into place by renaming.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
         written = Path(folder) / path.name
-        program.save(written)
-        del program
-        _check(model, policy, written)
+        if calibration is not None:
+            from .graph_calibration import GraphCalibrator  # needs packages that an export without it does not
+
+            calibrator = GraphCalibrator(calibration, model)
+            _write(model, None, written, quantize)
+            policy = calibrator.choose(load_session(written))
+        elif policy is not None and quantize:
+            logger.warning(UNCALIBRATED)
+            about = {**policy.calibrated_for, "no_guarantee": UNCALIBRATED}
+            policy = replace(policy, guarantee=None, calibrated_for=about)
+        _write(model, policy, written, quantize)
+        if calibration is not None:
+            found = calibrator.measure(load_session(written), policy)
+            policy = found.policy
+        _set_metadata(written, _metadata(model, policy, quantize))
+        if quantize:
+            record = graph_record(path.name, quantize, policy, found)
+            Path(f"{written}.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        else:
+            path.with_name(f"{path.name}.json").unlink(missing_ok=True)  # of a graph that was here before
         for file in Path(folder).iterdir():
             os.replace(file, path.parent / file.name)
+    return found
+
+
+def _write(model: EarlyExitMixin, policy: ExitPolicy | None, path: Path, quantize: str | None) -> None:
+    """Write a graph in float32, without a policy that of all exits, check it against the model, and quantize it."""
+    _export(model, policy).save(path)
+    _check(model, policy, path)
+    if quantize:
+        quantize_graph(path, THRESHOLDS)
+
+
+def _set_metadata(path: Path, content: dict[str, str]) -> None:
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(graph, content)
+    onnx.save(graph, path)
 
 
 def check_output(path: Path) -> None:
@@ -230,9 +294,10 @@ def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONN
     return program
 
 
-def _metadata(model: EarlyExitMixin, policy: ExitPolicy | None) -> dict[str, str]:
+def _metadata(model: EarlyExitMixin, policy: ExitPolicy | None, quantize: str | None) -> dict[str, str]:
     config = model.config
     content = {
+        "quantize": quantize,
         "exit_layers": config.exit_layers,
         "exit_aggregation": config.exit_aggregation,
         "exit_policy": policy and policy.to_dict(),

@@ -151,7 +151,7 @@ def _cut(rows: list, batch_size: int) -> Iterator[list[int]]:
 
 
 # The value for each token of a row that lacks a column.
-_WHERE_MISSING = {"attention_mask": 1, "token_type_ids": 0}
+WHERE_MISSING = {"attention_mask": 1, "token_type_ids": 0}
 
 
 def pad_rows(rows: list[dict], config) -> dict[str, torch.Tensor]:
@@ -177,9 +177,9 @@ def pad_rows(rows: list[dict], config) -> dict[str, torch.Tensor]:
     def value_of(row: dict, name: str) -> np.ndarray | torch.Tensor:
         if name in row:
             return _as_array(row[name]) if text else torch.as_tensor(row[name])
-        if not (text and name in _WHERE_MISSING):
+        if not (text and name in WHERE_MISSING):
             raise ExitConfigurationError(f"Some rows have {name}, but one has only: {', '.join(row)}.")
-        ids, value = row["input_ids"], _WHERE_MISSING[name]
+        ids, value = row["input_ids"], WHERE_MISSING[name]
         return torch.full_like(ids, value) if isinstance(ids, torch.Tensor) else np.full(len(ids), value)
 
     columns = {name: [value_of(row, name) for row in rows] for name in names}

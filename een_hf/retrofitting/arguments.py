@@ -3,6 +3,7 @@
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ..data.label_values import SINGLE_LABEL
 from ..data.task import DataError
@@ -17,11 +18,11 @@ RECORD_FILE, FEATURES_FOLDER = "retrofit.json", "features"
 
 
 @dataclass
-class RetrofitArguments:
-    """What a retrofit is asked for; every value has the flag of the same name.
+class RowArguments:
+    """Which unlabelled rows a model reads.
 
     Args:
-        model: folder or Hub name of a fine-tuned classifier.
+        model: folder or Hub name of a classifier.
         train_file: texts, as csv, json, jsonl or parquet.
         train_dir: folder of image files, sub-folders included.
         skip_corrupt: leave out images that cannot be decoded.
@@ -30,6 +31,44 @@ class RetrofitArguments:
         tokenizer_name: folder or Hub name; by default the model's own.
         max_seq_length: texts are cut to so many tokens.
         max_train_samples: take only the first N rows.
+
+    Raises:
+        ExitConfigurationError: a value out of range.
+    """
+
+    model: str
+    train_file: str | None = None
+    train_dir: str | None = None
+    skip_corrupt: bool = False
+    text_column_names: list[str] | None = None
+    skip_empty: bool = False
+    tokenizer_name: str | None = None
+    max_seq_length: int = 128
+    max_train_samples: int | None = None
+
+    # The flags that name the rows, for messages.
+    file_flag: ClassVar[str] = "--train_file"
+    dir_flag: ClassVar[str] = "--train_dir"
+
+    def __post_init__(self):
+        refuse_nan(asdict(self))
+        self.model = os.fspath(self.model)
+        if self.skip_corrupt and self.train_file is not None:
+            raise DataError(f"--skip_corrupt leaves out images: it belongs to {self.dir_flag}.")
+        if self.skip_empty and self.train_dir is not None:
+            raise DataError(f"--skip_empty leaves out texts: it belongs to {self.file_flag}.")
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ExitConfigurationError(f"--max_train_samples must be at least 1, not {self.max_train_samples}.")
+
+
+@dataclass
+class RetrofitArguments(RowArguments):
+    """What a retrofit is asked for, with its rows; every value has the flag of the same name.
+
+    Args:
+        model: folder or Hub name of a fine-tuned classifier.
+        train_file, train_dir, skip_corrupt, text_column_names, skip_empty, tokenizer_name, max_seq_length,
+            max_train_samples: as in `RowArguments`.
         max_risk: share of answers that may differ from the model's.
         risk: `consistency`, which needs no labels.
         risk_confidence: with which `max_risk` holds.
@@ -56,15 +95,6 @@ class RetrofitArguments:
         ExitConfigurationError: a value out of range, or a folder that holds something else.
     """
 
-    model: str
-    train_file: str | None = None
-    train_dir: str | None = None
-    skip_corrupt: bool = False
-    text_column_names: list[str] | None = None
-    skip_empty: bool = False
-    tokenizer_name: str | None = None
-    max_seq_length: int = 128
-    max_train_samples: int | None = None
     max_risk: float = 0.02
     risk: str = "consistency"
     risk_confidence: float = 0.9
@@ -87,14 +117,10 @@ class RetrofitArguments:
     seed: int = 42
 
     def __post_init__(self):
-        refuse_nan(asdict(self))
+        super().__post_init__()
         if self.output_dir is None:
             raise ExitConfigurationError("Name the folder of the cheaper model: --output_dir.")
-        self.model, self.output_dir = os.fspath(self.model), os.fspath(self.output_dir)
-        if self.skip_corrupt and self.train_file is not None:
-            raise DataError("--skip_corrupt leaves out images: it belongs to --train_dir.")
-        if self.skip_empty and self.train_dir is not None:
-            raise DataError("--skip_empty leaves out texts: it belongs to --train_file.")
+        self.output_dir = os.fspath(self.output_dir)
         CalibrationArguments(
             max_risk=self.max_risk,
             risk=self.risk,
@@ -106,8 +132,8 @@ class RetrofitArguments:
         get_criterion(self.exit_criterion).check(SINGLE_LABEL)
         self.exit_pooling = self.exit_pooling and find_pooling(self.exit_pooling)
         self.exit_head = self.exit_head and find_exit_head(self.exit_head)
-        for name in ("batch_size", "chunk_size", "num_train_epochs", "train_batch_size", "max_train_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+        for name in ("batch_size", "chunk_size", "num_train_epochs", "train_batch_size"):
+            if getattr(self, name) < 1:
                 raise ExitConfigurationError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if self.speed_samples < 0:
             raise ExitConfigurationError(f"--speed_samples must be 0 or more, not {self.speed_samples}.")

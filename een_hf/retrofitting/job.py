@@ -13,13 +13,13 @@ from ..evaluation import ExitCosts, measure_seconds, relative_costs, relative_la
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..training.arguments import CostUnit
 from ..training.frozen_heads import logits_of_features, train_heads
-from ..training.history import history_of, only_run_in, trained_on
+from ..training.history import history_of, only_run_in
 from .arguments import RetrofitArguments
 from .certify import certify, certifying_rows
 from .features import compute_features
 from .model import load_model, name_of
 from .report import RetrofitReport, save_model, save_report
-from .rows import RetrofitRows, TextRows, UnlabelledImages
+from .rows import RetrofitRows, TextRows, UnlabelledImages, refuse_training_rows
 
 
 def retrofit(
@@ -103,12 +103,7 @@ def _retrofit(
     fields = {name: getattr(args, name) for name in ("exit_layers", "exit_pooling", "exit_head")}
     model, history = load_model(model, text=text, **fields), history_of(args.model, has_head=True)
     model.cuda_graphs = not args.no_cuda_graphs
-    path = args.train_file or args.train_dir
-    if path is not None and trained_on(path, history):
-        raise DataError(
-            f"--train_file or --train_dir {path}: MODEL was trained on these rows and is more confident on them than "
-            "on new rows, so that they certify nothing: give other rows."
-        )
+    refuse_training_rows(args, history)
     rows = (TextRows if text else UnlabelledImages)(args, model.config, dataset, processor)
     certifying = certifying_rows(len(rows), args)
     training = np.setdiff1d(np.arange(len(rows)), certifying)

@@ -25,7 +25,8 @@ from ..data.transforms import EvaluationTransform
 from ..evaluation import cost_inputs, stock_model, text_functions
 from ..inference import pad_rows, predict
 from ..models import EarlyExitMixin
-from .arguments import RetrofitArguments
+from ..training.history import trained_on
+from .arguments import RowArguments
 
 
 class RetrofitRows(ABC):
@@ -80,7 +81,7 @@ class TextRows(RetrofitRows):
 
     def __init__(
         self,
-        args: RetrofitArguments,
+        args: RowArguments,
         config: PreTrainedConfig,
         dataset: datasets.Dataset | None = None,
         processor: Any | None = None,
@@ -95,7 +96,7 @@ class TextRows(RetrofitRows):
         )
         source, found = "train_dataset", dataset
         if dataset is None:
-            source, texts = f"--train_file {args.train_file}", settings.text_column_names or ()
+            source, texts = f"{args.file_flag} {args.train_file}", settings.text_column_names or ()
             found = load_files({"train": [args.train_file]}, source, None, text_columns=texts)["train"]
         self.columns = text_columns(settings, None, {"train": found}, "label", source)
         if len(self.columns) > 1 and settings.text_column_names is None:
@@ -138,14 +139,14 @@ class UnlabelledImages(RetrofitRows):
 
     def __init__(
         self,
-        args: RetrofitArguments,
+        args: RowArguments,
         config: PreTrainedConfig,
         dataset: datasets.Dataset | None = None,
         processor: Any | None = None,
     ):
         source, found = "train_dataset", dataset
         if dataset is None:
-            source, found = f"--train_dir {args.train_dir}", _image_files(args.train_dir, args.max_train_samples)
+            source, found = f"{args.dir_flag} {args.train_dir}", _image_files(args)
         column = next(name for name, feature in found.features.items() if isinstance(feature, datasets.Image))
         rows = limit_rows(found.select_columns([column]), args.max_train_samples)
         rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -179,15 +180,34 @@ def to_batch(model: EarlyExitMixin, rows: list[dict]) -> dict[str, torch.Tensor]
     return {name: value.to(model.device) for name, value in pad_rows(rows, model.config).items()}
 
 
-def _image_files(folder: str, limit: int | None) -> datasets.Dataset:
+def _image_files(args: RowArguments) -> datasets.Dataset:
+    folder, flag = args.train_dir, args.dir_flag
     if not os.path.isdir(folder):
-        raise DataError(f"--train_dir {folder} is not a folder.")
+        raise DataError(f"{flag} {folder} is not a folder.")
     known = Image.registered_extensions()
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in known)
     if not paths:
-        raise DataError(f"--train_dir {folder} holds no image files.")
-    rows = {"image": [str(path) for path in paths[:limit]]}
+        raise DataError(f"{flag} {folder} holds no image files.")
+    rows = {"image": [str(path) for path in paths[: args.max_train_samples]]}
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+
+
+def refuse_training_rows(args: RowArguments, history: list[dict | None]) -> None:
+    """Refuse rows that certify nothing, because the model was trained on them.
+
+    Args:
+        args: which rows.
+        history: flags of the runs that trained the model (`history_of`).
+
+    Raises:
+        DataError: a run read its training rows from there.
+    """
+    flag, path = (args.file_flag, args.train_file) if args.train_file else (args.dir_flag, args.train_dir)
+    if path is not None and trained_on(path, history):
+        raise DataError(
+            f"{flag} {path}: MODEL was trained on these rows and is more confident on them than on new rows, so that "
+            "they certify nothing: give other rows."
+        )
 
 
 def _load_image_processor(model: str) -> Any:

@@ -1,0 +1,140 @@
+"""Calibration of an int8 graph on what it answers itself."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..calibration import calibrate, check_risk, check_target_cost, risk_p_value, rows_needed
+from ..calibration.risk import split_rows
+from ..errors import ExportError
+from ..evaluation import ExitCosts, cost_inputs, relative_costs
+from ..evaluation.metrics import predict_labels
+from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
+from ..models.criteria import fitting_criteria, get_criterion, resolve_problem_type
+from .predict import predict
+from .quantization import REFERENCE, CalibratedGraph, GraphCalibration
+from .rows import WHERE_MISSING, model_inputs, pad_rows, rows_of, tokenized_rows
+from .runner import MAX_ROWS
+
+
+RISK = "consistency"
+
+
+class GraphCalibrator:
+    """The rows of a `GraphCalibration`, checked, with what the float32 model answers at its last exit.
+
+    Args:
+        settings: rows and target.
+        model: in float32 on the CPU; its policy is not used.
+
+    Raises:
+        ExitConfigurationError: too few rows for `max_risk`, or a target or criterion that does not fit.
+    """
+
+    def __init__(self, settings: GraphCalibration, model: EarlyExitMixin):
+        self.settings, config = settings, model.config
+        self.problem_type = resolve_problem_type(config.problem_type, config.num_labels)
+        own = config.exit_policy and model.get_exit_policy()
+        self.criterion, self.params = settings.exit_criterion, {}
+        if self.criterion is None:
+            fitting = fitting_criteria(self.problem_type)
+            self.criterion = own.criterion if own else "confidence" if "confidence" in fitting else fitting[0]
+        if own and own.criterion == self.criterion:
+            self.params = own.params
+        get_criterion(self.criterion).check(self.problem_type)
+        rows = rows_of(settings.rows)
+        if settings.tokenizer is not None:
+            rows = tokenized_rows(rows, None, settings.tokenizer, MAX_ROWS)
+        self.rows = [*model_inputs(rows, model)]
+        if not self.rows:
+            raise ExitConfigurationError("There are no calibration rows.")
+        if settings.max_risk is not None:
+            check_risk(RISK, self.problem_type, labelled=False)
+            _, needed = rows_needed(settings.max_risk, settings.risk_confidence)
+            if len(self.rows) < needed:
+                raise ExitConfigurationError(
+                    f"{len(self.rows)} calibration rows are too few: --max_risk {settings.max_risk:g} with "
+                    f"--risk_confidence {settings.risk_confidence:g} takes at least {needed}. Give more rows, a "
+                    "larger --max_risk, or a lower --risk_confidence."
+                )
+        self.costs: ExitCosts = relative_costs(model, **cost_inputs(self.rows))
+        if settings.target_cost is not None:
+            check_target_cost(settings.target_cost, self.costs)
+        self.config = config
+        model.set_exit_policy(None)
+        self.reference = predict(model, self.rows, progress=False).logits.numpy()
+
+    def choose(self, session: "onnxruntime.InferenceSession") -> ExitPolicy:  # noqa: F821
+        """The policy for an int8 graph.
+
+        Args:
+            session: of a graph of all exits.
+
+        Raises:
+            ExportError: no policy can be certified.
+        """
+        settings, (exit_logits,) = self.settings, self.answers(session)
+        report = calibrate(
+            exit_logits,
+            None,
+            self.costs,
+            criterion=self.criterion,
+            params=self.params,
+            target_cost=settings.target_cost,
+            max_risk=settings.max_risk,
+            risk=None if settings.max_risk is None else RISK,
+            risk_confidence=settings.risk_confidence,
+            problem_type=self.problem_type,
+            seed=settings.seed,
+            reference=self.reference,
+        )
+        if report.policy is None:
+            raise ExportError(
+                f"{report.message} The int8 graph is compared with the float32 model, so that without early exits its "
+                "answers differ too: nothing is written. Give a larger --max_risk or more rows."
+            )
+        about = {"quantize": "int8", "reference": REFERENCE}
+        policy = replace(report.policy, calibrated_for={**report.policy.calibrated_for, **about})
+        return replace(policy, guarantee=policy.guarantee and {**policy.guarantee, **about})
+
+    def measure(self, session: "onnxruntime.InferenceSession", policy: ExitPolicy) -> CalibratedGraph:  # noqa: F821
+        """What a dynamic int8 graph gives on the rows; the guarantee's errors are counted in its answers.
+
+        Args:
+            session: of the graph.
+            policy: of the graph.
+
+        Raises:
+            ExportError: its answers do not bear out the guarantee.
+        """
+        logits, exit_index = self.answers(session)
+        answers, wanted = (
+            predict_labels(values, self.problem_type).reshape(len(values), -1) for values in (logits, self.reference)
+        )
+        differs, guarantee = (answers != wanted).any(1), policy.guarantee
+        if guarantee is not None:
+            losses = differs[split_rows(len(differs), self.settings.seed)[1]]
+            p_value = risk_p_value(losses, guarantee["limit"])
+            if p_value > 1 - guarantee["confidence"]:
+                raise ExportError(
+                    f"The dynamic int8 graph shows {losses.sum()} errors in {len(losses)} certifying rows, too many "
+                    f"to certify a risk of at most {guarantee['limit']:g}: nothing is written."
+                )
+            policy = replace(policy, guarantee={**guarantee, "errors": float(losses.sum()), "p_value": p_value})
+        fractions = np.bincount(exit_index, minlength=len(self.costs)) / len(exit_index)
+        cost = float(fractions @ self.costs.of_policy(policy))
+        agreement = None if self.problem_type == "regression" else float(1 - differs.mean())
+        return CalibratedGraph(policy, len(differs), cost, fractions.tolist(), agreement)
+
+    def answers(self, session: "onnxruntime.InferenceSession") -> list[np.ndarray]:  # noqa: F821
+        """Each output of a graph, of all rows, which run one at a time."""
+        names = [given.name for given in session.get_inputs()]
+        found = [session.run(None, self._feed(row, names)) for row in self.rows]
+        return [np.concatenate(output) for output in zip(*found, strict=True)]
+
+    def _feed(self, row: dict, names: list[str]) -> dict[str, np.ndarray]:
+        inputs = {name: value.numpy() for name, value in pad_rows([row], self.config).items()}
+        for name in names:
+            if name not in inputs:
+                inputs[name] = np.full_like(inputs["input_ids"], WHERE_MISSING[name])
+        return {name: inputs[name] for name in names}

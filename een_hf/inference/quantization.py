@@ -1,0 +1,186 @@
+"""Exported graphs in int8, quantized by ONNX Runtime.
+
+Weights of matrix products are int8 with one scale for each column, tables of embeddings are uint8, and activations are
+quantized to uint8 as they come, with one scale for each tensor. Weights take 7 of the 8 bits: with 8, products
+overflow on processors without instructions for int8, and a graph would answer otherwise there.
+
+The examples of a batch share the scale of their activations, so that an example's answer depends a little on those
+beside it. Calibration and its guarantee are about examples that run one at a time.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import ExportError
+from ..models import ExitConfigurationError, ExitPolicy
+
+
+FORMATS = ("int8",)
+REFERENCE = "last exit in float32"
+UNCALIBRATED = (
+    "The thresholds of the int8 graph were calibrated for the model in its own precision. The logits of the graph "
+    "differ from the model's, so that examples may exit elsewhere, and no guarantee holds. Calibrate the graph: give "
+    "--calibration_file with --max_risk or --target_cost (in Python: calibration)."
+)
+
+
+@dataclass
+class GraphCalibration:
+    """How the exit policy of an int8 graph is chosen: on rows that run one at a time, without labels.
+
+    Answers of the graph are compared with those of the float32 model's last exit.
+
+    Args:
+        rows: as `predict` takes them.
+        tokenizer: as `predict` takes it, where the rows are texts.
+        target_cost: the policy that agrees most often at this average relative cost.
+        max_risk: in its place, the cheapest policy certified to answer differently on at most this share of new rows.
+        risk_confidence: with which `max_risk` holds.
+        exit_criterion: by default that of the model's policy, else `confidence`.
+        seed: parts searching from certifying rows.
+
+    Raises:
+        ExitConfigurationError: not one of `target_cost` and `max_risk`, or a value out of range.
+
+    Example:
+        >>> new = een_hf.GraphCalibration(new_texts, partial(tokenizer, truncation=True), max_risk=0.05)
+        >>> een_hf.export_onnx(model, "model.onnx", quantize="int8", calibration=new)
+    """
+
+    rows: Iterable
+    tokenizer: Callable | None = None
+    target_cost: float | None = None
+    max_risk: float | None = None
+    risk_confidence: float = 0.9
+    exit_criterion: str | None = None
+    seed: int = 42
+
+    def __post_init__(self):
+        if (self.target_cost is None) == (self.max_risk is None):
+            raise ExitConfigurationError("Rows calibrate for one of --target_cost and --max_risk: give one of them.")
+        for name in ("max_risk", "risk_confidence"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ExitConfigurationError(f"--{name} must lie between 0 and 1, not {value}.")
+
+
+@dataclass
+class CalibratedGraph:
+    """What calibration found for an int8 graph.
+
+    Args:
+        policy: of the graph; its guarantee, if any, is about the graph as it was written.
+        num_rows: rows that calibrated.
+        relative_cost: average of the graph on them, as a share of the plain model's operations.
+        exit_fractions: share of them at each exit.
+        agreement: share of them that the graph answers as the float32 model's last exit does; `None` in regression.
+    """
+
+    policy: ExitPolicy
+    num_rows: int
+    relative_cost: float
+    exit_fractions: list[float]
+    agreement: float | None
+
+
+def check_quantization(quantize: str | None, dynamic: bool, calibrated: bool) -> None:
+    """Refuse settings of an export that do not go together.
+
+    Args:
+        quantize: the format.
+        dynamic: whether examples exit.
+        calibrated: whether there are rows to calibrate on.
+
+    Raises:
+        ExitConfigurationError: an unknown format, or rows for a graph that takes none.
+    """
+    if quantize not in (None, *FORMATS):
+        raise ExitConfigurationError(f"--quantize {quantize!r} is not one of: {', '.join(FORMATS)}.")
+    if calibrated and not quantize:
+        raise ExitConfigurationError(
+            "--calibration_file calibrates an int8 graph: give --quantize int8. A float32 graph answers as the model "
+            "does, whose policy `een-hf calibrate` sets."
+        )
+    if calibrated and not dynamic:
+        raise ExitConfigurationError("--calibration_file: a graph of all exits (--no_dynamic) has no policy.")
+
+
+def quantize_graph(path: Path, thresholds: str) -> None:
+    """Write a float32 graph in int8, the branches of its `If`s too.
+
+    Args:
+        path: the file, which is replaced.
+        thresholds: name of an input whose default stays in float32.
+
+    Raises:
+        ExportError: ONNX Runtime left a stage in float32.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = onnx.load(path)
+    # A decision gathers its threshold as the embedding gathers its rows: it would be quantized too.
+    default = [tensor for tensor in graph.graph.initializer if tensor.name == thresholds]
+    for tensor in default:
+        graph.graph.initializer.remove(tensor)
+    Path(f"{path}.data").unlink(missing_ok=True)
+    with _quiet():
+        quantize_dynamic(
+            graph,
+            path,
+            op_types_to_quantize=["Gather", "MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"EnableSubgraph": True},
+        )
+    graph = onnx.load(path)
+    graph.graph.initializer.extend(default)
+    stages = [[graph.graph]] + [
+        [attribute.g for attribute in node.attribute] for node in graph.graph.node if node.op_type == "If"
+    ]
+    for branches in stages:
+        if not any(node.op_type == "MatMulInteger" for branch in branches for node in branch.node):
+            raise ExportError("ONNX Runtime left a stage of the graph in float32: nothing is written.")
+    onnx.save(graph, path)
+
+
+def graph_record(
+    name: str, quantize: str, policy: ExitPolicy | None, found: CalibratedGraph | None
+) -> dict[str, object]:
+    """The content of the file beside a quantized graph.
+
+    Args:
+        name: of the graph's file.
+        quantize: the format.
+        policy: of the graph.
+        found: by calibration.
+    """
+    about = f"Policy and guarantee are of the {quantize} graph, not of the model that it was made of."
+    calibration = None
+    if found is not None:
+        calibration = {"reference": REFERENCE, **asdict(found)}
+        del calibration["policy"]
+    return {
+        "graph": name,
+        "quantize": quantize,
+        "about": UNCALIBRATED if policy and found is None else about,
+        "exit_policy": policy and policy.to_dict(),
+        "calibration": calibration,
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings that ONNX Runtime's quantizer writes to the root logger, which would also configure it."""
+    root, handler, disabled = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
+    root.addHandler(handler)
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.removeHandler(handler)
