@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.policies import ExitPolicy
+from ..sharding import is_sharded, whole_shapes
 
 
 class ExitCosts(list):
@@ -190,9 +191,12 @@ def cost_inputs(rows) -> dict[str, int | tuple[int, int]]:
 
 def _meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shape and dtype but no storage."""
-    memo = {id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=False) for parameter in model.parameters()}
-    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    shadow = copy.deepcopy(model, memo)
+    if is_sharded(model):
+        shadow = whole_shapes(model)
+    else:
+        tensors = {id(part): nn.Parameter(part.to("meta"), requires_grad=False) for part in model.parameters()}
+        tensors |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+        shadow = copy.deepcopy(model, tensors)
     # The eager kernel runs on any device and calls every product; all kernels need the same number of operations.
     shadow.set_attn_implementation("eager")
     return shadow

@@ -38,12 +38,13 @@ class RunCosts:
 
     def of(self, rows: Any) -> ExitCosts:
         """The costs at the mean length (text) or size (images) of these encoded rows."""
-        inputs, model = cost_inputs(rows), self.trainer.model
+        inputs = cost_inputs(rows)
         if self.wanted.cost == CostUnit.OPERATIONS:
-            return relative_costs(model, **inputs)
+            return relative_costs(self.trainer.network, **inputs)
         if self._measured is None:
             criterion = fitting_criterion(self.wanted.exit_criterion, self.problem_type, required=False)
             settings = {"batch_size": self.wanted.latency_batch_size} | ({"criterion": criterion} if criterion else {})
+            model = self.trainer.network_for_inference()
             with self.trainer.accelerator.autocast():
                 measured = [relative_latencies(model, **settings, **inputs)]
             self._measured, self.latency = broadcast_object_list(measured)[0]  # the first process measures for all

@@ -16,6 +16,7 @@ from ..evaluation import (
     write_exit_results,
 )
 from ..hub import choose_examples, hub_name, write_examples, write_model_card
+from ..sharding import is_sharded
 from ..training.trainer import EarlyExitTrainer
 from .arguments import RunArguments
 from .model import LoadedModel
@@ -43,7 +44,10 @@ def print_report(
     print(format_exit_table(results))
     print(f"Calibration: {report.message}" if report else _budget_hint(results, args.folder))
     if args.calibration.measure_speed and loaded.model.config.exit_policy is not None:
-        _print_speed(args, loaded, rows)
+        if is_sharded(loaded.model):
+            print("--measure_speed: not measured, as this process holds only a part of each parameter.")
+        else:
+            _print_speed(args, loaded, rows)
     print(f"Results, logits, plot (exit_curves.png), card (README.md) and model: {args.folder}")
 
 

@@ -1,7 +1,12 @@
 """Arguments that a trainer refuses before any work, by their names."""
 
 import math
+import os
 import re
+
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers.utils import strtobool
 
 from ..models import ExitConfigurationError
 from .arguments import EarlyExitTrainingArguments
@@ -33,6 +38,43 @@ def check_supported(args: EarlyExitTrainingArguments, optimizer, scheduler) -> N
         raise ExitConfigurationError("--head_learning_rate has no effect on an optimizer of your own: leave it out.")
     if scheduler is not None and args.lr_milestones is not None:
         raise ExitConfigurationError("--lr_milestones have no effect on a scheduler of your own: leave them out.")
+
+
+def check_sharding(args: EarlyExitTrainingArguments, model: nn.Module, scheme: str, trains_shards: bool) -> None:
+    """Refuse parameters that are divided among processes where the scheme, or the machine, does not allow it.
+
+    Args:
+        args: of the training.
+        model: that is trained; it may be divided already.
+        scheme: its name.
+        trains_shards: whether the scheme can.
+    """
+    fsdp, deepspeed = (strtobool(os.environ.get(f"ACCELERATE_USE_{name}", "0")) for name in ("FSDP", "DEEPSPEED"))
+    fsdp = fsdp or bool(args.fsdp)
+    divided = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    if not trains_shards and (divided or fsdp or deepspeed or args.deepspeed):
+        raise ExitConfigurationError(
+            f"--method {scheme} works on whole parameters and cannot train sharded ones: leave out --fsdp, "
+            "--deepspeed and tensor parallelism, or use --method joint or boosted."
+        )
+    if not fsdp:
+        return
+    kind = args.distributed_state and args.distributed_state.distributed_type
+    if kind in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ExitConfigurationError(
+            "--fsdp has no effect here: accelerate shards parameters on several accelerators, in processes that "
+            "`accelerate launch` or torchrun has started; on the CPU it would train with DDP, and say nothing. Leave "
+            "it out."
+        )
+    given = args.fsdp_plugin_args or {}  # else `accelerate launch` has given them, by its names and defaults
+    version = given.get("fsdp_version") or os.environ.get("FSDP_VERSION", "1")
+    if int(version) != 2:
+        raise ExitConfigurationError(f"--fsdp_config names version {version}: exits are trained under FSDP2 only.")
+    saved = given.get("state_dict_type") or os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    if saved != "FULL_STATE_DICT":
+        raise ExitConfigurationError(
+            f"--fsdp_config names state_dict_type {saved}, under which no model is saved: use FULL_STATE_DICT."
+        )
 
 
 def check_loss_function(args: EarlyExitTrainingArguments, scheme: str, weighs_examples: bool) -> None:

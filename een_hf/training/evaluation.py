@@ -11,6 +11,8 @@ from transformers.trainer_utils import PredictionOutput
 
 from .._moved import renamed_argument
 from ..inference import ExitPredictions, predict
+from ..models import EarlyExitMixin
+from ..sharding import is_sharded, whole_copy
 from .arguments import CostUnit
 from .losses import LABEL_COLUMNS
 
@@ -105,7 +107,7 @@ class EvaluationMixin:
 
         with accelerator.autocast():
             own = predict(
-                self.network.to(self.args.device).eval(),
+                self.network_for_inference(),
                 own_rows(),
                 self.args.per_device_eval_batch_size,
                 data_collator=self._get_collator_with_removed_columns(self.data_collator, "test"),
@@ -118,6 +120,11 @@ class EvaluationMixin:
         order = torch.tensor([index for index, _ in kept], dtype=torch.int64).argsort()
         answers = (None if parts[0] is None else torch.cat(parts)[order] for parts in answers)
         return ExitPredictions(*answers), [kept[place][1] for place in order.tolist()]
+
+    def network_for_inference(self) -> EarlyExitMixin:
+        """The network in eval mode on the device; of a sharded one a whole copy, which all processes must ask for."""
+        network = self.network
+        return (whole_copy(network) if is_sharded(network) else network.to(self.args.device)).eval()
 
     @renamed_argument("calibration_data", "calibration_dataset")
     def calibrate(self, calibration_dataset=None, cost: str = "operations", latency_batch_size: int = 1, **settings):
@@ -148,6 +155,7 @@ class EvaluationMixin:
         else:
             decides = {name: settings[name] for name in ("criterion", "params") if name in settings}
             with self.accelerator.autocast():
+                network = self.network_for_inference()
                 measured = [relative_latencies(network, batch_size=latency_batch_size, **decides, **size)]
             costs, _ = broadcast_object_list(measured)[0]  # all processes choose the same policy
         return calibrate(prediction.predictions, prediction.label_ids, costs, **settings)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @torch.no_grad()
@@ -52,5 +53,12 @@ def standardize_heads(
         variance = sums[-2] / sums[-1] / len(mean) - mean.square().mean()
         if variance > 0:
             scale = variance.rsqrt()
-            first.weight.copy_(first.weight * scale)
-            first.bias.copy_(-mean * scale)
+            first.weight.mul_(scale)
+            first.bias.copy_(_as_parameter(-mean * scale, first.bias))
+
+
+def _as_parameter(values: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """Values that all processes have, divided among them as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return values
+    return distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)

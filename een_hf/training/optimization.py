@@ -6,6 +6,7 @@ from transformers import Trainer
 
 from ..errors import refused
 from ..models import ExitConfigurationError
+from ..sharding import reshard
 from .head_init import standardize_heads
 
 
@@ -32,6 +33,7 @@ class OptimizationMixin:
                 for batch in map(self._prepare_inputs, batches):
                     network(**{**batch, "labels": None, "early_exit": False})
                 network.train(training)
+                reshard(network)  # or what is written to whole parameters is lost
 
             heads = [network.exit_head_modules(k) for k in self.new_heads()]
             standardize_heads(heads, run, lambda sums: self.accelerator.reduce(sums, "sum"))

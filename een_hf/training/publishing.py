@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..hub.header import CARD_NAME, is_run_card
+from ..sharding import is_sharded, whole_shapes
 from .adapters import hide_base_path, save_base_config
 
 
@@ -48,8 +49,14 @@ class PublishingMixin:
             card.save(path)
 
     def _save(self, output_dir=None, state_dict=None):
-        with publishing():
-            super()._save(output_dir, state_dict)
+        model, network = self.model, self.network
+        if is_sharded(network):
+            self.model = whole_shapes(network)  # the class of shards is torch's, and its files would be saved
+        try:
+            with publishing():
+                super()._save(output_dir, state_dict)
+        finally:
+            self.model = model
         if self.has_adapter and self.args.should_save:
             folder = output_dir or self.args.output_dir
             save_base_config(self.network, folder)
@@ -59,7 +66,8 @@ class PublishingMixin:
     def _push_from_checkpoint(self, checkpoint_folder):
         # Trainer takes config and weights out of the checkpoint; the config names these files.
         if self.is_world_process_zero():
+            network = whole_shapes(self.network) if is_sharded(self.network) else self.network
             save = save_base_config if self.has_adapter else custom_object_save
-            save(self.network, self.args.output_dir)
+            save(network, self.args.output_dir)
         with publishing():
             super()._push_from_checkpoint(checkpoint_folder)

@@ -15,7 +15,7 @@ from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
 from .adapters import check_adapter, without_adapter
 from .arguments import EarlyExitTrainingArguments
 from .callbacks import use_early_exit_callbacks
-from .checks import check_best_metric, check_loss_function, check_supported, check_warm_start
+from .checks import check_best_metric, check_loss_function, check_sharding, check_supported, check_warm_start
 from .evaluation import EvaluationMixin
 from .losses import class_weights, exit_loss_weights
 from .optimization import OptimizationMixin
@@ -77,6 +77,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
     arguments_class: type | None = None
     paper: str = ""  # title, for the model card
     citation: str = ""  # link
+    trains_shards: bool = True  # whether parameters may be divided among processes
     method = renamed_attribute("scheme")
 
     def __init_subclass__(cls, **kwargs):
@@ -149,6 +150,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
                 f"{type(self).__name__} needs an early-exit model, not {type(model).__name__}: load the checkpoint "
                 "with EarlyExitBertForSequenceClassification or EarlyExitViTForImageClassification."
             )
+        check_sharding(args, model, self.scheme, self.trains_shards)
         if given is not model:
             check_adapter(given, model, freezes_backbone=args.freeze_backbone, trains=train_dataset is not None)
         model.cuda_graphs = not args.no_cuda_graphs

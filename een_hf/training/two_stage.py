@@ -60,6 +60,7 @@ class TwoStageExitTrainer(EarlyExitTrainer):
     """
 
     arguments_class = TwoStageArguments
+    trains_shards = False
     paper = "DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference (ACL 2020)"
     citation = "https://arxiv.org/abs/2004.12993"
 
@@ -73,10 +74,6 @@ class TwoStageExitTrainer(EarlyExitTrainer):
         if args.warm_start_epochs:
             raise ExitConfigurationError(
                 "--method two_stage trains the last exit alone: leave out --warm_start_epochs."
-            )
-        if args.fsdp or args.deepspeed:
-            raise ExitConfigurationError(
-                "--method two_stage reads whole parameters between its stages: leave out --fsdp and --deepspeed."
             )
         if train_dataset is not None and not hasattr(train_dataset, "__len__"):
             raise ExitConfigurationError(

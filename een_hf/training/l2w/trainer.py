@@ -78,6 +78,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     """
 
     arguments_class = MetaWeightedArguments
+    trains_shards = False
     paper = "Learning to Weight Samples for Dynamic Early-exiting Networks (ECCV 2022)"
     citation = "https://arxiv.org/abs/2209.08310"
 
@@ -117,12 +118,6 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         super().check_model(model)
 
     def _check_settings(self, own_optimizer: bool) -> None:
-        sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
-        if sharded or self.is_fsdp_enabled or self.args.fsdp or self.is_deepspeed_enabled:
-            raise ExitConfigurationError(
-                "--method l2w changes whole parameters in place and cannot train sharded ones: leave out --fsdp, "
-                "--deepspeed and tensor parallelism."
-            )
         if self.optimizer is not None:
             _check_optimizer(self.optimizer)
         elif not own_optimizer and self.args.optim not in _OPTIMIZERS:
