@@ -30,7 +30,8 @@ class ExitBatchPredictor:
         max_length: tokens to which longer texts are truncated, at most what the model takes.
 
     Raises:
-        ExitConfigurationError: at the first batch: no early-exit model, or a policy or column that does not fit.
+        ExitConfigurationError: at the first batch: no early-exit model, a policy or column that does not fit, or a
+            column that has the name of an answer.
 
     Example:
         >>> classify = een_hf.inference.ExitBatchPredictor("runs/mine")
@@ -75,6 +76,10 @@ class ExitBatchPredictor:
         for name in filter(None, (self.column, self.pair_column)):
             if name not in batch:
                 raise ExitConfigurationError(f"The batch has no column {name!r}; it has: {', '.join(batch)}.")
+        if taken := [name for name in ("label", "score", "exit_layer") if name in kept]:
+            raise ExitConfigurationError(
+                f"The batch has a column {taken[0]!r}, where the answers go: give that column another name."
+            )
         return {**kept, **self._answers(batch)}
 
     def _load(self) -> None:

@@ -56,6 +56,8 @@ def test_columns_of_texts(bert):
     assert empty["label"].dtype.kind == "U" and empty["exit_layer"].dtype == found["exit_layer"].dtype
     with pytest.raises(ExitConfigurationError, match="no column 'body'; it has: text"):
         predictor({"text": TEXTS})
+    with pytest.raises(ExitConfigurationError, match="a column 'label', where the answers go"):
+        predictor({"body": TEXTS, "label": [0] * 40})  # the truth would be lost
 
 
 def test_pairs_and_other_policies(bert):
