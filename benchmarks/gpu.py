@@ -6,12 +6,16 @@ layer; nothing is downloaded. One GPU needs under four minutes; without one the 
 about a minute.
 
 - correctness: the runner against the anytime logits at the exit that each example takes: precisions, criteria, batch
-  sizes that grow and shrink, policies and weights that change between calls; `predict` over texts of many lengths;
+  sizes that grow and shrink, policies and weights that change between calls; `predict`, the engine and the server's
+  worker over examples of many lengths;
 - single: one example that exits at exit k, against the stock model cut to that many layers; where torch has
   conditional nodes, also the whole chain of exits as one graph (`one graph`): the device itself skips layers;
 - batches: half of the layers on average, against the whole stock model and what is ideal; memory of the graphs; the
   projection of patches as a product against the convolution;
-- texts: a data set of texts of real lengths, tokenizing included, against the stock pipeline;
+- texts: a data set of texts of real lengths, tokenizing included, by `predict` and by an engine that keeps the deeper
+  stages full (`in flight`), against the stock pipeline;
+- serving: examples of real lengths through the server's worker, always so many waiting, by captured programs and
+  eagerly, against the stock model on batches of those that wait;
 - training: steps of each scheme, by `training_step.py`: heads together and one by one, look-aheads with and without
   graphs.
 
@@ -28,9 +32,12 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -40,10 +47,14 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from een_hf.evaluation import measure_seconds, stock_model, text_functions
-from een_hf.inference import ExitRunner, pad_rows, predict
+from een_hf.inference import ExitEngine, ExitRunner, pad_rows, predict
 from een_hf.inference.onnx import DynamicExits
+from een_hf.inference.predict import fastest_batches
+from een_hf.inference.rows import model_inputs, tokenized_rows
+from een_hf.inference.runner import MAX_ROWS, runner_of
 from een_hf.models import MODEL_CLASSES, ExitPolicy
 from een_hf.models.policies import NEVER
+from een_hf.serving.stages import EngineObserver, Request, Row, StageWorker
 
 
 STARTED = time.perf_counter()
@@ -65,7 +76,7 @@ CRITERIA = ("confidence", "entropy", "margin", "patience", "vote")
 TOLERANCES = {"float32": (0.01, 0.01), "float16": (0.08, 0.03), "bfloat16": (0.5, 0.1)}
 
 # Seconds of each part on a GPU.
-LIMITS = {"correctness": 45, "single": 25, "batches": 45, "texts": 25, "training": 80}
+LIMITS = {"correctness": 45, "single": 25, "batches": 40, "texts": 25, "serving": 20, "training": 75}
 
 # Time over that of the stock model: eager, and under its own CUDA graph (small models, base models).
 SINGLE_TARGETS = (0.5, 1.10, 1.10)
@@ -266,21 +277,42 @@ def check_runner(
     return rows
 
 
-def check_predict(args, model: str, step: int, dtype: str) -> list[dict]:
-    """`predict` over examples of many lengths, more of them the second time."""
-    network, parts = make_network(args, model, step, dtype), []
+def check_rows(args, model: str, step: int, dtype: str) -> list[dict]:
+    """`predict`, the engine and the server's worker over examples of many lengths, more of them the second time."""
+    network, parts = make_network(args, model, step, dtype), {"predict": [], "engine": [], "server": []}
     for seed, count in ((1, 40), (2, 150)):
-        inputs = {name: tensor.cpu() for name, tensor in random_inputs(args, network, count, seed, True).items()}
-        rows = [{name: tensor[index] for name, tensor in inputs.items()} for index in range(count)]
-        if "input_ids" in inputs:
-            rows = [{"input_ids": row["input_ids"][: int(row["attention_mask"].sum())]} for row in rows]
-            inputs = pad_rows(rows, network.config)
-        inputs = {name: tensor.to(network.device) for name, tensor in inputs.items()}
+        rows = random_rows(args, network, count, seed)
+        inputs = {name: tensor.to(network.device) for name, tensor in pad_rows(rows, network.config).items()}
         exit_in_shares(network, inputs, equal_shares(network))
-        exit_logits = network(**inputs, early_exit=False).exit_logits
-        answer = predict(network, rows, 16, cuda_graphs=args.cuda_graphs, progress=False)
-        parts.append(compare(answer, exit_logits, network.get_exit_policy()))
-    return [{"what": "predict", "criterion": "confidence", **verdict(parts, dtype)}]
+        policy, exit_logits = network.get_exit_policy(), network(**inputs, early_exit=False).exit_logits
+        answers = predict(network, rows, 16, cuda_graphs=args.cuda_graphs, progress=False)
+        parts["predict"].append(compare(answers, exit_logits, policy))
+        engine = ExitEngine(network, 16, cuda_graphs=args.static)
+        batches = [torch.arange(start, min(start + 16, count)) for start in range(0, count, 16)]
+        found = engine.run((ids, pad_rows([rows[index] for index in ids], network.config)) for ids in batches)
+        parts["engine"].append(compare(gather(found), exit_logits, policy))
+        requests = serve_rows(make_worker(args, network, args.static, 16), rows, 64)
+        found = [(torch.tensor([n]), row.logits[None], row.exit_index) for n, row in enumerate(requests)]
+        parts["server"].append(compare(gather(found), exit_logits, policy))
+    return [{"what": what, "criterion": "confidence", **verdict(part, dtype)} for what, part in parts.items()]
+
+
+def random_rows(args, network, count: int, seed: int, lengths: list[int] | None = None) -> list[dict]:
+    """Examples by themselves, texts of as many tokens as said, by default of any number."""
+    inputs = {name: tensor.cpu() for name, tensor in random_inputs(args, network, count, seed, True).items()}
+    if "input_ids" not in inputs:
+        return [{name: tensor[index] for name, tensor in inputs.items()} for index in range(count)]
+    lengths = inputs["attention_mask"].sum(1).tolist() if lengths is None else lengths
+    return [{"input_ids": ids[:length]} for ids, length in zip(inputs["input_ids"], lengths, strict=True)]
+
+
+def gather(found) -> SimpleNamespace:
+    """What an engine yields, in the order of the ids."""
+    ids, logits, exits = zip(
+        *((ids, logits.float().cpu(), [exit] * len(ids)) for ids, logits, exit in found), strict=True
+    )
+    order = torch.cat(ids).argsort()
+    return SimpleNamespace(logits=torch.cat(logits)[order], exit_index=torch.tensor(sum(exits, []))[order])
 
 
 def correctness(args, part: Part) -> None:
@@ -290,7 +322,7 @@ def correctness(args, part: Part) -> None:
             every = dtype == args.dtype
             check = partial(check_runner, criteria=CRITERIA if every else CRITERIA[2:4], weights=every)
             part.measure(check, model=model, step=step, dtype=dtype, aggregation="none")
-            part.measure(check_predict, model=model, step=step, dtype=dtype)
+            part.measure(check_rows, model=model, step=step, dtype=dtype)
         check = partial(check_runner, criteria=CRITERIA[3:])
         part.measure(check, model=model, step=1, dtype=args.dtype, aggregation="boosted")
         part.write()
@@ -501,11 +533,24 @@ def data_set(args, model: str, step: int, batch_size: int) -> list[dict]:
     encoded = tokenizer(texts[:512], truncation=True, max_length=args.length, padding=True, return_tensors="pt")
     shares = exit_in_shares(network, encoded.to(network.device), half_cost_shares(network))
     functions = text_functions(network, tokenizer, [texts], max_length=args.length, batch_size=batch_size)
+    tokenize = partial(tokenizer, truncation=True, max_length=args.length)
+    functions["in flight"] = partial(in_flight, args, network, texts, tokenize, batch_size, {})
     seconds = measure_seconds(functions, max(3, args.rounds // 6), warmup=2)
     row = {"texts": len(texts), "mean tokens": float(encoded["attention_mask"].sum(1).float().mean())}
     row["mean share of layers"] = float(shares.mean())
-    row |= {f"stock pipeline / {name}": ratio(seconds, "stock pipeline", name) for name in ("exits off", "exits on")}
+    row |= {f"stock pipeline / {name}": ratio(seconds, "stock pipeline", name) for name in list(functions)[1:]}
     return [{**row, **{name: summarize(values) for name, values in seconds.items()}}]
+
+
+def in_flight(args, network, texts: list[str], tokenize, batch_size: int, engines: dict) -> torch.Tensor:
+    """Logits of texts by an engine, whose programs are kept in `engines`; batches are made as `predict` makes them."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
+    rows = model_inputs(tokenized_rows(texts, order, tokenize, MAX_ROWS), network)
+    collate = partial(pad_rows, config=network.config)
+    size, batches = fastest_batches(runner_of(network), rows, batch_size, len(texts), collate, order)
+    if size not in engines:
+        engines[size] = ExitEngine(network, size, cuda_graphs=args.static)
+    return gather(engines[size].run(batches)).logits
 
 
 def texts(args, part: Part) -> None:
@@ -514,6 +559,69 @@ def texts(args, part: Part) -> None:
             kind, step, _ = MODELS[model]
             if kind == "bert":
                 part.measure(data_set, model=model, step=step, batch_size=batch_size)
+        part.write()
+
+
+# Serving
+
+
+def make_worker(args, network, static: bool, max_rows: int) -> StageWorker:
+    return StageWorker(network, max_rows, 0.005, EngineObserver(), cuda_graphs=static)
+
+
+def serve_rows(worker: StageWorker, rows: list[dict], waiting: int) -> list[Row]:
+    """Answer each row as a request of its own, so many of them waiting at any time."""
+    policy, step, served = worker.model.get_exit_policy(), 16, []
+    for inputs in rows:
+        request, text = Request(None, policy, Future(), True), "input_ids" in inputs
+        length = len(inputs["input_ids"]) if text else 0
+        size = -(-length // step) if text else tuple(inputs["pixel_values"].shape)
+        request.rows = [Row(request, inputs, size, length)]
+        served.append(request.rows[0])
+    left = iter(served)
+    for row in islice(left, waiting):
+        worker.add([row])
+    while worker.step():
+        for error in filter(None, (error for _, error in worker.finished)):
+            raise error
+        for row in islice(left, len(worker.finished)):
+            worker.add([row])
+        worker.finished = []
+    return served
+
+
+@on_network
+def through_the_worker(args, network, model: str, step: int) -> list[dict]:
+    """Examples that run half of the layers on average, through the server's worker, against the stock model."""
+    count, waiting, limit = (24, 12, 8) if args.small else (1024, 256, 64)
+    lengths = np.random.default_rng(0).lognormal(3.2, 0.5, count).astype(int).clip(2, args.length).tolist()
+    rows = random_rows(args, network, count, 0, lengths)
+    sample = {name: tensor.to(network.device) for name, tensor in pad_rows(rows[:256], network.config).items()}
+    shares = exit_in_shares(network, sample, half_cost_shares(network))
+    workers = {
+        "captured": make_worker(args, network, args.static, limit),
+        "eager": make_worker(args, network, False, limit),
+    }
+    functions = {name: partial(serve_rows, worker, rows, waiting) for name, worker in workers.items()}
+    with torch.device(args.device):
+        stock = stock_model(network)
+
+    def in_batches() -> None:
+        for start in range(0, count, limit):
+            inputs = pad_rows(rows[start : start + limit], network.config)
+            stock(**{name: tensor.to(network.device) for name, tensor in inputs.items()}).logits.cpu()
+
+    functions["stock"] = in_batches
+    seconds = measure_seconds(functions, max(3, args.rounds // 6), warmup=2)
+    row = {"examples": count, "waiting": waiting, "max rows": limit, "mean share of layers": float(shares.mean())}
+    row |= {f"stock / {name}": ratio(seconds, "stock", name) for name in workers}
+    return [{**row, **{name: summarize(values) for name, values in seconds.items()}}]
+
+
+def serving(args, part: Part) -> None:
+    for model in args.models:
+        if model in ("minilm", "vit-small"):
+            part.measure(through_the_worker, model=model, step=MODELS[model][1])
         part.write()
 
 
@@ -547,7 +655,10 @@ def training(args, part: Part) -> None:
         write_results(args.results, "gpu_training", rows)
 
 
-PARTS = {"correctness": correctness, "single": single, "batches": batches, "texts": texts, "training": training}
+PARTS = {
+    "correctness": correctness, "single": single, "batches": batches, "texts": texts, "serving": serving,
+    "training": training,
+}  # fmt: skip
 
 
 # Command line and table
@@ -591,9 +702,13 @@ def figures(part: str, rows: list[dict], judged: bool) -> list[list[str]]:
         if "graphs / eager pass" in row:
             judge(row, "memory, graphs / eager pass", row["graphs / eager pass"], MEMORY_TARGET)
         if "stock pipeline / exits on" in row:
-            more = f" (exits off {row['stock pipeline / exits off']:.2f})"
+            also = {name: row.get(f"stock pipeline / {name}") for name in ("exits off", "in flight")}
+            more = f" ({', '.join(f'{name} {value:.2f}' for name, value in also.items() if value is not None)})"
             what = f"batch {row['batch_size']}, stock pipeline / exits on"
             judge(row, what, row["stock pipeline / exits on"], TEXTS_TARGET, more, at_least=True)
+        if "stock / captured" in row:
+            what = f"{row['waiting']} waiting, stock / captured programs"
+            judge(row, what, row["stock / captured"], None, f" (eager {row['stock / eager']:.2f})")
         if (scheme := str(row.get("scheme")).removesuffix(", graphs").split(", heads")[0]) in STEP_TARGETS:
             other, limit, _ = STEP_TARGETS[scheme]
             judge(row, f"{row['scheme']} / {other}", row[f"time / {other}"], limit)
@@ -636,6 +751,7 @@ def parse() -> argparse.Namespace:
     args.small |= not gpu
     args.only = args.only or [name for name in PARTS if name != "training" or not args.small]
     args.cuda_graphs = gpu and not args.no_cuda_graphs
+    args.static = args.cuda_graphs or not gpu  # without a GPU the programs run eagerly
     args.batch_sizes = args.batch_sizes or ([8, 32, 128, 512] if gpu else [1, 8])
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
     args.rounds = args.rounds or (20 if gpu else 3)

@@ -627,7 +627,10 @@ def gpu(data: dict, name: str, plots: Path | None) -> str:
 
 
 GPU_TEXTS = {
-    "correctness": "The runner's answers against the anytime logits at the exit that each example takes.\n",
+    "correctness": (
+        "Answers of the runner, of `predict`, of the engine and of the server's worker against the anytime logits at "
+        "the exit that each example takes.\n"
+    ),
     "single": (
         "One example that exits at exit k, the only exit that the policy uses, against the stock model cut to that "
         "many layers, eager and as one CUDA graph without a mask. `each exit`: with a decision, and a wait for it, at "
@@ -637,7 +640,14 @@ GPU_TEXTS = {
         "Half of the layers on average: the runner against the whole stock model, eager and as one CUDA graph without "
         "a mask; `ideal`: the graph's time if layers cost in proportion to the examples that are left.\n"
     ),
-    "texts": "A data set of texts of many lengths, tokenizing included: times as fast as the stock pipeline.\n",
+    "texts": (
+        "A data set of texts of many lengths, tokenizing included: times as fast as the stock pipeline. `in flight`: "
+        "by an engine that keeps the deeper stages full.\n"
+    ),
+    "serving": (
+        "Examples of many lengths, always so many waiting, through the server's worker without HTTP: times as fast as "
+        "the stock model on batches of those that wait.\n"
+    ),
     "training": "A step of each scheme, bf16 autocast, an exit after every layer.\n",
 }
 

@@ -126,6 +126,7 @@ def test_the_whole_script_without_a_gpu(tmp_path):
     assert sorted(path.stem for path in tmp_path.iterdir()) == [
         "gpu_batches",
         "gpu_correctness",
+        "gpu_serving",
         "gpu_single",
         "gpu_texts",
     ]
@@ -133,3 +134,4 @@ def test_the_whole_script_without_a_gpu(tmp_path):
     assert {row["conditional nodes"] for row in single} == {"right"}
     checks = json.loads((tmp_path / "gpu_correctness.json").read_text())["rows"]
     assert {row["criterion"] for row in checks} == set(gpu.CRITERIA) and all(row["ok"] for row in checks)
+    assert {"predict", "engine", "server"} < {row["what"] for row in checks}

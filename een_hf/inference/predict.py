@@ -121,18 +121,23 @@ def predict(
     return ExitPredictions(logits, exit_index, answer_confidence(tempered, model.config.problem_type))
 
 
-def _run_by_graphs(runner, rows, batch_size, window, data_collator, order=None) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield (ids, logits, exit index) in batches of the device's fastest size, collated and sent while it computes."""
+def _run_by_graphs(runner, *settings) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield (ids, logits, exit index) in the batches of `fastest_batches`."""
+    for ids, inputs in fastest_batches(runner, *settings)[1]:
+        outputs = runner(**inputs)
+        yield ids, outputs.logits, outputs.exit_index
+
+
+def fastest_batches(runner, rows, batch_size, window, data_collator, order=None) -> tuple[int, Iterator[tuple]]:
+    """The device's fastest size, at least `batch_size`, and batches of it, collated and sent while it computes."""
     model, rows = runner.model, iter(rows)
     if (first := next(rows, None)) is None:
-        return
+        return batch_size, iter(())
     _, example = next(batches_of([first], 1, 1, data_collator, model, order))
     limit = MAX_ROWS if window is None else max(window, batch_size)
     size = min(limit, max(batch_size, runner.fastest_batch_size(example)))
     batches = batches_of(chain([first], rows), size, window or size, data_collator, model, order, send=False)
-    for ids, inputs in _ahead(batches, model.device):
-        outputs = runner(**inputs)
-        yield ids, outputs.logits, outputs.exit_index
+    return size, _ahead(batches, model.device)
 
 
 def _ahead(batches: Iterator[tuple], device: torch.device, depth: int = 2) -> Iterator[tuple]:

@@ -126,21 +126,22 @@ class Slots:
     ):
         self.model, self.max_rows, self.static, self.graphs = model, max_rows, static, graphs
         self.device, self._text = model.device, model.main_input_name == "input_ids"
-        self.decisions = Decisions(model, policy)
-        # The exit of each segment.
-        self.exits = [segment[-1] for segment in self.decisions.segments]
-        self.free: list[int] = []
-        self._rows: Examples | None = None
-        self._views: dict[tuple[int, bool], Examples] = {}
-        self._numbers: tuple[torch.Tensor, ...] = ()
         # On the host, of each slot: tokens, whether some before the last are masked, columns written since the columns
         # behind those of its example were cleared, and whose thresholds it holds.
         self.widths: list[int] = []
         self._masked: list[bool] = []
         self._reach: list[int] = []
         self._policies: list[ExitPolicy | None] = []
-        self._add_slots(num_slots or 2 * max_rows)
-        self._indices = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
+        self.free: list[int] = []
+        self._rows: Examples | None = None
+        self._views: dict[tuple[int, bool], Examples] = {}
+        self._numbers: tuple[torch.Tensor, ...] = ()
+        with torch.inference_mode(False):  # tensors made in inference mode can be written in it only
+            self.decisions = Decisions(model, policy)
+            self._indices = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
+            self._add_slots(num_slots or 2 * max_rows)
+        # The exit of each segment.
+        self.exits = [segment[-1] for segment in self.decisions.segments]
         self._inputs: OrderedDict[tuple, dict] = OrderedDict()
         self._programs: OrderedDict[tuple, _Program] = OrderedDict()
         self._sizes: dict[tuple, int] = {}

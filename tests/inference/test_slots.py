@@ -129,6 +129,17 @@ def test_slots_grow_while_examples_are_in_flight():
             assert found.exits() == agree[:, : slots.exits[1]].flip(1).int().cumprod(1).sum(1).ge(1).tolist()
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_slots_made_in_inference_mode_are_used_outside_of_it(static):
+    """Tensors of inference mode can be written in it only, and those of the other mode must not become such."""
+    model = make_model("bert")
+    model.set_exit_policy(midway_policy(model, make_inputs(model, 70)))
+    with torch.inference_mode():
+        engine = ExitEngine(model, 8, cuda_graphs=static)
+        assert_as_anytime(engine, model, make_batches(model, (8, 8)))
+    assert_as_anytime(engine, model, make_batches(model, (8, 8, 8)))
+
+
 def test_a_start_that_fails_takes_no_slot():
     """Bad examples that keep their slots fill the engine."""
     model = make_model("bert")
