@@ -9,6 +9,7 @@ from torch import nn
 from transformers.utils import strtobool
 
 from ..models import ExitConfigurationError
+from .adapters import without_adapter
 from .arguments import EarlyExitTrainingArguments
 
 
@@ -59,6 +60,10 @@ def check_sharding(args: EarlyExitTrainingArguments, model: nn.Module, scheme: s
         )
     if not fsdp:
         return
+    if without_adapter(model) is not model:
+        raise ExitConfigurationError(
+            "--fsdp cannot evaluate the exits inside a PEFT model, whose shards are those of the whole: leave it out."
+        )
     kind = args.distributed_state and args.distributed_state.distributed_type
     if kind in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ExitConfigurationError(

@@ -150,7 +150,7 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
                 f"{type(self).__name__} needs an early-exit model, not {type(model).__name__}: load the checkpoint "
                 "with EarlyExitBertForSequenceClassification or EarlyExitViTForImageClassification."
             )
-        check_sharding(args, model, self.scheme, self.trains_shards)
+        check_sharding(args, given, self.scheme, self.trains_shards)
         if given is not model:
             check_adapter(given, model, freezes_backbone=args.freeze_backbone, trains=train_dataset is not None)
         model.cuda_graphs = not args.no_cuda_graphs

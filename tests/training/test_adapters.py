@@ -135,9 +135,14 @@ PROMPTS = {"num_virtual_tokens": 2, "task_type": "SEQ_CLS"}
         # PEFT itself saves `classifier`, of every exit, and nothing before it.
         (lambda folder: adapted(folder, modules_to_save=None, task_type="SEQ_CLS"), {}, "exit_heads.1.dense"),
         (adapted, {"freeze_backbone": True}, "--freeze_backbone keeps the backbone"),
+        (
+            adapted,
+            {"fsdp": True, "fsdp_config": {"version": 2}},
+            "--fsdp cannot evaluate the exits inside a PEFT model",
+        ),
     ],
 )
-def test_what_would_leave_an_exit_random_is_refused(make, settings, message, tmp_path):
+def test_what_would_leave_an_exit_random_or_unread_is_refused(make, settings, message, tmp_path):
     with pytest.raises(ExitConfigurationError, match=message):
         make_trainer(tmp_path, make(tmp_path / "stock"), **settings)
 
