@@ -159,18 +159,23 @@ class Lane:
 
     def slots(self, size: Hashable) -> Slots:
         """The slots of rows of this size."""
-        return self._slots[size if isinstance(size, tuple) else None]
+        return self._slots[_shape(size)]
 
     def has_room(self, size: Hashable) -> bool:
         """Whether a step of new rows fits."""
-        slots = self.slots(size)
-        return slots.num_in_flight + slots.max_rows <= self.max_in_flight
+        slots = self._slots.get(_shape(size))
+        return slots is None or slots.num_in_flight + slots.max_rows <= self.max_in_flight
 
     def lists(self) -> Iterator[tuple[int, Hashable, deque[Row]]]:
         """(segment, size, rows) of each list; empty ones have been deleted."""
         for segment, by_size in enumerate(self.waiting):
             for size, waiting in by_size.items():
                 yield segment, size, waiting
+
+
+def _shape(size: Hashable) -> tuple | None:
+    """Of images their shape; texts of all lengths share their slots."""
+    return size if isinstance(size, tuple) else None
 
 
 class StageWorker:

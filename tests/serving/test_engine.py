@@ -226,7 +226,9 @@ def test_no_more_rows_are_in_flight_than_there_are_slots(bert):
 def test_a_request_that_cannot_be_answered_harms_no_other(bert, cuda_graphs):
     """What breaks: one bad row fails the batch that it shares, or the engine."""
     bad = [
-        ({"input_ids": [2, 999, 3]}, IndexError),  # no such token: the embedding of the whole batch fails
+        ({"input_ids": [2, 5, 3], "position_ids": [0, 999, 2]}, RuntimeError),  # the whole batch fails
+        ({"input_ids": [2, 999, 3]}, ExitConfigurationError),
+        ({"input_ids": [2, 5, 3], "token_type_ids": [0, -1, 0]}, ExitConfigurationError),
         ({"input_ids": [2] * 50}, ExitConfigurationError),
         ({"input_ids": []}, ExitConfigurationError),
         ({"input_ids": [[2, 3]]}, ExitConfigurationError),
