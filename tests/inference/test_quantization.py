@@ -1,5 +1,6 @@
 """int8 graphs: what they compute, the policy chosen on their own logits, and what is promised of it."""
 
+import copy
 import csv
 import json
 
@@ -12,7 +13,9 @@ from factory import TOKENS, tiny_model, tiny_processor
 
 from een_hf import ExitConfigurationError, ExitPolicy
 from een_hf.commands import main
+from een_hf.errors import ExportError
 from een_hf.hub import guarantee_in_words
+from een_hf.inference.graph_calibration import GraphCalibrator
 from een_hf.inference.onnx import export_onnx, load_session
 from een_hf.inference.quantization import GraphCalibration
 from een_hf.models.policies import NEVER
@@ -189,6 +192,32 @@ def test_what_is_written_says_what_it_is_about(small):
     )
     plain = {"risk": "consistency", "limit": 0.02, "confidence": 0.9, "errors": 1, "num_rows": 200}
     assert "the policy answers differently from the last exit, with" in guarantee_in_words(plain)
+
+
+def calibrator_of(small):
+    """The rows of the command once more, and what the float32 model answers."""
+    rows = [{name: values[0] for name, values in row.items()} for row in small.rows]
+    return GraphCalibrator(GraphCalibration(rows, max_risk=LIMIT, seed=SEED), copy.deepcopy(small.model))
+
+
+def test_a_graph_that_differs_too_often_is_refused(small):
+    """Fails if the errors of the written graph are not looked at again."""
+    calibrator = calibrator_of(small)
+    assert calibrator.measure(small.session, small.policy).policy == small.policy
+    calibrator.reference = np.roll(calibrator.reference, 1, axis=1)
+    with pytest.raises(ExportError, match="errors in 208 certifying rows, too many to certify a risk of at most 0.03"):
+        calibrator.measure(small.session, small.policy)
+
+
+@pytest.mark.slow
+def test_the_policy_is_chosen_on_all_exits_of_the_int8_graph(small, tmp_path):
+    """Fails if a policy that cannot be certified is written, which without early exits would differ too."""
+    export_onnx(small.model, tmp_path / "all.onnx", dynamic=False, quantize="int8")
+    calibrator, session = calibrator_of(small), load_session(tmp_path / "all.onnx")
+    assert calibrator.choose(session).thresholds == small.policy.thresholds
+    calibrator.reference = np.roll(calibrator.reference, 1, axis=1)
+    with pytest.raises(ExportError, match="(?s)too many to certify.*without early exits.*nothing is written"):
+        calibrator.choose(session)
 
 
 @pytest.mark.slow
