@@ -1,7 +1,7 @@
-"""The errors of this library, and how commands answer with them.
+"""The errors of this library, and their conversion to one line in commands.
 
-`ExitError` is the base. `ExitConfigurationError` is about settings and inputs (`DataError`, `MissingPackageError` and
-`CheckpointError` are kinds of it); the others are about what happened during a run.
+`ExitError` is the base class. `ExitConfigurationError` is about settings and inputs; `DataError`,
+`MissingPackageError` and `CheckpointError` are its subclasses. The others are about events during a run.
 """
 
 import errno
@@ -16,7 +16,7 @@ from .models import ExitConfigurationError, ExitError
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Of writers that are not Python's: safetensors, and torch.save, whose last error is about the position in the file.
+# Messages of writers that do not raise Python's OSError: safetensors and torch.save.
 _FULL_MESSAGES = (
     *(f"os error {number}" for number in _FULL),
     "PytorchStreamWriter failed writing",
@@ -26,7 +26,7 @@ _FULL_MESSAGES = (
 
 
 class CheckpointError(ExitConfigurationError):
-    """A checkpoint to resume from that is missing, damaged, or of another scheme."""
+    """The checkpoint to resume from is missing, damaged, or of another scheme."""
 
 
 class DiskFullError(ExitError, OSError):
@@ -38,14 +38,14 @@ class NonFiniteLossError(ExitError, ArithmeticError):
 
 
 class ExportError(ExitError, RuntimeError):
-    """An exported graph that does not answer as the model does."""
+    """The answers of an exported graph differ from those of the model."""
 
 
 def refuse_nan(flags: Mapping[str, object]) -> None:
-    """Refuse NaN, which every comparison passes by.
+    """Raise an error for NaN, for which every comparison is false.
 
     Args:
-        flags: values by the names of their flags; those that are no numbers or lists of numbers pass.
+        flags: values by the names of their flags; only numbers and lists of numbers are checked.
 
     Raises:
         ExitConfigurationError: names the flag.
@@ -57,14 +57,14 @@ def refuse_nan(flags: Mapping[str, object]) -> None:
 
 
 def make_folder(flag: str, folder: str | os.PathLike) -> None:
-    """Make an output folder.
+    """Create an output folder.
 
     Args:
-        flag: that names it.
-        folder: it may be there already.
+        flag: the flag that names it.
+        folder: the folder, which may exist.
 
     Raises:
-        ExitConfigurationError: it, or a folder around it, is a file, or it cannot be made.
+        ExitConfigurationError: it, or a parent of it, is a file, or it cannot be created.
     """
     folder = Path(folder)
     present = next(filter(os.path.lexists, (folder, *folder.parents)), None)
@@ -75,7 +75,7 @@ def make_folder(flag: str, folder: str | os.PathLike) -> None:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether the error, or one that it followed, says that the disk is full."""
+    """Whether the error, or one of its causes, is that the disk is full."""
     return any(
         getattr(one, "errno", None) in _FULL or any(message in str(one) for message in _FULL_MESSAGES)
         for one in chain_of(error)
@@ -83,27 +83,27 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 
 def chain_of(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, then those that it followed, the latest first."""
+    """An error and its causes, the latest first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def in_one_line(error: Exception) -> str:
-    """An error of a library as the end of a message: its kind and the beginning of what it says."""
+    """An error of a library in one line: its type and the beginning of its message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}{f': {text[:200]}' if text else ''}"
 
 
 @contextmanager
 def refused(flags: str) -> Iterator[None]:
-    """Turn what a library raises over settings that it does not take into one line.
+    """Convert the errors of a library for settings that it does not accept.
 
     Args:
         flags: the flags that set them, and their values.
 
     Raises:
-        ExitConfigurationError: with the library's own sentence.
+        ExitConfigurationError: with the library's own message.
     """
     try:
         yield
@@ -115,7 +115,7 @@ def refused(flags: str) -> Iterator[None]:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turn any error of a library over the files of a model into one line.
+    """Convert the errors of a library for the files of a model.
 
     Args:
         what: the flag or argument that names the model, and its value.
@@ -135,7 +135,7 @@ def loading(what: str) -> Iterator[None]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line, instead of a traceback, on bad input and on a full disk."""
+    """End the process with one line, instead of a traceback, after bad input or on a full disk."""
     try:
         yield
     except ExitError as error:
@@ -147,6 +147,6 @@ def one_line_errors() -> Iterator[None]:
         if not is_full_disk(error):
             raise
         sys.exit(
-            f"error: a file could not be written ({error}): make room where the output goes, then give the same "
-            "command again. What was written whole before is kept."
+            f"error: a file could not be written ({error}): free space on the disk of the output, then repeat the "
+            "command. Files that were complete are kept."
         )

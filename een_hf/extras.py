@@ -1,4 +1,4 @@
-"""Which extra of een_hf brings a package that is missing."""
+"""The extras of een_hf: errors for missing packages name the extra that installs them."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,12 +19,12 @@ _EXTRA_OF = {package: extra for extra, packages in _PACKAGES.items() for package
 
 
 class MissingPackageError(ExitConfigurationError, ImportError):
-    """A package that an extra of een_hf brings is not installed."""
+    """A package of an extra of een_hf is not installed."""
 
 
 @contextmanager
 def named_extras() -> Iterator[None]:
-    """Around imports: one that fails because a package is missing names the extra that brings it.
+    """For imports inside the block: an error for a missing package names the extra that installs it.
 
     Raises:
         MissingPackageError: a package of an extra is not installed. Other errors pass.
@@ -41,11 +41,14 @@ def named_extras() -> Iterator[None]:
 
 
 def imported_on_use(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], object]:
-    """The `__getattr__` of a package whose modules are imported on first use; a missing package names its extra.
+    """The `__getattr__` of a package whose modules are imported on first use.
 
     Args:
-        package: its full path.
-        names: by module of the package, the names that it holds.
+        package: full path of the package.
+        names: for each module of the package, the names that it has.
+
+    Returns:
+        the function; its errors for missing packages name the extra.
     """
     module_of = {name: module for module, held in names.items() for name in held}
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing of files, completely or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from .errors import DiskFullError, is_full_disk
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` once it is complete."""
+    """A temporary file to write, which replaces `path` once it is complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -23,11 +23,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def room_for(path: Path, remedy: str) -> Iterator[None]:
-    """While a file is written: name it where the disk is too full.
+    """Name a file in the error if the disk is full while it is written.
 
     Args:
-        path: of the file.
-        remedy: what the message says after the name and the cause.
+        path: the file.
+        remedy: the end of the message, after the name and the cause.
 
     Raises:
         DiskFullError: the disk is full. Other errors pass.

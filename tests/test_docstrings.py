@@ -27,7 +27,7 @@ from een_hf.training.registry import get_scheme, scheme_names
 
 
 ORDER = ("Args", "Returns", "Yields", "Raises", "Example", "References")
-SLOW = {"een_hf.export_onnx"}  # takes a minute; tests/inference/test_onnx.py exports
+SLOW = {"een_hf.export_onnx", "een_hf.GraphCalibration"}  # take a minute; test_onnx.py and test_quantization.py export
 
 
 def public_objects():

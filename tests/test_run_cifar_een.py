@@ -97,7 +97,7 @@ def test_the_saved_model_answers_as_predicted(finished):
 
 
 def test_a_finished_run_is_not_overwritten(finished):
-    with pytest.raises(SystemExit, match="--output_dir .* holds a finished run"):
+    with pytest.raises(SystemExit, match="--output_dir .* contains a finished run"):
         main(
             IMAGES,
             [

@@ -12,11 +12,11 @@ from ..extras import named_extras
 
 
 COMMANDS = {
-    "train": "fine-tune with exits, evaluate and calibrate them",
-    "partition": "cut a labelled data set into IID or non-IID parts",
+    "train": "fine-tune a model with exits, evaluate and calibrate them",
+    "partition": "divide a labelled data set into IID or non-IID parts",
     "retrofit": "make a fine-tuned classifier cheaper, without labels",
-    "calibrate": "choose an exit policy from a run's saved logits",
-    "compare": "set runs side by side: one table and one plot",
+    "calibrate": "choose an exit policy from the saved logits of a run",
+    "compare": "compare runs in one table and one plot",
     "serve": "answer requests over HTTP",
     "export": "write an ONNX graph that skips the layers after the exit",
 }
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "een-hf",
         usage="een-hf COMMAND ...",
-        description=f"commands:\n{listing}\n\neen-hf COMMAND --help says more.",
+        description=f"commands:\n{listing}\n\neen-hf COMMAND --help describes a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)

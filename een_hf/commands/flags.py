@@ -1,4 +1,4 @@
-"""Flags of a command that are also flags of a training run: declared once, in the run's dataclasses."""
+"""Flags that commands share with training runs; they are declared once, in the dataclasses of the runs."""
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from typing import Any, get_args, get_origin
 
 
 def add_flags(parser: ArgumentParser, arguments_class: type, names: Sequence[str], **defaults: Any) -> None:
-    """Give a command flags of a run, with their types, choices, help and defaults.
+    """Add flags of a run to a command, with their types, choices, help and defaults.
 
     Args:
-        parser: of the command, or a group of it.
+        parser: the parser of the command, or a group of it.
         arguments_class: the dataclass that declares them.
-        names: of its fields.
-        **defaults: by name, where the command's default is another one.
+        names: names of its fields.
+        **defaults: other defaults of the command, by name.
     """
     known = {field.name: field for field in fields(arguments_class)}
     for name in names:

@@ -1,13 +1,13 @@
-"""Cut the train split of a labelled data set into parts, as in federated learning.
+"""Divide the train split of a labelled data set into parts, as in federated learning.
 
 een-hf partition --dataset_name cifar100 --num_partitions 1000 --scheme dir --alpha 0.1 --balance \\
     --output_dir dataset/cifar100_noniid1000
 een-hf partition --train_file texts.csv --num_partitions 10 --scheme iid --output_dir parts
 
-iid: rows at random. dir: each part draws its shares of the classes from a Dirichlet distribution. pat: each part sees
-a few classes. Sizes vary unless --balance makes them equal. Every row is in exactly one part, in OUT/train/<part> or
-OUT/valid/<part>; the test split is not touched. OUT/partition.json says what each part holds, OUT/partition.png shows
-it. Same seed, same parts.
+iid: rows at random. dir: each part draws its shares of the classes from a Dirichlet distribution. pat: each part has a
+few classes. Sizes vary unless --balance is given. Every row is in exactly one part, in OUT/train/<part> or
+OUT/valid/<part>; the test split is not used. OUT/partition.json describes the parts, OUT/partition.png is a plot of
+them. The same seed gives the same parts.
 """
 
 import numpy as np
@@ -29,26 +29,28 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--input_column_names",
         nargs="+",
-        help="of --format npz: one image column, one text column or two; default: the only ones",
+        help="for --format npz: one image column, or one or two text columns; default: the only ones",
     )
     parser.add_argument("--num_partitions", type=int, required=True, help="number of parts")
-    parser.add_argument("--scheme", choices=SCHEMES, required=True)
-    parser.add_argument("--alpha", type=float, help="of --scheme dir: the smaller, the fewer classes; default: 0.1")
-    parser.add_argument("--classes_per_partition", type=int, help="of --scheme pat; default: 2")
-    parser.add_argument("--balance", action="store_true", help="parts of equal size; with pat as far as classes are")
+    parser.add_argument("--scheme", choices=SCHEMES, required=True, help="how rows are assigned to parts")
+    parser.add_argument("--alpha", type=float, help="for --scheme dir: the smaller, the fewer classes; default: 0.1")
+    parser.add_argument("--classes_per_partition", type=int, help="for --scheme pat: classes of each part; default: 2")
     parser.add_argument(
-        "--min_size", type=int, help="least rows of a part; default: as many as give one validation row"
+        "--balance", action="store_true", help="parts of equal size; with pat only if the classes have equal size"
     )
     parser.add_argument(
-        "--valid_fraction", type=float, default=0.25, help="validation share of each part, 0 for none; default: 0.25"
+        "--min_size", type=int, help="fewest rows of a part; default: as many as are needed for one validation row"
+    )
+    parser.add_argument(
+        "--valid_fraction", type=float, default=0.25, help="validation share of each part; 0: none; default: 0.25"
     )
     parser.add_argument(
         "--format", choices=FORMATS, default="parquet", help="all columns (default), or NumPy arrays x and y"
     )
-    parser.add_argument("--seed", type=int, default=42, help="default: 42")
+    parser.add_argument("--seed", type=int, default=42, help="seed of all random draws; default: 42")
     parser.add_argument("--output_dir", required=True, help="a folder that is empty or does not exist")
-    parser.add_argument("--cache_dir", help="where downloads are kept")
-    parser.add_argument("--token", help="for private Hub repositories")
+    parser.add_argument("--cache_dir", help="folder for downloads")
+    parser.add_argument("--token", help="token for private Hub repositories")
 
 
 def run(args) -> None:

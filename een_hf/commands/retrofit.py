@@ -1,14 +1,14 @@
-"""Make a fine-tuned classifier of text or images cheaper, without labels.
+"""Make a fine-tuned classifier of texts or images cheaper, without labels.
 
 een-hf retrofit my-finetuned-bert --train_file texts.csv --max_risk 0.02 --output_dir cheaper
 een-hf retrofit my-finetuned-vit --train_dir images/ --max_risk 0.02 --output_dir cheaper
 
-Exits before the last layer learn what the model itself answers; a policy is certified on rows that they did not learn
-from: with the given confidence, the answers differ from the model's on at most --max_risk of new rows like these. Give
-rows that the model was not fine-tuned on: it is more confident on those than on new ones. The model's own weights stay
-as they are, to the bit.
+Exits before the last layer learn to predict what the model itself predicts. Then a policy is certified on other rows:
+with the given confidence, the answers differ from the model's on at most --max_risk of new rows of the same kind. Give
+rows that the model was not fine-tuned on, since it is more confident on those than on new rows. The weights of the
+model do not change.
 
-The model reads every row once. What the exits read of it is kept in OUTPUT_DIR/features, in chunks: a run that was
+The model runs once on every row. The inputs of the exits are stored in OUTPUT_DIR/features, in chunks: a run that was
 interrupted continues from there, and so does one with another risk, confidence, criterion or number of epochs. The
 folder may be deleted afterwards.
 """
@@ -22,16 +22,16 @@ from .flags import add_flags
 def add_arguments(parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a fine-tuned classifier")
     data = parser.add_argument_group("data (new to the model; no labels are read)")
-    data.add_argument("--train_file", help="text: csv, json, jsonl or parquet file")
-    data.add_argument("--train_dir", help="images: folder of image files, sub-folders included")
-    data.add_argument("--skip_corrupt", action="store_true", help="leave out images that cannot be decoded")
+    data.add_argument("--train_file", help="texts: csv, json, jsonl or parquet file")
+    data.add_argument("--train_dir", help="images: folder of image files, including sub-folders")
+    data.add_argument("--skip_corrupt", action="store_true", help="skip images that cannot be decoded")
     data.add_argument(
         "--text_column_names", nargs="+", help="one text column, or two for pairs; default: the only one"
     )
-    data.add_argument("--skip_empty", action="store_true", help="leave out rows without text")
+    data.add_argument("--skip_empty", action="store_true", help="skip rows without text")
     data.add_argument("--tokenizer_name", help="folder or Hub name; default: the model's own")
-    data.add_argument("--max_seq_length", type=int, default=128, help="texts are cut to this length; default: 128")
-    data.add_argument("--max_train_samples", type=int, help="take only the first N rows")
+    data.add_argument("--max_seq_length", type=int, default=128, help="tokens of a text; default: 128")
+    data.add_argument("--max_train_samples", type=int, help="use only the first N rows")
     risk = parser.add_argument_group("risk")
     add_flags(risk, CalibrationArguments, ["max_risk"], max_risk=RetrofitArguments.max_risk)
     risk.add_argument("--risk", choices=["consistency"], default="consistency", help="the risk that needs no labels")
@@ -39,22 +39,31 @@ def add_arguments(parser) -> None:
     risk.add_argument(
         "--calibration_share",
         type=float,
-        help="share of the rows that certify instead of training exits; default: a third, or what the risk needs",
+        help="share of the rows that certify the policy instead of training exits; default: a third, or what the risk "
+        "needs",
     )
     add_flags(risk, CalibrationArguments, ["cost", "latency_batch_size"])
     exits = parser.add_argument_group("exits")
     add_flags(exits, ModelArguments, ["exit_layers", "exit_pooling", "exit_head"])
-    exits.add_argument("--num_train_epochs", type=int, default=20, help="of the exits, which is cheap; default: 20")
-    exits.add_argument("--head_learning_rate", type=float, default=1e-3, help="AdamW, to zero; default: 0.001")
+    exits.add_argument("--num_train_epochs", type=int, default=20, help="epochs of the exits; default: 20")
+    exits.add_argument(
+        "--head_learning_rate", type=float, default=1e-3, help="learning rate (AdamW, cosine to zero); default: 0.001"
+    )
     exits.add_argument("--train_batch_size", type=int, default=32, help="rows per step of the exits; default: 32")
     where = parser.add_argument_group("running")
     where.add_argument("--output_dir", required=True, help="folder of the cheaper model")
     where.add_argument("--batch_size", type=int, default=32, help="rows per pass of the model; default: 32")
-    where.add_argument("--no_cuda_graphs", action="store_true", help="on CUDA, time without captured programs")
+    where.add_argument("--no_cuda_graphs", action="store_true", help="on CUDA, measure without captured programs")
     where.add_argument("--chunk_size", type=int, default=512, help="rows per file of features; default: 512")
-    where.add_argument("--feature_dtype", choices=["float32", "float16"], default="float32", help="on disk")
-    where.add_argument("--speed_samples", type=int, default=256, help="rows that are timed, 0 for none; default: 256")
-    where.add_argument("--seed", type=int, default=42, help="of the exits and of the rows that certify; default: 42")
+    where.add_argument(
+        "--feature_dtype", choices=["float32", "float16"], default="float32", help="precision of the features on disk"
+    )
+    where.add_argument(
+        "--speed_samples", type=int, default=256, help="rows whose time is measured; 0: none; default: 256"
+    )
+    where.add_argument(
+        "--seed", type=int, default=42, help="seed of training and of the choice of the rows that certify; default: 42"
+    )
 
 
 def run(args) -> None:

@@ -1,4 +1,4 @@
-"""Data: text and image tasks, partitions, and small real samples out of installed packages."""
+"""Data: tasks of texts and images, partitions, and small real samples from installed packages."""
 
 from ..extras import named_extras
 

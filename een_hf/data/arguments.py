@@ -1,4 +1,4 @@
-"""The data flags that text and images share."""
+"""The data flags that texts and images share."""
 
 import os
 from dataclasses import dataclass, field
@@ -11,22 +11,22 @@ from .sources import check_paths
 from .task import DataError
 
 
-# The flag that shortens each split.
+# The flag that limits the rows of each split.
 LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 
 
 @dataclass
 class DataArguments:
-    """Where rows come from and how many of them are taken; a subclass says what becomes of them."""
+    """The data flags that texts and images share: sources, and numbers of rows."""
 
-    # What the flags that name a split's own source end in: `file` or `dir`.
+    # The ending of the flags that name the source of a split: `file` or `dir`.
     path_kind = "file"
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub name or local folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
     train_val_split: float | None = field(
         default=None,
-        metadata={"help": "Share of the training rows that become the validation split where there is none."},
+        metadata={"help": "Share of the training rows that become the validation split, if there is none."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first N training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first N evaluation rows."})
@@ -34,22 +34,22 @@ class DataArguments:
     partition_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Train on a part of a data set that `een-hf partition` cut; with --dataset_name its evaluation "
-            "splits are taken, else the part's own."
+            "help": "Train on a part of a data set that `een-hf partition` wrote. Evaluation splits are those of "
+            "--dataset_name, if given, else the part's own."
         },
     )
     partition_id: str | None = field(default=None, metadata={"help": "Number of the part, or `all` for their union."})
     problem_type: str | None = field(
         default=None,
         metadata={
-            "help": f"What the labels mean, where their type does not say it: {', '.join(PROBLEM_TYPES)}. Default: "
-            "strings and whole numbers are classes, floating point numbers are regression targets, lists are several "
-            "classes."
+            "help": f"Kind of problem, if it does not follow from the type of the labels: {', '.join(PROBLEM_TYPES)}. "
+            "Default: strings and whole numbers are classes, floating point numbers are regression targets, lists are "
+            "several classes."
         },
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read training rows as they are needed, for data that do not fit; with --max_steps."},
+        metadata={"help": "Read training rows when they are needed, for data larger than memory; needs --max_steps."},
     )
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class DataArguments:
         if self.partition_dir is not None and paths:
             raise DataError("--partition_dir and files or folders of rows are two sources of data: give one.")
         if self.partition_dir is not None and self.streaming:
-            raise DataError("--streaming reads a data set from its start: it has no parts (--partition_dir).")
+            raise DataError("--streaming cannot read a part of a data set: leave --partition_dir out.")
         check_paths(paths, self.path_kind)
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise DataError(f"--problem_type {self.problem_type!r} is not one of: {', '.join(PROBLEM_TYPES)}.")
@@ -74,7 +74,7 @@ class DataArguments:
             )
 
     def check_positive(self, *names: str) -> None:
-        """Raise DataError for a flag that is given and below 1."""
+        """Raise DataError if one of these flags is given and below 1."""
         for name in names:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise DataError(f"--{name} must be at least 1, not {getattr(self, name)}.")
@@ -93,11 +93,11 @@ class DataArguments:
         return self.dataset_name, self.dataset_config_name
 
     def part_labels(self, column: str) -> tuple[str, ...] | None:
-        """All label names of the partition whose part is trained on; `None` without one, or for another column."""
+        """All label names of the partition, not only of the part; `None` without one, or for another column."""
         return None if self.partition_dir is None else partition_labels(self.partition_dir, column)
 
     def name_for_tables(self, default: str = "") -> str:
-        """What the data set is called in files and tables."""
+        """The name of the data set in files and tables."""
         path = self.dataset_name or self.partition_dir or next(iter(self.paths().values()), default)
         if os.path.isdir(path):
             return Path(path).resolve().name

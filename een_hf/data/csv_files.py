@@ -1,4 +1,4 @@
-"""csv files: UTF-8, separated by commas, an empty field for what is missing; anything else is said with its remedy."""
+"""csv files in UTF-8, separated by commas, with empty fields for missing values; errors say how to convert others."""
 
 import csv
 import itertools
@@ -15,10 +15,10 @@ import datasets
 from .task import DataError
 
 
-_STREAM_ROWS = 100_000  # of a stream, which is not read to its end beforehand, so many rows are looked at
+_STREAM_ROWS = 100_000  # number of rows of a stream from which the types of its columns are inferred
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-# Types, narrower ones first, by what all values of a column must look like. Leading zeros, and more digits than a
-# number keeps, are text.
+# Types, narrower ones first, with the pattern that all values of a column must have. Values with leading zeros, or
+# with more digits than a number can store, are text.
 _TYPES = {
     "bool": re.compile(r"True|TRUE|true|False|FALSE|false"),
     "int64": re.compile(r"0|-?[1-9]\d{0,17}"),
@@ -27,16 +27,16 @@ _TYPES = {
 
 
 def csv_settings(path: str, source: str, text_columns: Sequence[str] = (), streaming: bool = False) -> dict[str, Any]:
-    """Look through a csv file, and return what `datasets` must read it with.
+    """Check a csv file, and determine the settings with which `datasets` must read it.
 
-    Strings such as `null`, `NA` or `None` are text, not missing values. A column holds numbers only if all its values
-    are numbers.
+    Strings such as `null`, `NA` or `None` are text, not missing values. A column is one of numbers only if all its
+    values are numbers.
 
     Args:
-        path: of the file.
-        source: what it is called in messages.
-        text_columns: columns that are text whatever they hold.
-        streaming: look at the first 100,000 rows only.
+        path: the file.
+        source: name of the file in messages.
+        text_columns: columns that are always text.
+        streaming: check only the first 100,000 rows.
 
     Raises:
         DataError: another encoding or separator, no rows, a column that is named twice, or a row with too few or too
@@ -131,8 +131,8 @@ def _whole_rows(reader, header: list[str], source: str) -> Iterator[list[str]]:
             row = [""]
         if row and len(row) != len(header):
             raise DataError(
-                f"{source}, line {reader.line_num}, has {len(row)} fields, the header {len(header)}: put fields with "
-                'commas or line breaks between double quotes ("), and double those within.'
+                f"{source}, line {reader.line_num}, has {len(row)} fields, but the header has {len(header)}: put "
+                'fields with commas or line breaks between double quotes ("), and double any quotes inside.'
             )
         if row:
             yield row

@@ -1,4 +1,4 @@
-"""From an image file to an image in standard form, the one way for all: data sets, parts, requests and predictions."""
+"""Decoding of image files to images in standard form, for data sets, partitions, requests and predictions alike."""
 
 import io
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 _ORIENTATION = ExifTags.Base.Orientation
 
-# What an image becomes before its pixels are read, by its mode: Pillow's own conversion to 8 bits is right for these.
+# The mode to which images are converted, by their own mode: for these Pillow's conversion to 8 bits is right.
 _EIGHT_BIT_MODES = {
     **dict.fromkeys(("1", "L", "LA"), "L"),
     **dict.fromkeys(("P", "PA", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"), "RGB"),
@@ -39,7 +39,7 @@ def whole_images(rows: datasets.Dataset, column: str, skip: bool, where: str) ->
     if not skip:
         raise DataError(
             f"{where}: {count} images are corrupt, the first is {named} ({problem}). Repair or "
-            "remove them, or give --skip_corrupt to leave them out."
+            "remove them, or give --skip_corrupt to skip them."
         )
     warn_of_skipped(where, len(broken), len(rows), named)
     return rows.select([row for row in range(len(rows)) if row not in broken])
@@ -65,10 +65,10 @@ def decode_image(image: dict) -> tuple[Image.Image | None, str]:
 
 
 def standard_image(image: Image.Image) -> Image.Image:
-    """The image upright, as its EXIF orientation says, in 8 bits: mode `L`, `RGB` or `RGBA`.
+    """Convert an image to standard form: upright by its EXIF orientation, in 8 bits, of mode `L`, `RGB` or `RGBA`.
 
-    Of 16-bit grey the high byte is taken, as Pillow does for 16-bit colour. An image in standard form comes back
-    equal.
+    Of 16-bit grey images the high byte is taken, as Pillow does for 16-bit colour. An image in standard form is
+    returned unchanged.
 
     Raises:
         ValueError: pixels of another kind, for example floating point.
@@ -83,7 +83,7 @@ def standard_image(image: Image.Image) -> Image.Image:
 
 
 def color_mode(num_channels: int) -> str:
-    """PIL's name for images of so many channels."""
+    """Pillow's mode for images with this number of channels."""
     return "L" if num_channels == 1 else "RGB"
 
 

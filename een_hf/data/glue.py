@@ -1,4 +1,4 @@
-"""The nine GLUE tasks: columns, labels, metrics, and the files that the benchmark's server takes."""
+"""The nine GLUE tasks: columns, labels, metrics, and the files for the benchmark's server."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,14 @@ SPLIT_NAMES = {"validation_matched": "validation", "test_matched": "test"}
 
 @dataclass(frozen=True)
 class GlueTask:
-    """What a GLUE task is made of.
+    """The definition of a GLUE task.
 
     Args:
         text_columns: one column, or two for sentence pairs.
         label_names: by label id; empty for regression.
-        metrics: the task's own.
-        submission: name of the file that the benchmark's server takes, without ending.
-        submits_names: whether that file holds label names instead of their ids.
+        metrics: metrics of the task.
+        submission: name of the file for the benchmark's server, without ending.
+        submits_names: whether this file contains label names instead of ids.
     """
 
     text_columns: tuple[str, ...]
@@ -59,7 +59,7 @@ def write_submission(folder: Path, data: TaskData, split: str, predictions: list
     if not task.label_names:
         answers = [f"{min(max(score, 0.0), 5.0):.3f}" for score in predictions]
     else:
-        # A checkpoint may have its own spelling, or only numbers (LABEL_0, 0, ...), which are the data's ids.
+        # A checkpoint may spell labels differently, or have only numbers (LABEL_0, 0, ...), which are the data's ids.
         known = {name.lower(): index for index, name in enumerate(task.label_names)}
         for index in range(len(task.label_names)):
             known |= {f"label_{index}": index, str(index): index}

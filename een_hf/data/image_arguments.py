@@ -12,7 +12,7 @@ from .transforms import timm_transform
 
 @dataclass
 class ImageDataArguments(DataArguments):
-    """Which images are trained on and evaluated, and how they become pixels."""
+    """The data flags of images: sources, columns and augmentation."""
 
     path_kind = "dir"
 
@@ -25,7 +25,7 @@ class ImageDataArguments(DataArguments):
     )
     train_dir: str | None = field(default=None, metadata={"help": "Training images, one folder per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "Evaluation images, one folder per class."})
-    test_dir: str | None = field(default=None, metadata={"help": "Images to predict, in folders or not."})
+    test_dir: str | None = field(default=None, metadata={"help": "Images to predict; folders are not required."})
     image_column_name: str | None = field(
         default=None, metadata={"help": "Column of the images. Default: the only column of images."}
     )
@@ -33,7 +33,7 @@ class ImageDataArguments(DataArguments):
         default=None, metadata={"help": f"Column of the labels. Default: the first of {', '.join(LABEL_COLUMNS)}."}
     )
     image_processor_name: str | None = field(
-        default=None, metadata={"help": "Image processor, where it is not the model's own: Hub name or folder."}
+        default=None, metadata={"help": "Image processor, if it is not the model's own: Hub name or folder."}
     )
     image_size: int | None = field(
         default=None,
@@ -41,16 +41,16 @@ class ImageDataArguments(DataArguments):
             "help": "Height and width in pixels; position embeddings are resized once and saved. Default: the model's."
         },
     )
-    skip_corrupt: bool = field(default=False, metadata={"help": "Leave out images that cannot be decoded."})
+    skip_corrupt: bool = field(default=False, metadata={"help": "Skip images that cannot be decoded."})
     min_crop: float = field(
-        default=0.5, metadata={"help": "Least share of the image that a random crop keeps; 1 keeps all."}
+        default=0.5, metadata={"help": "Smallest share of the image that a random crop keeps; 1: no cropping."}
     )
     hflip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
     auto_augment: str | None = field(
         default=None, metadata={"help": "timm's augmentation string, for example `rand-m9-mstd0.5-inc1`."}
     )
-    mixup: float = field(default=0.0, metadata={"help": "Alpha of Mixup, 0 for none; makes soft labels."})
-    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix, 0 for none; makes soft labels."})
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of Mixup, which makes soft labels; 0: no Mixup."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix, which makes soft labels; 0: no CutMix."})
     random_erase: float = field(default=0.0, metadata={"help": "Probability of erasing a random rectangle."})
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""Images as rows of model inputs, held or streamed."""
+"""Images as rows of model inputs, in memory or streamed."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -17,19 +17,19 @@ class ImageRows(torch.utils.data.Dataset):
     """Labelled images as rows of `pixel_values` (channels, height, width) and `labels`.
 
     Args:
-        rows: with images in `image_column`.
-        image_column: decoded on access by `decode_image`.
+        rows: data set with images in `image_column`.
+        image_column: column of the images, which are decoded on access by `decode_image`.
         labels: class ids or numbers, (num_rows,); `None` without labels.
-        transform: PIL image to tensor.
-        seed: of a random `transform`; its draws depend on seed, epoch and row alone, so that neither workers nor a
-            resumed run change a pixel. `None` for a transform without chance.
+        transform: from a PIL image to a tensor.
+        seed: seed of a random `transform`, whose draws depend only on seed, epoch and row, so that the number of
+            workers and resuming do not change them. `None`: the transform is not random.
     """
 
     def __init__(self, rows, image_column: str, labels, transform: Callable, seed: int | None = None):
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.image_column, self.transform, self.seed = image_column, transform, seed
         self.labels = None if labels is None else np.asarray(labels)
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see its changes
 
     @property
     def column_names(self) -> list[str]:
@@ -70,13 +70,13 @@ class ImageStream(torch.utils.data.IterableDataset):
 
     Args:
         rows: stream with undecoded images in `image_column`.
-        image_column: of the images.
-        label_column: of class ids or numbers.
+        image_column: column of the images.
+        label_column: column of class ids or numbers.
         label_ids: the model's id of each class id, or `None`.
-        transform: PIL image to tensor.
-        skip_corrupt: leave out images that cannot be decoded, instead of raising DataError; each pass ends with a
-            warning that counts them, in each worker.
-        where: what the stream is called in that warning.
+        transform: from a PIL image to a tensor.
+        skip_corrupt: skip images that cannot be decoded, instead of raising DataError; each pass ends with a warning
+            that counts them, in each worker.
+        where: name of the stream in this warning.
     """
 
     def __init__(

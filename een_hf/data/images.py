@@ -36,15 +36,18 @@ def load_image_data(
     token: str | None = None,
     like: TaskData | None = None,
 ) -> TaskData:
-    """Load the splits of a run. Where there is no validation split, the test split is evaluated, as CIFAR has it.
+    """Load the splits of a run. If there is no validation split, as in CIFAR, the test split is evaluated.
 
     Args:
-        args: where the images are and what their columns are.
-        splits_needed: of `train`, `validation`, `test`.
-        seed: of the split that `--train_val_split` cuts.
-        cache_dir: where downloads are kept.
-        token: for private Hub repositories.
+        args: sources and columns of the images.
+        splits_needed: some of `train`, `validation`, `test`.
+        seed: seed of the split that `--train_val_split` takes from the training rows.
+        cache_dir: folder for downloads.
+        token: token for private Hub repositories.
         like: data with the same labels; then labels may be missing.
+
+    Returns:
+        the splits, their labels and columns.
 
     Raises:
         DataError: a source, split, column or label that is missing or does not fit, or an image that is corrupt.
@@ -131,7 +134,7 @@ def _load_processor(name: str | None, args: ImageDataArguments, config: Any, **h
 
 
 def _fit_model(model: Any, args: ImageDataArguments) -> None:
-    """Give the model the size of `--image_size`."""
+    """Change the model to the size of `--image_size`."""
     size, patch = args.image_size, model.config.patch_size
     if size is None or size == model.config.image_size:
         return

@@ -1,4 +1,4 @@
-"""The ids of labels: by name or number, in the data and in a model."""
+"""The ids of labels, by name or by number, in the data and in a model."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ from .task import DataError, TaskData
 
 
 def label_index(names: Sequence[str]) -> dict[str | int, int]:
-    """The id of each label, by its name and by its number, which is its name where all names are numbers."""
+    """The id of each label, by its name and by its number. If all names are numbers, the number is the name."""
     index = {name: number for number, name in enumerate(names)}
     if all(map(_is_whole_number, names)):
         return index | {int(name): number for name, number in index.items()}
@@ -20,11 +20,11 @@ def _is_whole_number(name: str) -> bool:
 
 
 def model_label_ids(data: TaskData, label2id: dict[str, int] | None) -> list[int]:
-    """The model's id of each of the data's labels, which may be some of the model's only.
+    """The model's id of each label of the data, which need not have all labels of the model.
 
-    Labels are matched by name: exactly, or in either case where that is one to one. Where one side only has numbers
-    (`LABEL_0`, or data with whole numbers as labels), the number is the id; names for all labels of a model without
-    names are taken in the data's order.
+    Labels are matched by name: exactly, or regardless of case if the match is one to one. If one side has only numbers
+    (`LABEL_0`, or whole numbers as labels), the number is the id. If the model has no names and as many labels as the
+    data, the ids are those of the data.
 
     Raises:
         DataError: a label that the model does not know, or that could be several.
@@ -39,7 +39,7 @@ def model_label_ids(data: TaskData, label2id: dict[str, int] | None) -> list[int
             return [numbers[name] for name in names]
         if unnamed and len(names) == len(label2id):
             return list(range(len(names)))
-    # A folded name counts where one of the model's names and one of the data's fold to it.
+    # Without case, a name is used only if exactly one name of the model and one of the data are equal to it.
     known, ours = Counter(map(str.casefold, label2id)), Counter(map(str.casefold, names))
     folded = {name.casefold(): number for name, number in label2id.items() if known[name.casefold()] == 1}
     folded = {name: number for name, number in folded.items() if ours[name] == 1}

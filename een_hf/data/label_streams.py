@@ -1,4 +1,4 @@
-"""Labels of a stream, which cannot all be read beforehand."""
+"""Labels of a stream, which cannot all be read before training."""
 
 from collections.abc import Sequence
 
@@ -20,15 +20,16 @@ def labelled_stream(
     seed: int,
     wanted: str | None,
 ) -> tuple[datasets.IterableDataset, str, list[str] | None]:
-    """The stream shuffled in a buffer, its labels as class ids or numbers; the problem type and label names.
+    """The stream, shuffled in a buffer, with labels as class ids or numbers; its problem type and label names.
 
     Args:
         stream: training rows.
-        column: of the labels.
-        label_names: of the splits that are held, else those that a task fixes; `None`: those that the stream declares.
-        source: what the data are called in messages.
-        seed: of the shuffle.
-        wanted: problem type, where the type of the labels does not say it.
+        column: column of the labels.
+        label_names: label names of the splits in memory, or those that a task defines; `None`: those that the stream
+            declares.
+        source: name of the data in messages.
+        seed: seed of the shuffle.
+        wanted: the problem type, if it does not follow from the type of the labels.
 
     Raises:
         DataError: labels of a kind that a stream cannot number, or, while it is read, one without a number.
@@ -46,8 +47,8 @@ def labelled_stream(
     names = label_names or getattr(feature, "names", None)
     if names is None or isinstance(feature, LABEL_LISTS):
         raise DataError(
-            f"--streaming cannot know all labels of column {column!r} beforehand: give --task_name, a data set whose "
-            "labels have names (one class per row), or --do_eval with a validation split that holds them all."
+            f"--streaming cannot know all labels of column {column!r} before training: give --task_name, a data set "
+            "whose labels have names (one class per row), or --do_eval with a validation split that has all labels."
         )
     kwargs = {"column": column, "declared": getattr(feature, "names", None), "names": list(names), "source": source}
     features[column] = datasets.Value("int64")

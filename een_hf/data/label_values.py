@@ -1,4 +1,4 @@
-"""What a column of labels holds: names, numbers or lists, and the problem type that follows."""
+"""The values of a column of labels, names, numbers or lists, and the problem type that follows from them."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Labels of a data set: the problem type, their names, and class ids or numbers in their place."""
+"""Labels of a data set: the problem type, the label names, and the conversion to class ids or numbers."""
 
 import logging
 import re
@@ -28,9 +28,9 @@ from .task import DataError, TaskData
 
 logger = logging.getLogger(__name__)
 
-LABEL_COLUMNS = ("label", "fine_label", "labels")  # the first that is there holds the labels, if no flag names one
+LABEL_COLUMNS = ("label", "fine_label", "labels")  # the first that exists is used, if no flag names another
 
-# How tables spell a missing value.
+# Spellings of missing values in tables.
 _NOTHING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}
 
 _NOTHING |= {sign + word for sign in ("", "+", "-") for word in ("inf", "infinity")}
@@ -50,17 +50,20 @@ def resolve_labels(
     problem_type: str | None = None,
     declared: Sequence[str] | None = None,
 ) -> tuple[dict, str, list[str] | None]:
-    """Splits whose labels are class ids, numbers or lists of class ids, their problem type and their label names.
+    """Convert labels to class ids, numbers or lists of class ids, and determine problem type and label names.
 
     Args:
         splits: data sets by name.
-        column: of the labels.
-        known: label names that a task or a partition fixes, none for regression; `None` without.
-        source: what the data are called in messages.
-        seed: of the shuffle of a stream.
-        like: data with the same labels, whose names hold where no split has labels.
-        problem_type: what the labels mean, where their type does not say it.
-        declared: label names that other rows of the same data declare, which go before those that these declare.
+        column: column of the labels.
+        known: label names that a task or a partition defines, empty for regression; `None`: none does.
+        source: name of the data in messages.
+        seed: seed of the shuffle of a stream.
+        like: data with the same labels, whose names are used if no split has labels.
+        problem_type: the problem type, if it does not follow from the type of the labels.
+        declared: label names that other rows of the same data declare; they precede those that these rows declare.
+
+    Returns:
+        the splits, their problem type, and their label names.
 
     Raises:
         DataError: labels that are missing, mixed, unknown or of unclear meaning.
@@ -110,7 +113,7 @@ def _resolve_stream(
     like: TaskData | None,
     problem_type: str | None,
 ) -> tuple[dict, str, list[str] | None]:
-    """`resolve_labels` where the training rows are a stream: splits that are held say what its labels are."""
+    """`resolve_labels` for training rows that are a stream, whose labels follow from the splits in memory."""
     stream, held = splits["train"], {split: rows for split, rows in splits.items() if split != "train"}
     declared = getattr(stream.features.get(column), "names", None)
     label_names, kinds = known, {}
@@ -132,8 +135,8 @@ def _without_labels(known: Sequence[str] | None, source: str, like: TaskData | N
         return SINGLE_LABEL if known else REGRESSION, list(known) or None
     if like is None:
         raise DataError(
-            f"{source} has no labels, so that nothing says what is predicted: give a fine-tuned model, a "
-            "--train_file or --validation_file with labels too, or --task_name."
+            f"{source} has no labels, so that the labels to predict are not known: give a fine-tuned model, also a "
+            "--train_file or --validation_file with labels, or --task_name."
         )
     return like.problem_type, like.label_names
 
@@ -155,7 +158,7 @@ def _read_values(
     source: str,
     like: TaskData | None,
 ) -> tuple[dict[str, list], str, int | None]:
-    """Labels by split, with lists read as what they mean; the problem type; and the length of multi-hot lists."""
+    """Labels by split, with lists converted; the problem type; and the length of multi-hot lists."""
     if not any(isinstance(feature, LABEL_LISTS) for feature in features.values()):
         kinds = {split: problem_type_of(feature, wanted, column, source) for split, feature in features.items()}
         return values, _check_kinds(kinds, column, source), None
@@ -170,18 +173,21 @@ def _read_values(
 
 
 def find_label_column(splits: dict, given: str | None = None) -> str:
-    """The column that holds the labels: the one that is given, else the first of `LABEL_COLUMNS` in some split.
+    """The column of the labels: the given one, else the first of `LABEL_COLUMNS` that a split has.
 
     Args:
         splits: data sets by name.
-        given: what `--label_column_name` says.
+        given: the value of `--label_column_name`.
+
+    Returns:
+        its name.
     """
     found = (name for name in LABEL_COLUMNS if any(name in rows.column_names for rows in splits.values()))
     return given or next(found, LABEL_COLUMNS[0])
 
 
 def _wanted(problem_type: str | None, known: Sequence[str] | None, like: TaskData | None) -> str | None:
-    """The problem type that the labels must fit; `None` where their type decides between classes and numbers."""
+    """The problem type that the labels must have; `None`: it follows from their type."""
     if known is not None and not known:
         return REGRESSION
     if problem_type is None and not known and like is not None and like.problem_type != SINGLE_LABEL:
@@ -201,7 +207,7 @@ def _check_kinds(kinds: dict[str, str], column: str, source: str) -> str:
 
 
 def _check_several(names: Sequence[str] | None, kind: str, like: TaskData | None, where: str) -> None:
-    """Refuse data without anything to tell apart, unless they are some rows of a problem that is known."""
+    """Raise DataError for data of a single class, unless they are rows of a problem that is known."""
     if like is None and (not names and kind == MULTI_LABEL or len(names or ()) == 1 and kind == SINGLE_LABEL):
         found = f"one class only, {names[0]!r}" if names else "lists without any class"
         raise DataError(f"{where} holds {found}: give rows of at least two classes.")
@@ -212,8 +218,8 @@ def _number_labels(
 ) -> tuple[list[str], dict[Any, int]]:
     """Label names in the order of their ids, and the id of each label that occurs.
 
-    The order is the data's own (ClassLabel), else the one that is known, else sorted. A whole number stands for the
-    name of that id, or for itself where all names are numbers.
+    The order is that of the data (ClassLabel), else of `known`, else sorted. A whole number is the id of a label, or
+    its name if all names are numbers.
     """
     found = {split: {one for row in rows for one in _as_list(row)} for split, rows in values.items()}
     labels = set().union(*found.values())
@@ -227,8 +233,8 @@ def _number_labels(
         if new:
             split, label = new[0]
             raise DataError(
-                f"{where} has the label {label!r} in split {split!r}, but in no row of split 'train': it would become "
-                "a class that is never trained. Correct the label, leave the row out, or train on rows that have it."
+                f"{where} has the label {label!r} in split {split!r}, but in no row of split 'train': the class would "
+                "never be trained. Correct the label, remove the row, or train on rows with this label."
             )
         order = sorted(labels)
         names = [str(int(label) if isinstance(label, float) else label) for label in order]
@@ -249,7 +255,7 @@ def _as_list(row: Any) -> list:
 
 
 def _check_classes(labels: set, where: str) -> None:
-    """Refuse labels that look like classes only because a table was read so."""
+    """Raise DataError for labels that are classes only because a table was read wrongly."""
     broken = next((label for label in labels if isinstance(label, float) and not label.is_integer()), None)
     if broken is not None:
         raise DataError(
@@ -263,8 +269,8 @@ def _check_classes(labels: set, where: str) -> None:
     others = {word for word in words if not _NUMBER.fullmatch(word)}
     if others and others < words and all(word.strip().lower() in _NOTHING for word in others):
         raise DataError(
-            f"{where} has the label {min(others)!r} among numbers: leave rows without a label, or with one that is "
-            "not finite, out, or name the class otherwise."
+            f"{where} has the label {min(others)!r} among numbers: remove rows without a label or with an infinite "
+            "one, or rename the class."
         )
 
 

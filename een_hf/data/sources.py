@@ -1,4 +1,4 @@
-"""Where data come from: the Hub, folders and files, each error naming the flag."""
+"""Loading of data from the Hub, from folders and from files; errors name the flag."""
 
 import glob
 import os
@@ -14,7 +14,7 @@ from .task import DataError
 
 
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
-# One fixed split each: a checkpoint evaluated under another --seed must not meet its training rows.
+# Their splits are fixed: otherwise a checkpoint that is evaluated with another --seed could see its training rows.
 SAMPLES = {"bbc_news": load_bbc_news, "digits": load_digits}
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ROW_ID = "idx"
@@ -32,17 +32,20 @@ def load_named(
     images: bool = True,
     only: Sequence[str] | None = None,
 ) -> dict:
-    """All splits of a data set: a local folder, an installed sample, a short name, or a name of the Hub.
+    """Load all splits of a data set from a local folder, an installed sample, or the Hub.
 
     Args:
-        name: what `--dataset_name` says.
-        config: configuration of it.
-        source: what it is called in messages.
-        cache_dir: where downloads are kept.
-        token: for private Hub repositories.
-        streaming: do not hold the rows.
-        images: whether a folder without parquet files may hold images, in one folder per class.
-        only: splits that must be there; of parquet files no others are read. `None`: all that there are.
+        name: the value of `--dataset_name`.
+        config: configuration of the data set.
+        source: name of the data in messages.
+        cache_dir: folder for downloads.
+        token: token for private Hub repositories.
+        streaming: whether to stream the rows instead of loading them into memory.
+        images: whether a folder without parquet files may contain images, in one folder per class.
+        only: splits that must exist; of parquet files only these are read. `None`: all splits.
+
+    Returns:
+        the splits by name.
 
     Raises:
         DataError: a data set that does not exist or cannot be read.
@@ -69,14 +72,17 @@ def load_paths(
     streaming: bool = False,
     text_columns: Sequence[str] = (),
 ) -> dict:
-    """Rows of a file or folder for each split.
+    """Load the rows of one file or folder for each split.
 
     Args:
-        paths: by split.
-        kind: `file` (csv, json, jsonl or parquet) or `dir` (images, one folder per class but in `test`).
-        cache_dir: where what is read is kept.
-        streaming: do not hold the rows.
-        text_columns: columns that are text, whatever a csv file has in them.
+        paths: path by split.
+        kind: `file` (csv, json, jsonl or parquet) or `dir` (images, in one folder per class; `test` needs no folders).
+        cache_dir: folder for caches.
+        streaming: whether to stream the rows instead of loading them into memory.
+        text_columns: columns of csv files that are always text.
+
+    Returns:
+        the splits by name.
     """
     if kind == "file":
         return {
@@ -100,15 +106,15 @@ def check_paths(paths: dict[str, str], kind: str) -> None:
 
 
 def check_splits(splits: dict, needed: Iterable[str], hints: dict[str, str], source: str) -> None:
-    """Raise DataError for a needed split that is missing, naming what would provide it."""
+    """Raise DataError if a needed split is missing; the message says how to provide it."""
     for split in needed:
         if split not in splits:
             there = ", ".join(sorted(splits)) or "none"
-            raise DataError(f"{source} has no {split} split (there: {there}): {hints.get(split, 'give other data')}.")
+            raise DataError(f"{source} has no {split} split (it has: {there}): {hints.get(split, 'give other data')}.")
 
 
 def _parquet_files_below(folder: Path, config: str | None, source: str) -> dict[str, list[str]]:
-    """Parquet files by split, in the folder, as the Hub nests them, or in the only folder below it that has any."""
+    """Parquet files by split: in the folder, in the Hub's layout, or in the only folder below it that has any."""
     try:
         return parquet_files(folder, config, source)
     except DataError:
@@ -135,7 +141,7 @@ def load_hub(
 
 
 def parquet_files(folder: Path, config: str | None, source: str) -> dict[str, list[str]]:
-    """Parquet files by split (`train-00000-of-00001.parquet`, `train.parquet`), in the folder or as the Hub nests."""
+    """Parquet files by split (`train-00000-of-00001.parquet`, `train.parquet`), also in the layout of the Hub."""
     places = [*([folder / config, folder / "data" / config] if config else []), folder, folder / "data"]
     for place in places:
         found: dict[str, list[str]] = {}
@@ -155,7 +161,7 @@ def load_files(
     streaming: bool = False,
     text_columns: Sequence[str] = (),
 ) -> dict:
-    """Rows by split of files by split, all of one format; `text_columns` are text whatever a csv file holds there."""
+    """Load rows by split from files by split, all of one format; `text_columns` of csv files are always text."""
     kind = FILE_FORMATS[Path(next(iter(files.values()))[0]).suffix]
     settings, splits = {"cache_dir": cache_dir, "streaming": streaming, "split": "train"}, {}
     for split, paths in files.items():
@@ -176,9 +182,9 @@ def load_files(
 def load_image_folder(
     path: str, source: str, cache_dir: str | None, streaming: bool = False, labelled: bool = False
 ) -> dict:
-    """Images in one folder per class, below one folder per split where these are named so.
+    """Load images from one folder per class, which may be inside one folder per split.
 
-    By itself `datasets` takes a single folder for no class; where the images are `labelled`, it is one.
+    By default `datasets` does not take a single folder as a class; if the images are `labelled`, it is one.
     """
     single = [entry for entry in os.scandir(path) if entry.is_dir()] if labelled and os.path.isdir(path) else []
     is_class = len(single) == 1 and {entry.is_file() for entry in os.scandir(single[0])} == {True}

@@ -1,4 +1,4 @@
-"""The splits that the data flags name, and a validation split cut from the training rows."""
+"""The splits that the data flags name, and a validation split that is taken from the training rows."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,16 @@ from .task import DataError
 def load_splits(
     args: DataArguments, cache_dir: str | None, token: str | None, text_columns: Sequence[str] = ()
 ) -> tuple[str, dict]:
-    """What the source is called in messages, and all its splits by name.
+    """Load all splits of the source that the flags name.
 
     Args:
         args: the flags; they name a partition, files or folders, or a data set.
-        cache_dir: where downloads are kept.
-        token: for private Hub repositories.
-        text_columns: columns that are text, whatever a csv file has in them.
+        cache_dir: folder for downloads.
+        token: token for private Hub repositories.
+        text_columns: columns of csv files that are always text.
+
+    Returns:
+        name of the source in messages, and the splits by name.
     """
     name, config = args.hub_name()
     if name is None and args.partition_dir is not None:
@@ -39,14 +42,14 @@ def load_splits(
 
 
 def cut_validation_split(splits: dict, share: float, label_column: str, seed: int) -> dict:
-    """Cut a seeded `validation` split from `train`, stratified where the labels are classes of enough rows."""
+    """Take a random `validation` split from `train`, stratified if the labels are classes with enough rows."""
     if not 0 < share < 1:
         raise DataError(f"--train_val_split is a share of the training split, between 0 and 1, not {share}.")
     rows = splits["train"]
     by_class = None
     if isinstance(rows.features[label_column], datasets.ClassLabel):
         counts = np.unique(rows[label_column], return_counts=True)[1]
-        # Both parts must be able to hold every class.
+        # Both parts must be large enough for all classes.
         if counts.min() >= 2 and len(counts) <= len(rows) * min(share, 1 - share):
             by_class = label_column
     parts = rows.train_test_split(share, seed=seed, stratify_by_column=by_class)

@@ -1,4 +1,4 @@
-"""Training rows that are read as they are needed; evaluation rows are held as always."""
+"""Streaming: training rows are read when they are needed, evaluation rows are loaded into memory."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from .._moved import moved_names
 
 
 def hold_all_but_train(splits: dict, limits: dict[str, int | None]) -> dict:
-    """The splits with all but `train` read into memory, up to their limits; `train` stays a stream.
+    """Load all splits but `train` into memory, up to their limits; `train` remains a stream.
 
-    No image is decoded here: `decode_image` does that, and names those that are corrupt.
+    Images are not decoded yet: `decode_image` decodes them later, and names corrupt ones.
     """
     held = {}
     for split, rows in splits.items():
@@ -31,7 +31,7 @@ def hold_all_but_train(splits: dict, limits: dict[str, int | None]) -> dict:
 
 
 class EndlessStream(torch.utils.data.IterableDataset):
-    """A stream that starts over, in another order, when it ends: the one epoch that `Trainer` knows of a stream.
+    """A stream that starts again, in another order, when it ends, since `Trainer` trains one epoch of a stream.
 
     This lets an interrupted run resume at the right position of the stream.
     """
@@ -46,7 +46,7 @@ class EndlessStream(torch.utils.data.IterableDataset):
             for row in self.rows:
                 empty = False
                 yield row
-            if empty:  # more workers than files: this one has none
+            if empty:  # there are more workers than files, and this worker has none
                 return
 
 

@@ -1,4 +1,4 @@
-"""Columns of text: which ones are read, and rows whose text is missing."""
+"""The text columns of a data set, and rows with missing texts."""
 
 import logging
 
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 def text_columns(
     args: TextDataArguments, task: GlueTask | None, splits: dict, label_column: str, source: str
 ) -> list[str]:
-    """The columns that are named, by the flag or by the task, else the only column of text.
+    """The columns that the flag or the task names, else the only text column.
 
-    Two columns of text are read as a pair only next to a label column: without one, one of them may hold the labels.
+    Two text columns are read as a pair only if there is a label column: otherwise one of them may contain the labels.
     """
     columns = args.text_column_names or (list(task.text_columns) if task else None)
     if columns is None:

@@ -1,10 +1,10 @@
-"""What a run shows on the Hub.
+"""The files of a run on the Hub.
 
-- `card`: the model card, made of `sections`; `header` recognises the card of a run.
+- `card`: the model card, which consists of `sections`; `header` recognizes the card of a run.
 - `examples`: the rows that a card shows.
-- `endpoints`: the file by which Inference Endpoints run a model.
-- `settings`: what of a run's flags may be shown.
-- `markdown`: text of unknown origin in Markdown.
+- `endpoints`: the handler for Inference Endpoints.
+- `settings`: the flags of a run that may be published.
+- `markdown`: Markdown, with text of unknown origin escaped.
 """
 
 from .card import refresh_model_card, write_model_card

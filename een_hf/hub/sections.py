@@ -32,7 +32,7 @@ NETWORKS = {
     "dinov2_with_registers": "DINOv2 (with registers)",
     "beit": "BEiT",
 }
-# The flags that a card shows, beside the scheme's own: none of them says where something lies.
+# The flags that a card shows, in addition to those of the scheme; none of them is a path.
 _SHOWN = (
     "method exit_layers exit_pooling freeze_backbone exit_loss_weights max_seq_length image_size auto_augment mixup "
     "cutmix random_erase learning_rate head_learning_rate per_device_train_batch_size gradient_accumulation_steps "
@@ -46,7 +46,8 @@ def kind_of(results: dict) -> tuple[str, str, str]:
     model_class = MODEL_CLASSES.get(results["model_type"])
     if model_class is None:
         raise ExitConfigurationError(
-            f"A card needs a model_type of: {', '.join(MODEL_CLASSES)}; the results say {results['model_type']!r}."
+            f"A model card needs a model_type of: {', '.join(MODEL_CLASSES)}; that of the results is "
+            f"{results['model_type']!r}."
         )
     return _KINDS[model_class.main_input_name]
 
@@ -67,7 +68,7 @@ def introduction(results: dict, evaluated_on: str, settings: dict | None, base_m
 
 
 def trained_on(evaluated_on: str, settings: dict | None) -> str | None:
-    """The data set, or the part of a partition, that a run trained on; `None` where that is not known."""
+    """The data set, or the part of a partition, that a run trained on; `None` if it is not known."""
     folder = public_value((settings or {}).get("partition_dir"))
     if folder is None:
         return evaluated_on if settings else None
@@ -151,7 +152,7 @@ def exit_policy(results: dict, config: PreTrainedConfig) -> str:
 
 
 def _threshold(value: float) -> str:
-    # Calibration writes numbers beyond every score where no example exits, or where all do.
+    # Calibration writes numbers outside the range of scores if no example exits, or if all do.
     return figure(value) if abs(value) < 1e9 else "none exit" if value > 0 else "all exit"
 
 
@@ -211,7 +212,7 @@ Without `een_hf`, the same by hand:
 
 def training(results: dict, settings: dict | None) -> list[str]:
     if results["method"] == "unknown":
-        return ["What trained the exits is not recorded."]
+        return ["The training scheme of the exits is not recorded."]
     if not settings:
         return [f"Trained by the scheme {code_span(results['method'])}."]
     own = scheme_class(results["method"])
@@ -237,7 +238,7 @@ def versions() -> str:
 
 
 def paper(scheme: str) -> list[str]:
-    """The scheme's paper, as its class names it; no section where it names none."""
+    """The section of the scheme's paper, which its class names; empty if it names none."""
     known = scheme_class(scheme)
     title, link = getattr(known, "paper", ""), getattr(known, "citation", "")
     found = f"[{title}]({link})" if title and link else title or link
@@ -245,7 +246,7 @@ def paper(scheme: str) -> list[str]:
 
 
 def scheme_class(name: str) -> type | None:
-    """The registered class of a scheme that a file names: it is looked up, and never imported."""
+    """The registered class of a scheme; for names in files, nothing is imported."""
     from ..training.registry import registered_scheme  # brings the trainers
 
     return registered_scheme(name)

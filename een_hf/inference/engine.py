@@ -79,7 +79,14 @@ class ExitEngine:
             yield from self._finish()
 
     def num_waiting(self, stage: int) -> int:
-        """The number of examples that wait before a 0-based stage."""
+        """How many examples wait before a stage.
+
+        Args:
+            stage: 0-based; a stage ends where examples can exit.
+
+        Returns:
+            number of examples.
+        """
         return sum(map(len, self._waiting[stage].values()))
 
     def _start(self, ids: list[int], inputs: dict) -> None:

@@ -1,4 +1,4 @@
-"""Calibration of an int8 graph on what it answers itself."""
+"""Calibration of an int8 graph on its own answers."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ RISK = "consistency"
 
 
 class GraphCalibrator:
-    """The rows of a `GraphCalibration`, checked, with what the float32 model answers at its last exit.
+    """The checked rows of a `GraphCalibration`, with the answers of the float32 model's last exit.
 
     Args:
         settings: rows and target.
@@ -65,10 +65,13 @@ class GraphCalibrator:
         self.reference = predict(model, self.rows, progress=False).logits.numpy()
 
     def choose(self, session: "onnxruntime.InferenceSession") -> ExitPolicy:  # noqa: F821
-        """The policy for an int8 graph.
+        """Choose the policy of an int8 graph.
 
         Args:
-            session: of a graph of all exits.
+            session: session of a graph with all exits.
+
+        Returns:
+            the calibrated policy.
 
         Raises:
             ExportError: no policy can be certified.
@@ -98,14 +101,17 @@ class GraphCalibrator:
         return replace(policy, guarantee=policy.guarantee and {**policy.guarantee, **about})
 
     def measure(self, session: "onnxruntime.InferenceSession", policy: ExitPolicy) -> CalibratedGraph:  # noqa: F821
-        """What a dynamic int8 graph gives on the rows; the guarantee's errors are counted in its answers.
+        """Run a dynamic int8 graph on the rows, and check the guarantee on its answers.
 
         Args:
-            session: of the graph.
-            policy: of the graph.
+            session: session of the graph.
+            policy: policy of the graph.
+
+        Returns:
+            the policy, with the graph's cost and agreement.
 
         Raises:
-            ExportError: its answers do not bear out the guarantee.
+            ExportError: the answers of the graph do not confirm the guarantee.
         """
         logits, exit_index = self.answers(session)
         answers, wanted = (
@@ -127,7 +133,7 @@ class GraphCalibrator:
         return CalibratedGraph(policy, len(differs), cost, fractions.tolist(), agreement)
 
     def answers(self, session: "onnxruntime.InferenceSession") -> list[np.ndarray]:  # noqa: F821
-        """Each output of a graph, of all rows, which run one at a time."""
+        """The outputs of a graph for all rows, which run one at a time."""
         names = [given.name for given in session.get_inputs()]
         found = [session.run(None, self._feed(row, names)) for row in self.rows]
         return [np.concatenate(output) for output in zip(*found, strict=True)]

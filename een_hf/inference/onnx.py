@@ -132,7 +132,7 @@ def export_onnx(
     quantize: str | None = None,
     calibration: GraphCalibration | None = None,
 ) -> CalibratedGraph | None:
-    """Write an early-exit model as one ONNX graph, in float32 after checking it against PyTorch, or from that in int8.
+    """Write an early-exit model as one ONNX graph, checked against PyTorch, in float32 or quantized to int8.
 
     Inputs of the graph: `pixel_values` (batch, channels, height, width), or those of `input_ids`, `attention_mask` and
     `token_type_ids` (batch, length), int64, that the model takes. Batch and length of texts may be of any size.
@@ -147,20 +147,20 @@ def export_onnx(
     Policy, labels, exit layers and aggregation are in the metadata of the file. Weights beyond 2 GB go to a second
     file, `<path>.data`. The model is not changed.
 
-    An int8 graph takes a quarter of the space. Its logits differ from the model's, whose thresholds, temperatures
-    and guarantee therefore do not fit it: `calibration` finds a policy on the logits of the graph. Without that, the
-    graph keeps thresholds and temperatures of the model but no guarantee, and a warning says so. `<path>.json` holds
-    the policy of an int8 graph and what calibration found.
+    An int8 graph takes a quarter of the space. Its logits differ from the model's, so that the thresholds,
+    temperatures and guarantee of the model do not fit the graph: `calibration` finds a policy on the logits of the
+    graph. Without it, the graph keeps the model's thresholds and temperatures but no guarantee, and a warning says so.
+    `<path>.json` contains the policy of an int8 graph and the result of calibration.
 
     Args:
         model: an early-exit model.
         path: the file to write, ending in `.onnx`, in a folder that exists.
         dynamic: `True`: every row exits by the model's policy; `False`: every exit is evaluated.
         quantize: `int8`; by default the graph is in float32.
-        calibration: for a dynamic graph in int8: rows, and the cost or the risk to meet.
+        calibration: for a dynamic graph in int8: rows, and the largest cost or risk.
 
     Returns:
-        what calibration found, or `None` where there is none.
+        what calibration found, or `None` without calibration.
 
     Raises:
         ExitConfigurationError: the path cannot be written, the model has no policy or one exit, a package is missing,
@@ -172,7 +172,8 @@ def export_onnx(
         >>> een_hf.export_onnx(model, "model.onnx")
         >>> session = een_hf.inference.onnx.load_session("model.onnx")
         >>> logits, exit_index = session.run(None, dict(tokenizer(texts, return_tensors="np")))
-        >>> new = een_hf.GraphCalibration(new_texts, partial(tokenizer, truncation=True), max_risk=0.05)
+        >>> from functools import partial
+        >>> new = een_hf.GraphCalibration(texts, partial(tokenizer, truncation=True), max_risk=0.05)
         >>> print(een_hf.export_onnx(model, "small.onnx", quantize="int8", calibration=new).agreement)
     """
     path = Path(path)

@@ -1,11 +1,11 @@
 """Exported graphs in int8, quantized by ONNX Runtime.
 
-Weights of matrix products are int8 with one scale for each column, tables of embeddings are uint8, and activations are
-quantized to uint8 as they come, with one scale for each tensor. Weights take 7 of the 8 bits: with 8, products
-overflow on processors without instructions for int8, and a graph would answer otherwise there.
+Weights of matrix products are int8 with one scale for each column, embedding tables are uint8, and activations are
+quantized to uint8 at run time, with one scale for each tensor. Weights use 7 of the 8 bits: with 8 bits, products
+overflow on processors without int8 instructions, and the answers of a graph would differ there.
 
-The examples of a batch share the scale of their activations, so that an example's answer depends a little on those
-beside it. Calibration and its guarantee are about examples that run one at a time.
+The examples of a batch share the scale of their activations, so that the answer for an example depends a little on the
+other examples. Calibration and its guarantee apply to examples that run one at a time.
 """
 
 import logging
@@ -34,19 +34,20 @@ class GraphCalibration:
     Answers of the graph are compared with those of the float32 model's last exit.
 
     Args:
-        rows: as `predict` takes them.
-        tokenizer: as `predict` takes it, where the rows are texts.
-        target_cost: the policy that agrees most often at this average relative cost.
-        max_risk: in its place, the cheapest policy certified to answer differently on at most this share of new rows.
-        risk_confidence: with which `max_risk` holds.
-        exit_criterion: by default that of the model's policy, else `confidence`.
-        seed: parts searching from certifying rows.
+        rows: rows, as for `predict`.
+        tokenizer: tokenizer of the rows if they are texts, as for `predict`.
+        target_cost: choose the policy that agrees most often at this average relative cost.
+        max_risk: or choose the cheapest policy certified to answer differently on at most this share of new rows.
+        risk_confidence: confidence of the certificate.
+        exit_criterion: name of a criterion; default: that of the model's policy, else `confidence`.
+        seed: seed of the split into rows that search and rows that certify.
 
     Raises:
-        ExitConfigurationError: not one of `target_cost` and `max_risk`, or a value out of range.
+        ExitConfigurationError: both or none of `target_cost` and `max_risk`, or a value out of range.
 
     Example:
-        >>> new = een_hf.GraphCalibration(new_texts, partial(tokenizer, truncation=True), max_risk=0.05)
+        >>> from functools import partial
+        >>> new = een_hf.GraphCalibration(texts, partial(tokenizer, truncation=True), max_risk=0.05)
         >>> een_hf.export_onnx(model, "model.onnx", quantize="int8", calibration=new)
     """
 
@@ -60,7 +61,7 @@ class GraphCalibration:
 
     def __post_init__(self):
         if (self.target_cost is None) == (self.max_risk is None):
-            raise ExitConfigurationError("Rows calibrate for one of --target_cost and --max_risk: give one of them.")
+            raise ExitConfigurationError("Calibration rows need a target: give either --target_cost or --max_risk.")
         for name in ("max_risk", "risk_confidence"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -72,11 +73,11 @@ class CalibratedGraph:
     """What calibration found for an int8 graph.
 
     Args:
-        policy: of the graph; its guarantee, if any, is about the graph as it was written.
-        num_rows: rows that calibrated.
-        relative_cost: average of the graph on them, as a share of the plain model's operations.
-        exit_fractions: share of them at each exit.
-        agreement: share of them that the graph answers as the float32 model's last exit does; `None` in regression.
+        policy: policy of the graph; its guarantee, if any, applies to the graph as it was written.
+        num_rows: number of calibration rows.
+        relative_cost: average cost of the graph on these rows, as a share of the plain model's operations.
+        exit_fractions: share of these rows at each exit.
+        agreement: share of these rows that the graph answers as the float32 model's last exit; `None` for regression.
     """
 
     policy: ExitPolicy
@@ -87,15 +88,15 @@ class CalibratedGraph:
 
 
 def check_quantization(quantize: str | None, dynamic: bool, calibrated: bool) -> None:
-    """Refuse settings of an export that do not go together.
+    """Raise an error for settings of an export that cannot be combined.
 
     Args:
         quantize: the format.
-        dynamic: whether examples exit.
-        calibrated: whether there are rows to calibrate on.
+        dynamic: whether examples exit early.
+        calibrated: whether there are calibration rows.
 
     Raises:
-        ExitConfigurationError: an unknown format, or rows for a graph that takes none.
+        ExitConfigurationError: an unknown format, or calibration rows for a graph that uses none.
     """
     if quantize not in (None, *FORMATS):
         raise ExitConfigurationError(f"--quantize {quantize!r} is not one of: {', '.join(FORMATS)}.")
@@ -109,7 +110,7 @@ def check_quantization(quantize: str | None, dynamic: bool, calibrated: bool) ->
 
 
 def quantize_graph(path: Path, thresholds: str) -> None:
-    """Write a float32 graph in int8, the branches of its `If`s too.
+    """Quantize a float32 graph to int8, including the branches of its `If` nodes.
 
     Args:
         path: the file, which is replaced.
@@ -122,7 +123,7 @@ def quantize_graph(path: Path, thresholds: str) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx.load(path)
-    # A decision gathers its threshold as the embedding gathers its rows: it would be quantized too.
+    # A decision reads its threshold by a `Gather`, as an embedding does: the thresholds would be quantized too.
     default = [tensor for tensor in graph.graph.initializer if tensor.name == thresholds]
     for tensor in default:
         graph.graph.initializer.remove(tensor)
@@ -151,15 +152,18 @@ def quantize_graph(path: Path, thresholds: str) -> None:
 def graph_record(
     name: str, quantize: str, policy: ExitPolicy | None, found: CalibratedGraph | None
 ) -> dict[str, object]:
-    """The content of the file beside a quantized graph.
+    """The content of the JSON file of a quantized graph.
 
     Args:
-        name: of the graph's file.
+        name: name of the graph's file.
         quantize: the format.
-        policy: of the graph.
-        found: by calibration.
+        policy: policy of the graph.
+        found: result of the calibration, if any.
+
+    Returns:
+        a dictionary of JSON values.
     """
-    about = f"Policy and guarantee are of the {quantize} graph, not of the model that it was made of."
+    about = f"The policy and the guarantee are those of the {quantize} graph, not of the model from which it was made."
     calibration = None
     if found is not None:
         calibration = {"reference": REFERENCE, **asdict(found)}

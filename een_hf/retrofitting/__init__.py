@@ -1,8 +1,8 @@
-"""`een-hf retrofit` as a library: exits on a fine-tuned classifier, without labels.
+"""Retrofitting: adds exits to a fine-tuned classifier without labels (`een-hf retrofit`).
 
-`arguments` (what is asked for), `model` (the fine-tuned one, with exits), `rows` (texts or images), `features` (one
-pass of the model, kept on disk), `heads` (trained on them), `certify` (a policy with a guarantee) and `report` (the
-outcome and its files); `job` puts them in their order.
+The steps are `arguments` (the settings), `model` (loading), `rows` (texts or images), `features` (one pass of the
+model, stored on disk), `certify` (a policy with a guarantee) and `report` (the result and its files); `job` calls them
+in order.
 """
 
 from ..extras import named_extras

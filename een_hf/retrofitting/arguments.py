@@ -1,4 +1,4 @@
-"""What a retrofit is asked for: the flags of `een-hf retrofit` and keywords of `een_hf.retrofit`."""
+"""The settings of a retrofit: the flags of `een-hf retrofit` and keywords of `een_hf.retrofit`."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -24,13 +24,13 @@ class RowArguments:
     Args:
         model: folder or Hub name of a classifier.
         train_file: texts, as csv, json, jsonl or parquet.
-        train_dir: folder of image files, sub-folders included.
-        skip_corrupt: leave out images that cannot be decoded.
-        text_column_names: one text column, or two for pairs; by default the only one.
-        skip_empty: leave out rows without text.
-        tokenizer_name: folder or Hub name; by default the model's own.
-        max_seq_length: texts are cut to so many tokens.
-        max_train_samples: take only the first N rows.
+        train_dir: folder of image files, including sub-folders.
+        skip_corrupt: whether to skip images that cannot be decoded.
+        text_column_names: one text column, or two for pairs; default: the only one.
+        skip_empty: whether to skip rows without text.
+        tokenizer_name: folder or Hub name; default: the model's own.
+        max_seq_length: number of tokens to which texts are truncated.
+        max_train_samples: use only the first N rows.
 
     Raises:
         ExitConfigurationError: a value out of range.
@@ -54,45 +54,51 @@ class RowArguments:
         refuse_nan(asdict(self))
         self.model = os.fspath(self.model)
         if self.skip_corrupt and self.train_file is not None:
-            raise DataError(f"--skip_corrupt leaves out images: it belongs to {self.dir_flag}.")
+            raise DataError(f"--skip_corrupt skips images: it belongs to {self.dir_flag}.")
         if self.skip_empty and self.train_dir is not None:
-            raise DataError(f"--skip_empty leaves out texts: it belongs to {self.file_flag}.")
+            raise DataError(f"--skip_empty skips texts: it belongs to {self.file_flag}.")
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ExitConfigurationError(f"--max_train_samples must be at least 1, not {self.max_train_samples}.")
 
 
 @dataclass
 class RetrofitArguments(RowArguments):
-    """What a retrofit is asked for, with its rows; every value has the flag of the same name.
+    """The settings of a retrofit; every field has the flag of the same name.
 
     Args:
         model: folder or Hub name of a fine-tuned classifier.
-        train_file, train_dir, skip_corrupt, text_column_names, skip_empty, tokenizer_name, max_seq_length,
-            max_train_samples: as in `RowArguments`.
-        max_risk: share of answers that may differ from the model's.
+        train_file: as in `RowArguments`.
+        train_dir: as in `RowArguments`.
+        skip_corrupt: as in `RowArguments`.
+        text_column_names: as in `RowArguments`.
+        skip_empty: as in `RowArguments`.
+        tokenizer_name: as in `RowArguments`.
+        max_seq_length: as in `RowArguments`.
+        max_train_samples: as in `RowArguments`.
+        max_risk: largest share of answers that may differ from the model's.
         risk: `consistency`, which needs no labels.
-        risk_confidence: with which `max_risk` holds.
+        risk_confidence: confidence of the certificate.
         exit_criterion: name of a criterion, or `package.module:Class`.
-        calibration_share: share of the rows that certify instead of training exits; by default a third, or what the
-            risk needs.
-        cost: of an exit: `operations`, or `latency`, measured here.
-        latency_batch_size: rows that run together where a latency is measured.
-        exit_layers: 1-based layers with an exit; by default every layer.
-        exit_pooling: what an exit reads; by default `mean` (text) or `cls_mean` (images).
-        exit_head: by default the architecture's.
-        num_train_epochs: of the exits.
-        head_learning_rate: of AdamW, by a cosine to zero.
-        train_batch_size: rows per step of the exits.
+        calibration_share: share of the rows that certify the policy instead of training exits; default: a third, or
+            as many as the risk needs.
+        cost: unit of the costs: `operations`, or `latency`, measured on this machine.
+        latency_batch_size: rows that run together when latency is measured.
+        exit_layers: 1-based layers with an exit; default: every layer.
+        exit_pooling: pooling of the exits; default: `mean` (texts) or `cls_mean` (images).
+        exit_head: head of the exits; default: the architecture's.
+        num_train_epochs: number of epochs in which exits are trained.
+        head_learning_rate: learning rate of AdamW, which decreases to zero as a cosine.
+        train_batch_size: rows per training step of the exits.
         output_dir: folder of the cheaper model.
         batch_size: rows per pass of the model.
-        no_cuda_graphs: on CUDA, time without captured programs.
+        no_cuda_graphs: on CUDA, measure without captured programs.
         chunk_size: rows per file of features.
-        feature_dtype: of the features on disk, `float32` or `float16`.
-        speed_samples: rows that are timed, 0 for none.
-        seed: of the exits and of the rows that certify.
+        feature_dtype: precision of the features on disk, `float32` or `float16`.
+        speed_samples: number of rows for the measurement of time; 0: no measurement.
+        seed: seed of the training of exits, and of the choice of the rows that certify.
 
     Raises:
-        ExitConfigurationError: a value out of range, or a folder that holds something else.
+        ExitConfigurationError: a value out of range, or a folder with another content.
     """
 
     max_risk: float = 0.02
@@ -119,7 +125,7 @@ class RetrofitArguments(RowArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.output_dir is None:
-            raise ExitConfigurationError("Name the folder of the cheaper model: --output_dir.")
+            raise ExitConfigurationError("Give the folder of the cheaper model: --output_dir.")
         self.output_dir = os.fspath(self.output_dir)
         CalibrationArguments(
             max_risk=self.max_risk,
@@ -140,21 +146,19 @@ class RetrofitArguments(RowArguments):
         if self.head_learning_rate <= 0:
             raise ExitConfigurationError(f"--head_learning_rate must be above 0, not {self.head_learning_rate}.")
         if self.calibration_share is not None and not 0 < self.calibration_share < 1:
-            raise ExitConfigurationError(
-                f"--calibration_share must lie between 0 and 1, not {self.calibration_share}."
-            )
+            raise ExitConfigurationError(f"--calibration_share must be between 0 and 1, not {self.calibration_share}.")
         if self.feature_dtype not in ("float32", "float16"):
             raise ExitConfigurationError(f"--feature_dtype must be float32 or float16, not {self.feature_dtype!r}.")
         self._check_folder()
 
     def _check_folder(self) -> None:
-        """Refuse an output folder that is the model's own, or that holds something else."""
+        """Raise an error for an output folder that is the model's own, or that has another content."""
         folder = self.folder
         if folder.exists() and os.path.isdir(self.model) and folder.samefile(self.model):
             raise ExitConfigurationError(f"--output_dir {folder} is the model's own folder: give another.")
         ours = (folder / RECORD_FILE).exists() or (folder / FEATURES_FOLDER).is_dir()
         if (folder / "config.json").exists() and not ours:
-            raise ExitConfigurationError(f"--output_dir {folder} holds a model of something else: give another.")
+            raise ExitConfigurationError(f"--output_dir {folder} contains a model of another origin: give another.")
 
     @property
     def folder(self) -> Path:

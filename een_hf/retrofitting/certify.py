@@ -1,4 +1,4 @@
-"""Which rows certify, and the policy that they certify."""
+"""The choice of the rows that certify a policy, and the certification."""
 
 from dataclasses import replace
 
@@ -11,7 +11,14 @@ from .arguments import RetrofitArguments
 
 
 def certifying_rows(num_rows: int, args: RetrofitArguments) -> np.ndarray:
-    """Seeded numbers of the rows that certify, sorted; the others train the exits.
+    """Choose the rows that certify; the others train the exits.
+
+    Args:
+        num_rows: number of all rows.
+        args: risk, confidence, share and seed.
+
+    Returns:
+        0-based numbers of the rows that certify, sorted.
 
     Raises:
         DataError: too few rows to train exits and to certify the risk.
@@ -22,8 +29,8 @@ def certifying_rows(num_rows: int, args: RetrofitArguments) -> np.ndarray:
     if wanted < needed or num_rows - wanted < args.train_batch_size:
         raise DataError(
             f"{num_rows} rows are too few: --max_risk {args.max_risk:g} with --risk_confidence "
-            f"{args.risk_confidence:g} takes at least {needed} rows that certify (here {wanted}), besides at least "
-            f"{args.train_batch_size} that train exits. Give more rows, a larger --max_risk, or a lower "
+            f"{args.risk_confidence:g} needs at least {needed} rows that certify (there are {wanted}), and at least "
+            f"{args.train_batch_size} rows that train exits. Give more rows, a larger --max_risk, or a lower "
             "--risk_confidence."
         )
     return np.sort(np.random.default_rng(args.seed).permutation(num_rows)[:wanted])
@@ -33,9 +40,12 @@ def certify(exit_logits: np.ndarray, costs: ExitCosts, args: RetrofitArguments) 
     """The cheapest policy whose answers differ from the last exit's on at most `args.max_risk` of new rows.
 
     Args:
-        exit_logits: (num_rows, num_exits, num_labels), of rows that the exits did not learn from.
-        costs: of the exits.
+        exit_logits: (num_rows, num_exits, num_labels), of rows that the exits were not trained on.
+        costs: relative costs of the exits.
         args: risk, confidence, criterion and seed.
+
+    Returns:
+        the policy and its results on these rows.
     """
     report = calibrate(
         exit_logits,
@@ -48,6 +58,8 @@ def certify(exit_logits: np.ndarray, costs: ExitCosts, args: RetrofitArguments) 
         seed=args.seed,
     )
     if report.policy is not None and report.relative_cost >= 1:
-        message = f"No early exit: the policy that could be certified costs {report.relative_cost:.3f} of your model."
+        message = (
+            f"No early exit: the policy that could be certified costs {report.relative_cost:.3f} of your model's cost."
+        )
         report = replace(report, policy=None, message=message)
     return report

@@ -1,4 +1,4 @@
-"""What the exits read of every row and what the model answers: one pass of the model, kept in chunks on disk."""
+"""Features: the inputs of the exits' heads and the model's answers for every row, stored in chunks on disk."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from .arguments import FEATURES_FOLDER
 from .rows import RetrofitRows
 
 
-ROOM = "make room below --output_dir, then give the same command again. It continues from the features on disk."
+ROOM = "free space on the disk of --output_dir, then repeat the command. It continues from the features on disk."
 
 
 def compute_features(
@@ -29,17 +29,17 @@ def compute_features(
     chunk_size: int = 512,
     feature_dtype: str = "float32",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the exits read of every row, and what the model answers.
+    """Compute the inputs of the exits' heads for every row, and the model's answers.
 
-    A chunk that is on disk, of the same model and rows, is not computed again.
+    Chunks of the same model and rows that are already on disk are not computed again.
 
     Args:
-        model: in eval mode.
-        rows: unlabelled.
-        output_dir: the chunks are kept in a folder below it.
+        model: an early-exit model in eval mode.
+        rows: the rows.
+        output_dir: the chunks are stored in a folder below it.
         batch_size: rows per pass of the model.
         chunk_size: rows per file.
-        feature_dtype: of the features, `float32` or `float16`.
+        feature_dtype: precision of the features, `float32` or `float16`.
 
     Returns:
         features (num_rows, num_exits - 1, width) in `feature_dtype`, and the last exit's logits (num_rows,
@@ -61,7 +61,7 @@ def compute_features(
             if found is None:
                 found = _compute_chunk(model, rows, chunk, batch_size, feature_dtype)
                 _check_finite(*found, start, model.config.name_or_path)
-                content = io.BytesIO()  # an archive that a full disk cuts short fails once more when it is collected
+                content = io.BytesIO()  # in memory: on a full disk, closing the archive would raise once more
                 np.savez(content, features=found[0], logits=found[1])
                 with room_for(path, ROOM), replacing(path) as temporary, temporary.open("wb") as file:
                     file.write(content.getbuffer())
@@ -73,7 +73,7 @@ def compute_features(
 
 
 def _fingerprint(model: EarlyExitMixin, rows: RetrofitRows, chunk_size: int, feature_dtype: str) -> str:
-    """A name for these features: it changes with the model, the rows and what is computed of them."""
+    """A name for these features, which changes with the model, the rows and the settings."""
     config, digest = model.config, hashlib.sha256()
     settings = [config.exit_layers, config.exit_pooling, config.last_exit_pooling, str(model.dtype)]
     settings += [chunk_size, feature_dtype, len(rows)]
@@ -87,10 +87,10 @@ def _fingerprint(model: EarlyExitMixin, rows: RetrofitRows, chunk_size: int, fea
 
 
 def _check_finite(features: np.ndarray, logits: np.ndarray, start: int, name: str) -> None:
-    """Refuse answers that exits cannot learn, and features that the precision on disk does not hold."""
+    """Raise an error for answers that exits cannot learn, and features that the precision on disk cannot store."""
     for values, cause in (
-        (logits, f"MODEL {name} answers with NaN or infinity: its weights, or their precision, do not do for"),
-        (features, f"--feature_dtype {features.dtype} does not hold what exits read: give float32 for"),
+        (logits, f"MODEL {name} answers with NaN or infinity, because of its weights or their precision, for"),
+        (features, f"--feature_dtype {features.dtype} cannot store the features: give float32. The first is"),
     ):
         broken = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
         if len(broken):
@@ -98,11 +98,11 @@ def _check_finite(features: np.ndarray, logits: np.ndarray, start: int, name: st
 
 
 def _read_chunk(path: Path, shape: tuple, dtype: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Features and logits of a chunk; `None` where its file is missing or not whole."""
+    """Features and logits of a chunk; `None` if its file is missing or incomplete."""
     try:
         with np.load(path, allow_pickle=False) as file:
             features, logits = file["features"], file["logits"]
-    except Exception:  # a damaged archive raises nearly anything
+    except Exception:  # a damaged archive raises errors of many kinds
         return None
     return (features, logits) if features.shape == shape and features.dtype == dtype else None
 

@@ -1,4 +1,4 @@
-"""Unlabelled rows, texts or images, as a model reads them."""
+"""Unlabelled rows, of texts or images, as model inputs."""
 
 import os
 from abc import ABC, abstractmethod
@@ -30,11 +30,11 @@ from .arguments import RowArguments
 
 
 class RetrofitRows(ABC):
-    """Unlabelled rows as a model reads them.
+    """Unlabelled rows as model inputs.
 
     Attributes:
-        encoded: by row number, the model's inputs without a batch dimension.
-        processor: tokenizer or image processor, saved with the model.
+        encoded: the model inputs of each row, without a batch dimension.
+        processor: tokenizer or image processor, which is saved with the model.
         columns: columns of text that are read; none for images.
     """
 
@@ -49,20 +49,20 @@ class RetrofitRows(ABC):
         return self.encoded[index]
 
     def batch(self, model: EarlyExitMixin, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Some rows as one padded batch on the model's device."""
+        """The rows with these numbers as one padded batch on the model's device."""
         return to_batch(model, [self[row] for row in indices])
 
     def by_length(self, indices: range) -> list[int]:
-        """These rows in an order that pads little."""
+        """The numbers of these rows in an order that needs little padding."""
         return list(indices)
 
     @abstractmethod
     def fingerprint(self) -> list[bytes]:
-        """What, if it changes, makes features useless."""
+        """Bytes that change whenever stored features become invalid."""
 
     @abstractmethod
     def cost_inputs(self, indices: np.ndarray) -> dict:
-        """What `relative_costs` needs to know of these rows."""
+        """The arguments of `relative_costs` for the rows with these numbers."""
 
     @abstractmethod
     def speed_functions(self, model: EarlyExitMixin, indices: np.ndarray, batch_size: int) -> dict[str, Callable]:
@@ -101,8 +101,8 @@ class TextRows(RetrofitRows):
         self.columns = text_columns(settings, None, {"train": found}, "label", source)
         if len(self.columns) > 1 and settings.text_column_names is None:
             raise DataError(
-                f"{source} has two columns of text, {' and '.join(self.columns)}, and one of them may be labels: name "
-                "the one that is read, or both for pairs, by --text_column_names."
+                f"{source} has two columns of text, {' and '.join(self.columns)}, of which one may be labels: name "
+                "the column of texts, or both for pairs, by --text_column_names."
             )
         rows = limit_rows(found.select_columns(self.columns), args.max_train_samples)
         rows = prepare_rows(rows, self.columns, source, skip_empty=args.skip_empty)

@@ -79,7 +79,7 @@ def parse_arguments(modality: Modality, argv: list[str], prog: str | None = None
 
     Args:
         modality: texts or images, which have different data flags.
-        argv: the words after the name of the script.
+        argv: the arguments after the name of the script.
         prog: name of the script in `--help`; default: that of the process.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a run refuses before any work, and where it may start."""
+"""Checks of a run before any work, and the checkpoint from which it starts."""
 
 from transformers.utils import logging
 
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_flags(modality: Modality, args: RunArguments) -> None:
-    """Raise ExitConfigurationError for flags that do nothing together, or cannot be had together."""
+    """Raise ExitConfigurationError for flags that have no effect together, or exclude each other."""
     training, wanted = args.training, args.calibration
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ExitConfigurationError("Nothing to do: give --do_train, --do_eval or --do_predict.")
@@ -34,13 +34,19 @@ def check_flags(modality: Modality, args: RunArguments) -> None:
         ("calibration_samples", wanted.calibration_samples),
     ):
         if value is not None:
-            raise ExitConfigurationError(f"--{flag} cuts the training rows, which --streaming does not hold.")
+            raise ExitConfigurationError(f"--{flag} needs all training rows in memory: leave --streaming out.")
 
 
 def find_start(args: RunArguments) -> str | None:
-    """The checkpoint to resume from, or `None` for a fresh start.
+    """Find the checkpoint to resume from.
 
-    A run that ended before its first checkpoint has nothing to continue from; its folder may be used again.
+    If a run ended before its first checkpoint, its folder may be used again.
+
+    Args:
+        args: flags of the run.
+
+    Returns:
+        the folder of the checkpoint; `None`: start from the beginning.
 
     Raises:
         ExitConfigurationError: the folder belongs to a finished run, to a run with other settings, or to neither.
@@ -54,32 +60,35 @@ def find_start(args: RunArguments) -> str | None:
         return checkpoint
     if before is None:
         raise ExitConfigurationError(
-            f"--output_dir {folder} holds a model or checkpoints of something else: give another --output_dir."
+            f"--output_dir {folder} contains a model or checkpoints of another origin: give another --output_dir."
         )
     now = args.settings()
     names = [name for name in now if before["settings"].get(name, now[name]) != now[name]]
     if names:
         changes = ", ".join(f"--{n} was {before['settings'][n]!r}, is {now[n]!r}" for n in names)
         raise ExitConfigurationError(
-            f"--output_dir {folder} holds a run with other arguments ({changes}): give another --output_dir, "
+            f"--output_dir {folder} contains a run with other arguments ({changes}): give another --output_dir, "
             "or remove that folder."
         )
     if before["finished"]:
         raise ExitConfigurationError(
-            f"--output_dir {folder} holds a finished run: give another --output_dir, or remove that folder to "
+            f"--output_dir {folder} contains a finished run: give another --output_dir, or remove that folder to "
             "train again."
         )
     return checkpoint or last
 
 
 def check_calibration(args: RunArguments, loaded: LoadedModel, rows: RunRows, chosen_by: str | None) -> None:
-    """Refuse, before training, what calibration could not do after it; warn of a risk that cannot be certified.
+    """Check before training that calibration will be possible; warn if the risk cannot be certified.
 
     Args:
-        args: of the run.
+        args: flags of the run.
         loaded: its model.
         rows: its rows.
-        chosen_by: what the calibration rows chose already (`rows_chose`).
+        chosen_by: what else is chosen on the calibration rows (`rows_chose`).
+
+    Raises:
+        ExitConfigurationError: calibration will not be possible.
     """
     wanted, asked = args.calibration, args.asks_for_policy
     if asked and not args.training.do_eval:
@@ -88,7 +97,8 @@ def check_calibration(args: RunArguments, loaded: LoadedModel, rows: RunRows, ch
         return
     if rows.calibration is None and len(rows.splits["validation"]) < 2:
         raise ExitConfigurationError(
-            "Half of the evaluation rows calibrates, but there is only one: give more, or --calibration_file."
+            "Half of the evaluation rows is used for calibration, but there is only one row: give more, or "
+            "--calibration_file."
         )
     kept = loaded.model.config.exit_policy is not None and not args.training.do_train
     if wanted.measure_speed and not (asked or kept):
@@ -101,8 +111,8 @@ def check_calibration(args: RunArguments, loaded: LoadedModel, rows: RunRows, ch
     _warn_of_few_rows(wanted.max_risk, wanted.risk_confidence, rows)
     if chosen_by is not None:
         logger.warning(
-            f"No guarantee will go with --max_risk: the calibration rows also chose {chosen_by}. Give others: "
-            "--calibration_file."
+            f"There will be no guarantee for --max_risk, because the calibration rows also chose {chosen_by}. Give "
+            "other rows: --calibration_file."
         )
 
 

@@ -1,4 +1,4 @@
-"""What each exit of a run's model costs: operations, or time on this machine (`--cost latency`)."""
+"""The relative costs of the exits in a run: operations, or time on this machine (`--cost latency`)."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..training.trainer import EarlyExitTrainer
 
 
 def fitting_criterion(name: str, problem_type: str, required: bool) -> str | None:
-    """The criterion, if it fits the problem; else an error where it is required, or one that fits, or `None`."""
+    """The criterion, if it fits the problem; else an error if it is required, else one that fits, or `None`."""
     criterion, fitting = get_criterion(name), fitting_criteria(problem_type)
     if required or name in fitting:
         criterion.check(problem_type)
@@ -20,15 +20,15 @@ def fitting_criterion(name: str, problem_type: str, required: bool) -> str | Non
 
 
 class RunCosts:
-    """Relative cost of every exit; a latency is measured once and holds for all rows.
+    """The relative cost of every exit; latencies are measured once and used for all rows.
 
     Args:
-        trainer: of the run; latencies are measured where and in the precision in which it runs the model.
+        trainer: the trainer of the run; latencies are measured on its device and in its precision.
         wanted: unit of cost, criterion and batch size.
-        problem_type: of the data.
+        problem_type: problem type of the data.
 
     Attributes:
-        latency: what was measured, by name; `None` for operations.
+        latency: device, batch size and time of the measurement; `None` for operations.
     """
 
     def __init__(self, trainer: EarlyExitTrainer, wanted: CalibrationArguments, problem_type: str):

@@ -96,7 +96,7 @@ def run_experiment(modality: Modality, args: RunArguments) -> Run:
 
 
 def prepare(modality: Modality, args: RunArguments) -> Run:
-    """Load data, model and processor and make the trainer, so that whatever is wrong shows before training."""
+    """Load data, model and processor and create the trainer, so that all errors in them occur before training."""
     data = load_data(modality, args, like=labels_of_checkpoint(modality, args.model))
     loaded = load_for_run(modality, args, data)
     rows = encode_rows(modality, args, data, loaded)
@@ -114,16 +114,16 @@ def prepare(modality: Modality, args: RunArguments) -> Run:
 
 
 def _make_trainer(modality: Modality, args: RunArguments, rows: RunRows, loaded: LoadedModel) -> EarlyExitTrainer:
-    """The trainer of the scheme, or one that only evaluates; settings that the kind of data decides are filled in."""
+    """The trainer of the scheme, or one that only evaluates, with the settings for the kind of data."""
     training, trains = args.training, args.training.do_train
     if training.project == type(training).project:
         training.project = "-".join(re.findall(r"[\w.]+", " ".join(_names_of_data(args, rows))))
     if args.data.streaming and training.accelerator_config.dispatch_batches is None:
-        # By default the first process reads for all, and cannot stack texts that were padded batch by batch. Every
-        # process reads the same order of this stream and takes its own rows.
+        # By default the first process reads for all, but it cannot stack texts that were padded batch by batch. Here
+        # every process reads the stream in the same order and takes its own rows.
         training.accelerator_config.dispatch_batches = False
     if modality.main_input_name != "input_ids":
-        training.remove_unused_columns = False  # rows carry what seeds their mixing
+        training.remove_unused_columns = False  # rows have a column with the seed of Mixup and CutMix
     trainer_class = get_scheme(training.method) if trains else Evaluator
     settings = {
         "scheme_args": args.scheme if trains else None,
@@ -138,7 +138,7 @@ def _make_trainer(modality: Modality, args: RunArguments, rows: RunRows, loaded:
 
 
 def _names_of_data(args: RunArguments, rows: RunRows) -> list[str]:
-    """Data set, task and part, as far as there are: runs of the same rows share a tracker's project."""
+    """The names of data set, task and part, if any: runs on the same rows share a tracker's project."""
     names = [rows.data.dataset, rows.data.task_name, args.data.partition_dir, args.data.partition_id]
     return list(dict.fromkeys(Path(str(name)).name for name in names if name is not None))
 
@@ -156,7 +156,7 @@ def _train(run: Run, checkpoint: str | None) -> dict[str, float]:
 
 
 def _evaluate(run: Run) -> dict[str, float]:
-    """Evaluate every exit, choose a policy where one is asked for, and write and print the results."""
+    """Evaluate every exit, choose a policy if one is requested, and write and print the results."""
     trainer, training = run.trainer, run.args.training
     for split, rows in run.rows.splits.items():
         if split.startswith("validation_"):
@@ -181,7 +181,7 @@ def _evaluate(run: Run) -> dict[str, float]:
 
 
 def _record(run: Run, finished: bool) -> None:
-    """Record the run in its folder, unless it only evaluates the model there, which has a record of its own."""
+    """Record the run in its folder, unless it only evaluates the model there, which already has a record."""
     source, trained = run.args.model.model_name_or_path, run.args.training.do_train
     in_place = source is not None and Path(source).resolve() == run.args.folder.resolve()
     if run.args.training.should_save and (trained or not in_place):

@@ -26,10 +26,10 @@ class LoadedModel:
     """The model that a run starts from.
 
     Args:
-        model: with its exits.
+        model: the model with its exits.
         processor: tokenizer or image processor.
         history: flags of the runs that trained it (`history_of`).
-        new_head: whether its last head is new, and so learns its task in this run.
+        new_head: whether its last head is new, so that it is trained in this run.
     """
 
     model: EarlyExitMixin
@@ -48,8 +48,8 @@ def load_for_run(modality: Modality, args: RunArguments, data: TaskData) -> Load
     model = load_model(modality, args.model, data, trains=args.training.do_train)
     if not args.training.do_train and (missing := model.missing_weights()):
         raise ExitConfigurationError(
-            f"--model_name_or_path {name} lacks weights, for example {missing[0]}: what it answers would be random. "
-            "Give a whole checkpoint, or train it first (--do_train)."
+            f"--model_name_or_path {name} lacks weights, for example {missing[0]}: its answers would be random. Give "
+            "a complete checkpoint, or train it first (--do_train)."
         )
     new_head = model.is_new_head(model.num_exits - 1)
     history = history_of(name, has_head=not new_head)
@@ -62,7 +62,7 @@ def load_for_run(modality: Modality, args: RunArguments, data: TaskData) -> Load
 def load_model(modality: Modality, args: ModelArguments, data: TaskData, trains: bool = True) -> EarlyExitMixin:
     """The early-exit model for `data`, from a checkpoint or from scratch.
 
-    Its weights are in `--dtype`; by default in float32 where it `trains`, else as stored.
+    Its weights are in `--dtype`; by default in float32 if the run trains, else as stored.
 
     Raises:
         ExitConfigurationError: an architecture that this script does not train, a config field that does not exist, or
@@ -88,7 +88,7 @@ def load_model(modality: Modality, args: ModelArguments, data: TaskData, trains:
 
 
 def labels_of_checkpoint(modality: Modality, args: ModelArguments) -> TaskData | None:
-    """The problem and the labels of a fine-tuned checkpoint, which data must fit; `None` where the head is new."""
+    """The problem and the labels of a fine-tuned checkpoint, which data must fit; `None` if the head is new."""
     if args.model_type is not None or args.ignore_mismatched_sizes:
         return None
     _, config, fine_tuned = _read_config(modality, args)
@@ -126,14 +126,15 @@ def _new_model(modality: Modality, args: ModelArguments, data: TaskData, dtype: 
         return model_class(config).to(getattr(torch, dtype))
     except ExitConfigurationError:
         raise
-    except Exception as error:  # numbers that do not go together raise nearly anything
+    except Exception as error:  # numbers that do not fit together raise errors of many kinds
         raise ExitConfigurationError(
-            f"--config_overrides {args.config_overrides} gives no {model_class.__name__}: {in_one_line(error)}"
+            f"--config_overrides {args.config_overrides} does not define a valid {model_class.__name__}: "
+            f"{in_one_line(error)}"
         ) from error
 
 
 def _take_labels(config: PreTrainedConfig, args: ModelArguments, data: TaskData, fine_tuned: bool) -> None:
-    """Name the labels of a checkpoint as the data do, unless its head is fine-tuned and names them itself."""
+    """Set the label names of the data in the config, unless the head is fine-tuned and has its own names."""
     if not fine_tuned or args.ignore_mismatched_sizes:
         _set_labels(config, _label_names(data))
     elif data.num_labels > config.num_labels or data.label_names is None and config.num_labels > 1:

@@ -1,4 +1,4 @@
-"""`--do_predict`: the files of predictions, of the exit taken and of what every exit answers."""
+"""`--do_predict`: the files of predictions, of each row's exit and of the predictions of every exit."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ from .rows import RunRows
 def write_predictions(
     modality: Modality, args: RunArguments, trainer: EarlyExitTrainer, rows: RunRows, run_costs: RunCosts
 ) -> None:
-    """Write `predict_results_<task>.txt` and, with what every exit answers, `predict_exits_<task>.jsonl`.
+    """Write `predict_results_<task>.txt`, and with the predictions of every exit `predict_exits_<task>.jsonl`.
 
     Args:
-        modality: text or images.
-        args: of the run.
-        trainer: with the model.
-        rows: of the run; its test splits are predicted.
-        run_costs: of the exits.
+        modality: texts or images.
+        args: flags of the run.
+        trainer: the trainer, with the model.
+        rows: rows of the run; its test splits are predicted.
+        run_costs: relative costs of the exits.
     """
     data = rows.data
     task = data.task_name or Path(data.dataset).stem
@@ -32,7 +32,7 @@ def write_predictions(
             continue
         taken = trainer.predict_dynamic(encoded)
         logits, exits = trainer.predict_exits(encoded).predictions, taken.exit_index.numpy()
-        # Batches of other rows round differently: at the exit taken these are the logits that were answered.
+        # Other batches round differently: at each row's exit, store the logits of the dynamic prediction.
         logits[np.arange(len(logits)), exits] = taken.logits.numpy()
         costs = run_costs.of(encoded).of_policy(trainer.model.get_exit_policy()).tolist()
         if not args.training.should_save:
@@ -61,7 +61,7 @@ def write_predictions(
 
 
 def _readable(prediction, problem_type: str, names: dict[int, str]) -> str | float | list[str]:
-    """A prediction as people read it: the name of its label, the names of several, or a number."""
+    """A prediction for users: the name of its label, the names of several labels, or a number."""
     if problem_type == "regression":
         return round(float(prediction), 3)
     if problem_type == "multi_label_classification":

@@ -1,4 +1,4 @@
-"""What a run writes and prints of its results: files, model card, tables, warnings."""
+"""The output of a run: files, model card, tables and warnings."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def write_report(
 def print_report(
     args: RunArguments, loaded: LoadedModel, rows: RunRows, results: dict, report: CalibrationReport | None
 ) -> None:
-    """Print the table of exits, what calibration found or could find, and, where asked for, times."""
+    """Print the table of exits, the result of calibration or the possible budgets, and times if requested."""
     print(format_exit_table(results))
     print(f"Calibration: {report.message}" if report else _budget_hint(results, args.folder))
     if args.calibration.measure_speed and loaded.model.config.exit_policy is not None:
@@ -52,7 +52,7 @@ def print_report(
 
 
 def warn_of_idle_exits(outputs: ExitOutputs) -> None:
-    """Name the exits of a classifier that learned no more than the majority class."""
+    """Warn about exits of a classifier that are no better than the majority class."""
     majority = np.bincount(outputs.labels).max() / len(outputs.labels)
     accuracies = (outputs.logits.argmax(-1) == outputs.labels[:, None]).mean(0)
     idle = np.flatnonzero(accuracies <= majority) + 1
@@ -66,12 +66,12 @@ def warn_of_idle_exits(outputs: ExitOutputs) -> None:
 def _write_card(
     args: RunArguments, trainer: EarlyExitTrainer, rows: RunRows, outputs: ExitOutputs, results: dict
 ) -> None:
-    """The model card, and the examples that it may show."""
+    """Write the model card, and the examples that it may show."""
     data, config, logits = rows.data, trainer.model.config, outputs.logits
     if data.problem_type == "single_label_classification":
         names = [config.id2label[index] for index in range(config.num_labels)]
         policy = trainer.model.get_exit_policy()
-        if policy is not None:  # else no temperatures are known
+        if policy is not None:  # otherwise there are no temperatures
             logits = policy.temper(torch.from_numpy(logits), torch.arange(logits.shape[1])).numpy()
         examples = choose_examples(logits, outputs.labels, names)
         shown = data.splits["validation"]
@@ -89,25 +89,27 @@ def _write_card(
 
 
 def _budget_hint(results: dict, folder: Path) -> str:
-    """The table of budgets, for a run that set no policy."""
+    """The table of budgets, for a run without a policy."""
     if not results["budgeted"]:
         return "No criterion fits this problem: every input runs through the whole network."
     if len(results["exit_layers"]) == 1:
-        return "One exit, the network's own: every input runs through the whole network."
+        return "The network's own exit is the only one: every input runs through the whole network."
     rows = results["num_report_samples"]
-    lines = [f"No policy was asked for. These budgets were measured on the {rows} rows that calibrated nothing:"]
+    lines = [f"No policy was requested. These budgets were measured on the {rows} rows not used for calibration:"]
     for row in results["budgeted"]:
         lines.append(f"  cost {row['relative_cost']:.3f}  {results['metric']} {row['metrics'][results['metric']]:.4f}")
     lines = list(dict.fromkeys(lines))  # a larger budget may find nothing better
     if (folder / "config.json").is_file():
-        lines.append(f"Save one of these, or one between: een-hf calibrate {folder} --target_cost 0.5 --save")
+        lines.append(
+            f"To save a policy for one of these, or for another: een-hf calibrate {folder} --target_cost 0.5 --save"
+        )
     else:
         lines.append("The model is in another folder: to save a policy, give --target_cost to this run.")
     return "\n".join(lines)
 
 
 def _print_speed(args: RunArguments, loaded: LoadedModel, rows: RunRows) -> None:
-    """Time the validation rows, tokenizing included, with exits off, on, and in the stock pipeline."""
+    """Measure the time of the validation rows, with tokenization: exits off, exits on, and the stock pipeline."""
     timed = rows.data.splits["validation"]
     texts = [timed[column] for column in rows.data.input_columns]
     settings = {"max_length": args.data.max_seq_length, "batch_size": args.training.per_device_eval_batch_size}

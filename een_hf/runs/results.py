@@ -13,20 +13,20 @@ from .costs import RunCosts, fitting_criterion
 from .rows import RunRows
 
 
-# `part` of exit_logits.npz: rows that calibrate, out of the evaluation split or beside it; all others are "report".
+# Values of `part` in exit_logits.npz for calibration rows, of the evaluation split or others; the rest is "report".
 CALIBRATION_PARTS = ("calibration", "held_out")
 
 
 @dataclass
 class ExitOutputs:
-    """What every exit answers on the rows of a run.
+    """The logits of every exit on the rows of a run.
 
     Args:
         logits: (num_rows, num_exits, num_labels), of the evaluation split.
         labels: (num_rows,), or (num_rows, num_labels) for multi-label problems.
-        calibrates: (num_rows,) bool, the rows of the evaluation split that calibrate.
-        held_out: logits and labels of rows beyond it that calibrate; labels are `None` where they have none. `None`
-            where part of the evaluation split calibrates.
+        calibrates: (num_rows,) bool, the rows of the evaluation split that are used for calibration.
+        held_out: logits and labels of other calibration rows; labels are `None` if there are none. `None`: part of the
+            evaluation split is used for calibration.
     """
 
     logits: np.ndarray
@@ -36,12 +36,12 @@ class ExitOutputs:
 
     @property
     def calibration(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits and labels that calibrate."""
+        """Logits and labels of the calibration rows."""
         return self.held_out or (self.logits[self.calibrates], self.labels[self.calibrates])
 
     @property
     def reported(self) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and labels of the evaluation rows that calibrate nothing."""
+        """Logits and labels of the evaluation rows that are not used for calibration."""
         return self.logits[~self.calibrates], self.labels[~self.calibrates]
 
     def to_save(self, row_ids: np.ndarray) -> list[np.ndarray]:
@@ -53,14 +53,14 @@ class ExitOutputs:
         columns = [self.logits, self.labels, row_ids, np.where(self.calibrates, "calibration", "report")]
         if self.held_out is None or self.held_out[1] is None:
             return columns
-        # Beyond the evaluation split, numbered from 0, so that `een-hf calibrate` finds them.
+        # Rows outside the evaluation split, numbered from 0; `een-hf calibrate` uses them.
         count = len(self.held_out[1])
         extra = [*self.held_out, np.arange(count), np.full(count, "held_out")]
         return [np.concatenate(pair) for pair in zip(columns, extra, strict=True)]
 
 
 def split_for_calibration(labels: np.ndarray, problem_type: str, seed: int) -> np.ndarray:
-    """A seeded half of the rows, stratified by class where there are classes: (num_rows,) bool, True calibrates."""
+    """A random half of the rows for calibration, stratified by class if there are classes: (num_rows,) bool."""
     rows = np.arange(len(labels))
     stratify = None
     if problem_type == "single_label_classification":
@@ -73,7 +73,7 @@ def split_for_calibration(labels: np.ndarray, problem_type: str, seed: int) -> n
 def set_apart(
     trainer: EarlyExitTrainer, rows: RunRows, logits: np.ndarray, labels: np.ndarray, seed: int
 ) -> ExitOutputs:
-    """Evaluated rows, those that calibrate told from those that are reported."""
+    """Divide evaluated rows into those for calibration and those that are reported."""
     if rows.calibration is None:
         calibrates = split_for_calibration(labels, rows.data.problem_type, seed)
         return ExitOutputs(logits, labels, calibrates, None)
@@ -89,15 +89,18 @@ def make_results(
     run_costs: RunCosts,
     chosen_by: str | None,
 ) -> tuple[dict, CalibrationReport | None]:
-    """What `exit_results.json` says, and what calibration found where a policy was asked for.
+    """Compute the content of `exit_results.json`, and calibrate if a policy is requested.
 
     Args:
-        args: of the run.
-        trainer: with the model and its metrics.
-        rows: of the run.
-        outputs: what every exit answers.
-        run_costs: of the exits.
-        chosen_by: what the calibration rows chose already: no guarantee then.
+        args: flags of the run.
+        trainer: the trainer, with the model and its metrics.
+        rows: rows of the run.
+        outputs: logits of every exit.
+        run_costs: relative costs of the exits.
+        chosen_by: what else was chosen on the calibration rows; then there is no guarantee.
+
+    Returns:
+        the content of the file, and the result of calibration; `None` if no policy is requested.
     """
     wanted, config, problem_type = args.calibration, trainer.model.config, rows.data.problem_type
     compute_metrics, reported = trainer.task_metrics, outputs.reported

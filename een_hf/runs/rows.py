@@ -1,4 +1,4 @@
-"""The rows of a run as the model reads them: training, evaluation and calibration."""
+"""The encoded rows of a run, for training, evaluation and calibration."""
 
 import os
 from dataclasses import dataclass, fields, replace
@@ -15,12 +15,12 @@ from .model import LoadedModel
 
 @dataclass
 class RunRows:
-    """What a run trains on, evaluates and calibrates with.
+    """The rows for training, evaluation and calibration.
 
     Args:
-        data: the splits before the tokenizer or image processor.
-        splits: the same, encoded; `train` without the rows that calibrate.
-        calibration: encoded rows that only calibrate; `None` where half of the evaluation split does.
+        data: the splits before tokenization or image processing.
+        splits: the encoded splits; `train` without the calibration rows.
+        calibration: encoded rows that are used only for calibration; `None`: half of the evaluation split is used.
     """
 
     data: TaskData
@@ -29,17 +29,20 @@ class RunRows:
 
     @property
     def counted(self) -> Any:
-        """The rows whose mean length (or size) relative costs are counted at."""
+        """The rows whose mean length (or size) is used for relative costs."""
         return self.calibration or self.splits["validation"]
 
 
 def load_data(modality: Modality, args: RunArguments, like: TaskData | None) -> TaskData:
-    """The splits that the flags ask for.
+    """Load the splits that the flags request.
 
     Args:
-        modality: text or images.
-        args: of the run.
+        modality: texts or images.
+        args: flags of the run.
         like: the labels of the checkpoint, which the data must fit (`labels_of_checkpoint`).
+
+    Returns:
+        the splits, their labels and columns.
     """
     training = args.training
     wanted = {
@@ -53,10 +56,19 @@ def load_data(modality: Modality, args: RunArguments, like: TaskData | None) -> 
 
 
 def encode_rows(modality: Modality, args: RunArguments, data: TaskData, loaded: LoadedModel) -> RunRows:
-    """The data as the model reads them, some of them set aside to calibrate.
+    """Encode the rows for the model, and separate the calibration rows.
+
+    Args:
+        modality: texts or images.
+        args: flags of the run.
+        data: the splits.
+        loaded: the model and its processor.
+
+    Returns:
+        the encoded rows.
 
     Raises:
-        ExitConfigurationError: `--calibration_samples` or `--calibration_file` that cannot be had.
+        ExitConfigurationError: too many `--calibration_samples`, or a `--calibration_file` that cannot be read.
     """
     splits = modality.encode_data(data, loaded.processor, args.data, loaded.model.config)
     path, count = args.calibration.calibration_file, args.calibration.calibration_samples
@@ -75,7 +87,7 @@ def encode_rows(modality: Modality, args: RunArguments, data: TaskData, loaded: 
 
 
 def training_rows(modality: Modality, args: RunArguments, rows: RunRows, loaded: LoadedModel) -> Any | None:
-    """The rows that the trainer draws from, augmented or as a stream without end; `None` where nothing is trained."""
+    """The rows for the trainer, augmented, or as an endless stream; `None` without training."""
     if not args.training.do_train:
         return None
     made_of = loaded.processor, args.data, loaded.model.config, args.training.seed
@@ -84,7 +96,7 @@ def training_rows(modality: Modality, args: RunArguments, rows: RunRows, loaded:
 
 
 def has_labels(rows: Any) -> bool:
-    """Whether encoded rows, text or images, carry labels."""
+    """Whether encoded rows, of texts or images, have labels."""
     return "labels" in getattr(rows, "column_names", rows[0])
 
 

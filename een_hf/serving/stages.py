@@ -183,7 +183,7 @@ class StageWorker:
 
     A step takes the deepest list of rows that have started and that is full or has waited for `max_wait` seconds. If
     there is none, it takes the list of new rows whose first arrived first; if there are none, the deepest list. So
-    rows of several requests meet before the deeper stages while there is other work, and nobody waits while there is
+    rows of several requests meet before the deeper stages while there is other work, and no row waits while there is
     none. Texts of other lengths that wait at the same place join where they fill less padding than a step costs.
 
     Args:
@@ -276,7 +276,7 @@ class StageWorker:
         return chosen and chosen[1]
 
     def _take(self, lane: Lane, segment: int, size: Hashable, count: int) -> list[Row]:
-        """Up to `count` rows of a list, those that have waited longest; what nobody waits for is dropped."""
+        """Up to `count` rows of a list, those that have waited longest; rows of cancelled requests are dropped."""
         waiting, taken = lane.waiting[segment][size], []
         while waiting and len(taken) < count:
             row = waiting.popleft()
@@ -306,7 +306,7 @@ class StageWorker:
             row.slot = None
 
     def drop(self, num_rows: int) -> None:
-        """Count rows that nobody waits for as finished."""
+        """Count rows whose answers are no longer needed as finished."""
         self.num_through += num_rows
         self.observer.dropped(num_rows)
 

@@ -15,7 +15,7 @@ CONFIG_FOLDER = "base_config"
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT model; any other as it is."""
+    """The model inside a PEFT model; any other model unchanged."""
     if isinstance(model, EarlyExitMixin) or not hasattr(model, "peft_config"):
         return model
     # Models of mixed adapters have no `get_base_model`.
@@ -23,7 +23,7 @@ def without_adapter(model: nn.Module) -> nn.Module:
 
 
 def check_adapter(model: nn.Module, network: EarlyExitMixin, *, freezes_backbone: bool, trains: bool) -> None:
-    """Refuse a PEFT model whose exits would be evaluated without the adapter, or would stay random.
+    """Check that a PEFT model has its adapter at all exits, and that no exit would stay random.
 
     Args:
         model: the PEFT model.
@@ -32,13 +32,13 @@ def check_adapter(model: nn.Module, network: EarlyExitMixin, *, freezes_backbone
         trains: whether there are training rows.
 
     Raises:
-        ExitConfigurationError: says what to change in the PEFT configuration.
+        ExitConfigurationError: the message says what to change in the PEFT configuration.
     """
     for settings in model.peft_config.values():
         if settings.is_prompt_learning:
             raise ExitConfigurationError(
-                f"{settings.peft_type.value} puts tokens before the input, which early exit in inference would leave "
-                "out: use an adapter inside the layers, such as LoRA."
+                f"{settings.peft_type.value} puts tokens before the input, which early exit would ignore in "
+                "inference: use an adapter inside the layers, such as LoRA."
             )
     if freezes_backbone:
         raise ExitConfigurationError("--freeze_backbone keeps the backbone, which a PEFT model adapts: leave it out.")
@@ -60,9 +60,9 @@ def check_adapter(model: nn.Module, network: EarlyExitMixin, *, freezes_backbone
 
 
 def save_base_config(network: EarlyExitMixin, folder: str | os.PathLike) -> None:
-    """Put the config of the early-exit model, with its exits and policy, beside its adapter, which does not hold it.
+    """Save the config of the early-exit model, with its exits and policy, in a folder below that of its adapter.
 
-    In a folder of its own: transformers takes a folder with `config.json` for a whole model.
+    It has a separate folder, since transformers takes a folder with `config.json` for a complete model.
     """
     own = Path(folder, CONFIG_FOLDER)
     own.mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def save_base_config(network: EarlyExitMixin, folder: str | os.PathLike) -> None
 
 
 def hide_base_path(model: nn.Module, folder: str | os.PathLike) -> None:
-    """In what PEFT wrote for a push, name a base model that lies in a local folder by the last part of its path."""
+    """In PEFT's files for a push, replace the path of a base model in a local folder by the last part of the path."""
     for name, settings in model.peft_config.items():
         path = settings.base_model_name_or_path
         for file in (Path(folder, "" if name == "default" else name, ADAPTER_CONFIG_NAME), Path(folder, CARD_NAME)):

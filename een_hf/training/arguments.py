@@ -17,7 +17,7 @@ from .publishing import is_publishing
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-# The least value of numbers that transformers does not check, or not before a run has begun.
+# The smallest values of numbers that transformers does not check, or checks only after a run has begun.
 _AT_LEAST = {
     -1: "max_steps",  # none given
     0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs warmup_steps "
@@ -33,7 +33,7 @@ __getattr__ = moved_names(__name__, {"publishing": "een_hf.training.publishing"}
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and where its exits are."""
+    """The flags of the model and its exits."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -52,28 +52,28 @@ class ModelArguments:
         metadata={"help": "Config fields of a model from scratch: `hidden_size=128,num_hidden_layers=4`."},
     )
     exit_layers: list[int] | None = field(
-        default=None, metadata={"help": "1-based layers that carry an exit, rising. Default: every layer."}
+        default=None, metadata={"help": "1-based layers that have an exit, in increasing order. Default: every layer."}
     )
     exit_pooling: str | None = field(
         default=None,
         metadata={
-            "help": "What the exits before the last read: `cls`, the first token, `mean`, over the tokens or over an "
-            "image's patches, `cls_mean`, both, or package.module:function. Default: `mean` for text, `cls_mean` for "
+            "help": "Pooling of the exits before the last: `cls`, the first token; `mean`, over the tokens or over an "
+            "image's patches; `cls_mean`, both; or package.module:function. Default: `mean` for texts, `cls_mean` for "
             "images."
         },
     )
     exit_head: str | None = field(
         default=None,
         metadata={
-            "help": "The head of the exits before the last: `pooler`, `norm`, `norm_pooler` or package.module:Class. "
+            "help": "Head of the exits before the last: `pooler`, `norm`, `norm_pooler` or package.module:Class. "
             "Default: that of the architecture."
         },
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads from the Hub."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
     token: str | None = field(default=None, metadata={"help": "Token for private Hub repositories."})
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Make a new head where that of the checkpoint has another number of labels."}
+        default=False, metadata={"help": "Create a new head if that of the checkpoint has another number of labels."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention kernel as transformers names it: `sdpa`, `eager`, ..."}
@@ -81,8 +81,8 @@ class ModelArguments:
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": f"Precision of the weights: {', '.join(DTYPES)}. Default: float32 where the run trains, whatever "
-            "the checkpoint is stored in, else as stored. --bf16 and --fp16 leave the weights as they are."
+            "help": f"Precision of the weights: {', '.join(DTYPES)}. Default: float32 if the run trains, else that of "
+            "the checkpoint. --bf16 and --fp16 do not change the weights."
         },
     )
 
@@ -110,7 +110,7 @@ class ModelArguments:
 
 @dataclass
 class EarlyExitTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what all schemes share."""
+    """`TrainingArguments` with the flags that all schemes share."""
 
     method: str = field(
         default="joint",
@@ -123,27 +123,27 @@ class EarlyExitTrainingArguments(TrainingArguments):
     class_weights: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Weight of each class in the training loss: one number per label, or `balanced`, under which all "
-            "classes count alike (single-label classification)."
+            "help": "Weight of each class in the training loss: one number per label, or `balanced`, which gives all "
+            "classes the same influence (single-label classification)."
         },
     )
     head_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of heads whose classifier is newly made, their pooler or norm included. Default: "
-            "20 x --learning_rate with AdamW on a pretrained backbone, equal to it with SGD or from scratch."
+            "help": "Learning rate of heads with a new classifier, including their pooler or norm. Default: "
+            "20 x --learning_rate with AdamW on a pretrained backbone; equal to it with SGD or from scratch."
         },
     )
     standardize_heads: bool = field(
         default=True,
         metadata={
-            "help": "Before the first step, scale and shift the first layer of new heads on a pretrained backbone, "
-            "so that its numbers have mean 0 and variance 1 on that step's examples: heads learn in fewer steps."
+            "help": "Before the first step, scale and shift the first layer of new heads on a pretrained backbone, so "
+            "that its outputs have mean 0 and variance 1 on the examples of this step: heads learn in fewer steps."
         },
     )
     freeze_backbone: bool = field(
         default=False,
-        metadata={"help": "Train exits 1..K-1 of a fine-tuned model only; backbone and last head stay to the bit."},
+        metadata={"help": "Train only exits 1..K-1 of a fine-tuned model; backbone and last head do not change."},
     )
 
     lr_milestones: list[float] | None = field(
@@ -158,23 +158,21 @@ class EarlyExitTrainingArguments(TrainingArguments):
     )
     warm_start_epochs: float = field(
         default=0.0,
-        metadata={
-            "help": "Epochs in which the last exit alone is trained, as plain fine-tuning; the others join after."
-        },
+        metadata={"help": "Epochs at the start in which only the last exit is trained, as in plain fine-tuning."},
     )
     card_examples: bool = field(
         default=False,
         metadata={
-            "help": "Show example inputs of the evaluation split in the model card, and so publish them with a push."
+            "help": "Show example inputs of the evaluation split in the model card; a push then publishes them."
         },
     )
     push_handler: bool = field(
         default=False,
-        metadata={"help": "Put handler.py beside the model, which Inference Endpoints call; a push takes it along."},
+        metadata={"help": "Save handler.py with the model, for Inference Endpoints; a push includes it."},
     )
 
     def to_dict(self):
-        """As in `TrainingArguments`, for trackers: without tokens, and with local paths by their last part."""
+        """As in `TrainingArguments`, for trackers: without tokens, and with only the last part of local paths."""
         return public_settings(super().to_dict())
 
     def __getstate__(self):
@@ -192,10 +190,10 @@ class EarlyExitTrainingArguments(TrainingArguments):
         self.check()
 
     def check(self) -> None:
-        """Refuse values that make no sense.
+        """Check the values.
 
         Raises:
-            ExitConfigurationError: names the flag.
+            ExitConfigurationError: a value out of range; the message names the flag.
         """
         self._check_numbers()
         if self.lr_milestones is not None and not all(0 < share < 1 for share in self.lr_milestones):
@@ -203,11 +201,11 @@ class EarlyExitTrainingArguments(TrainingArguments):
                 f"--lr_milestones are shares of the steps, between 0 and 1, not {self.lr_milestones}."
             )
         if self.lr_milestones is not None and self.warmup_steps:
-            raise ExitConfigurationError("--lr_milestones know no --warmup_steps: give one of them.")
+            raise ExitConfigurationError("--lr_milestones cannot be combined with --warmup_steps: give one of them.")
         if not 0 <= self.warm_start_epochs < float("inf"):
             raise ExitConfigurationError(f"--warm_start_epochs must not be negative, not {self.warm_start_epochs}.")
         if self.warm_start_epochs and self.freeze_backbone:
-            raise ExitConfigurationError("--warm_start_epochs trains the backbone, which --freeze_backbone keeps.")
+            raise ExitConfigurationError("--warm_start_epochs trains the backbone, but --freeze_backbone keeps it.")
         if self.head_learning_rate is not None and self.head_learning_rate <= 0:
             raise ExitConfigurationError(f"--head_learning_rate must be above 0, not {self.head_learning_rate}.")
 
@@ -224,7 +222,7 @@ class EarlyExitTrainingArguments(TrainingArguments):
 
 
 class Risk(ExplicitEnum):
-    """What `--max_risk` limits."""
+    """The risk that `--max_risk` limits."""
 
     ACCURACY_GAP = "accuracy_gap"
     CONSISTENCY = "consistency"
@@ -232,7 +230,7 @@ class Risk(ExplicitEnum):
 
 
 class CostUnit(ExplicitEnum):
-    """What a budget is a share of."""
+    """The unit of costs and budgets."""
 
     OPERATIONS = "operations"
     LATENCY = "latency"
@@ -252,14 +250,15 @@ class CalibrationArguments:
         default="confidence",
         metadata={
             "help": f"Score that decides whether an example exits: {', '.join(criterion_names())} or "
-            "package.module:Class. Those that fit depend on the problem: `label_confidence` is for multi-label."
+            "package.module:Class. The problem determines which of them can be used: `label_confidence` is for "
+            "multi-label problems."
         },
     )
     target_cost: float | None = field(
-        default=None, metadata={"help": "Set the most accurate policy at this average relative cost."}
+        default=None, metadata={"help": "Set the best policy whose average relative cost is at most this."}
     )
     max_risk: float | None = field(
-        default=None, metadata={"help": "Set the cheapest policy whose risk is certified to stay below this."}
+        default=None, metadata={"help": "Set the cheapest policy whose risk is certified to be at most this."}
     )
     risk: Risk | None = field(
         default=None,
@@ -269,27 +268,31 @@ class CalibrationArguments:
             "which it differs (needs no labels)."
         },
     )
-    risk_confidence: float = field(
-        default=0.9, metadata={"help": "Probability, over the calibration rows, with which --max_risk holds."}
-    )
+    risk_confidence: float = field(default=0.9, metadata={"help": "Confidence that the risk is at most --max_risk."})
     calibration_file: str | None = field(
-        default=None, metadata={"help": "File (text) or folder (images) whose rows calibrate the policy."}
+        default=None, metadata={"help": "File (texts) or folder (images) of calibration rows."}
     )
     calibration_samples: int | None = field(
         default=None,
-        metadata={"help": "Rows held out of the training split to calibrate. Default: half of the evaluation split."},
+        metadata={
+            "help": "Number of training rows that are held out for calibration. Default: half of the evaluation split "
+            "is used."
+        },
     )
     cost: CostUnit = field(
         default=CostUnit.OPERATIONS,
-        metadata={"help": "Cost of an exit: `operations` (multiply-accumulates) or `latency`, measured here."},
+        metadata={
+            "help": "Unit of costs: `operations` (multiply-accumulates) or `latency`, measured on this machine."
+        },
     )
-    latency_batch_size: int = field(
-        default=1, metadata={"help": "Examples that run together where --cost latency measures."}
-    )
+    latency_batch_size: int = field(default=1, metadata={"help": "Batch size of the measurements of --cost latency."})
 
     measure_speed: bool = field(
         default=False,
-        metadata={"help": "Time the evaluation split (texts) with exits off, on, and in the stock pipeline."},
+        metadata={
+            "help": "Measure the time of the evaluation split (texts) with exits off, with exits on, and in the stock "
+            "pipeline."
+        },
     )
 
     def __post_init__(self):
@@ -307,7 +310,7 @@ class CalibrationArguments:
         for name in ("max_risk", "risk_confidence"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
-                raise ExitConfigurationError(f"--{name} must lie between 0 and 1, not {value}.")
+                raise ExitConfigurationError(f"--{name} must be between 0 and 1, not {value}.")
         if self.risk is not None and self.max_risk is None:
             raise ExitConfigurationError("--risk names what --max_risk limits: give --max_risk too.")
         if self.calibration_file is not None and self.calibration_samples is not None:
@@ -316,7 +319,7 @@ class CalibrationArguments:
             raise ExitConfigurationError(f"--calibration_samples must be at least 1, not {self.calibration_samples}.")
 
     def of_policy(self) -> dict:
-        """What chooses the policy, as the keywords of `een_hf.calibrate`."""
+        """The flags that choose the policy, as keywords of `een_hf.calibrate`."""
         return {
             "criterion": self.exit_criterion,
             "target_cost": self.target_cost,

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is complete: a run does not resume from one that a kill, a full disk or a copy cut short."""
+"""Checks that a checkpoint is complete: a run must not resume from one that was only partly written or copied."""
 
 import json
 import logging
@@ -27,9 +27,9 @@ _WHOLE = ("global_step", "max_steps", "num_train_epochs")
 
 
 class PublicTrainerState(TrainerState):
-    """A state whose file, which is pushed with a checkpoint, holds no path of this machine.
+    """A state whose file, which is pushed with a checkpoint, contains no path of this machine.
 
-    `best_global_step`, which it holds, says as much as `best_model_checkpoint`.
+    `best_model_checkpoint` is omitted, since it follows from `best_global_step`.
     """
 
     def save_to_json(self, json_path: str) -> None:
@@ -41,7 +41,7 @@ class PublicTrainerState(TrainerState):
 
 
 def write_checksums(folder: str | os.PathLike) -> None:
-    """Record every file of a checkpoint that is complete but for the trainer's state, which is written last."""
+    """Record the checksums of all files of a checkpoint, before the trainer's state is written, which comes last."""
     sums = {
         str(path.relative_to(folder)): _checksum(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()
     }
@@ -49,9 +49,9 @@ def write_checksums(folder: str | os.PathLike) -> None:
 
 
 def checkpoint_fault(folder: str | os.PathLike) -> str | None:
-    """What is wrong with a checkpoint, or `None`: the trainer's state, and every file against its checksum.
+    """What is wrong with a checkpoint, or `None`, by the trainer's state and the checksum of every file.
 
-    A checkpoint without checksums, by an earlier version or of weights alone, is judged by its state.
+    Of a checkpoint without checksums, by an earlier version or of weights only, the state is checked.
     """
     folder = Path(folder)
     fault = _state_fault(folder / TRAINER_STATE_NAME)
@@ -71,24 +71,24 @@ def checkpoint_fault(folder: str | os.PathLike) -> str | None:
 
 
 def is_whole_checkpoint(folder: str | os.PathLike) -> bool:
-    """Whether all of a checkpoint was written, and is still as it was written."""
+    """Whether a checkpoint was written completely and has not changed since."""
     return checkpoint_fault(folder) is None
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The whole checkpoint of the most steps, or `None`; a warning names those that are passed over, and why."""
+    """The complete checkpoint with the most steps, or `None`; a warning names those that are skipped, and why."""
     checkpoints = sort_checkpoints(output_dir) if os.path.isdir(output_dir) else []
     for folder in reversed(checkpoints):
         fault = checkpoint_fault(folder)
         if fault is None:
             return folder
-        logger.warning("%s is passed over: %s.", folder, fault)
+        logger.warning("%s is skipped: %s.", folder, fault)
     return None
 
 
 @contextmanager
 def reading_checkpoint(folder: str | os.PathLike | None) -> Iterator[None]:
-    """Turn any error of a library over a damaged checkpoint into one line that names the checkpoint."""
+    """Convert any error of a library for a damaged checkpoint into one line that names the checkpoint."""
     try:
         yield
     except ExitError:
@@ -116,7 +116,7 @@ def _state_fault(path: Path) -> str | None:
     except (ValueError, RecursionError):
         return f"{TRAINER_STATE_NAME} is incomplete"
     if not isinstance(state, dict) or "global_step" not in state:
-        return f"{TRAINER_STATE_NAME} holds no state"
+        return f"{TRAINER_STATE_NAME} contains no state"
     known = {field.name: field.default for field in fields(TrainerState)}
     wrong = [name for name, value in state.items() if name not in known or not _fits(name, value, known[name])]
     return f"{TRAINER_STATE_NAME} has a wrong {wrong[0]}" if wrong else None

@@ -1,4 +1,4 @@
-"""Arguments that a trainer refuses before any work, by their names."""
+"""Checks of a trainer's arguments before any work."""
 
 import math
 import os
@@ -13,8 +13,8 @@ from .adapters import without_adapter
 from .arguments import EarlyExitTrainingArguments
 
 
-# Arguments of transformers that evaluating every exit, or keeping the trained weights, does not allow: the one value
-# that is taken, and why.
+# Arguments of transformers that cannot be combined with the evaluation of every exit or with the precision of trained
+# weights: the only possible value, and the reason.
 _ONLY = {
     "batch_eval_metrics": (False, "metrics need all rows of an exit"),
     "eval_do_concat_batches": (True, "metrics need all rows of an exit"),
@@ -26,7 +26,7 @@ _ONLY = {
 
 
 def check_supported(args: EarlyExitTrainingArguments, optimizer, scheduler) -> None:
-    """Refuse, by name, arguments of `Trainer` that would have no effect, or a wrong one."""
+    """Raise an error for arguments of `Trainer` that would have no effect, or a wrong one."""
     for name, (taken, reason) in _ONLY.items():
         if getattr(args, name, taken) != taken:
             raise ExitConfigurationError(f"--{name} must be {taken}: {reason}.")
@@ -83,17 +83,17 @@ def check_sharding(args: EarlyExitTrainingArguments, model: nn.Module, scheme: s
 
 
 def check_loss_function(args: EarlyExitTrainingArguments, scheme: str, weighs_examples: bool) -> None:
-    """Refuse what `compute_loss_func`, which gives one number per exit, leaves without effect.
+    """Raise an error for settings that have no effect with `compute_loss_func`, which returns one number per exit.
 
     Args:
-        args: of the training.
+        args: arguments of the training.
         scheme: name of the scheme.
         weighs_examples: whether the scheme has weights for the losses of single examples.
     """
     if weighs_examples:
         raise ExitConfigurationError(
-            f"compute_loss_func gives one loss per exit, but --method {scheme} weighs the loss of each "
-            "example: use --method joint, or leave it out (--class_weights weighs classes in every scheme)."
+            f"compute_loss_func returns one loss per exit, but --method {scheme} needs the loss of each example: use "
+            "--method joint, or leave it out (--class_weights sets weights of classes in every scheme)."
         )
     for name in ("label_smoothing_factor", "class_weights"):
         if getattr(args, name):
@@ -101,13 +101,13 @@ def check_loss_function(args: EarlyExitTrainingArguments, scheme: str, weighs_ex
 
 
 def check_best_metric(name: str | None, splits, num_exits: int, compute_metrics) -> None:
-    """Refuse a `--metric_for_best_model` that no evaluation will give.
+    """Raise an error for a `--metric_for_best_model` that no evaluation will return.
 
     Args:
-        name: of the metric.
-        splits: names of the evaluation splits, where there are several.
-        num_exits: of the model.
-        compute_metrics: as the trainer got it; one of `make_compute_metrics` names its metrics.
+        name: name of the metric.
+        splits: names of the evaluation splits, if there are several.
+        num_exits: number of exits.
+        compute_metrics: the trainer's argument; if it was made by `make_compute_metrics`, its metrics are known.
     """
     if name is None:
         return
@@ -129,21 +129,21 @@ def check_best_metric(name: str | None, splits, num_exits: int, compute_metrics)
 
 
 def check_warm_start(args: EarlyExitTrainingArguments, rows) -> None:
-    """Refuse a warm start that leaves the early exits no step.
+    """Raise an error for a warm start after which there is no step for the early exits.
 
     Args:
-        args: of the training.
-        rows: the training rows, or `None`.
+        args: arguments of the training.
+        rows: the training rows; `None`: no training.
     """
     epochs = args.num_train_epochs
     if args.max_steps > 0:
-        epochs = 1.0  # of a stream
+        epochs = 1.0  # for a stream
         if hasattr(rows, "__len__"):
             batches = len(rows) / (args.train_batch_size * args.world_size)
             batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
             epochs = args.max_steps / max(1, math.ceil(batches / args.gradient_accumulation_steps))
     if rows is not None and args.warm_start_epochs and args.warm_start_epochs >= epochs:
         raise ExitConfigurationError(
-            f"--warm_start_epochs {args.warm_start_epochs:g} leaves the early exits no step: this run trains "
+            f"--warm_start_epochs {args.warm_start_epochs:g} leaves no step for the early exits: this run trains "
             f"{epochs:.3g} epochs; give less."
         )

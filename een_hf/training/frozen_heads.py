@@ -1,4 +1,4 @@
-"""Exits before the last on a frozen model: what they read, how they are trained on it, and what they answer."""
+"""Training of the exits before the last on a frozen model, from stored inputs of their heads (features)."""
 
 import math
 from dataclasses import replace
@@ -14,11 +14,11 @@ from ..models.exit_losses import loss_matrix, reduce_losses
 
 @torch.inference_mode()
 def read_features(model: EarlyExitMixin, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the exits before the last read of a batch, and what the last one answers.
+    """Compute the inputs of the heads before the last, and the logits of the last exit.
 
     Args:
-        model: in eval mode; each exit predicts by itself.
-        inputs: of the model, on its device, without labels.
+        model: an early-exit model in eval mode, whose exits predict by themselves.
+        inputs: model inputs on its device, without labels.
 
     Returns:
         features (batch, num_exits - 1, width) and the last exit's logits (batch, num_labels), both in float32.
@@ -44,23 +44,23 @@ def train_heads(
     seed: int = 42,
     disable_tqdm: bool = False,
 ) -> float:
-    """Teach exits 1..K-1 what the last one answers, by AdamW with a learning rate that falls to zero as a cosine.
+    """Train exits 1..K-1 to predict what the last exit predicts, by AdamW with a cosine schedule to zero.
 
-    The loss is the cross-entropy with the last exit's probabilities as soft labels; binary cross-entropy for several
-    labels per example, the squared difference for regression.
+    The loss is the cross-entropy with the last exit's probabilities as soft labels; for multi-label problems binary
+    cross-entropy, for regression the squared difference.
 
     Args:
-        model: an early-exit model; nothing but its exit heads changes.
-        features: (num_rows, num_exits - 1, width), what the heads read.
-        teacher_logits: (num_rows, num_labels).
-        num_train_epochs: passes over the rows.
+        model: an early-exit model; only its exit heads change.
+        features: (num_rows, num_exits - 1, width), the inputs of the heads.
+        teacher_logits: (num_rows, num_labels), of the last exit.
+        num_train_epochs: number of epochs.
         train_batch_size: rows per step.
-        head_learning_rate: at the start.
-        seed: of the order of the rows.
-        disable_tqdm: show no progress.
+        head_learning_rate: learning rate at the start.
+        seed: seed of the order of the rows.
+        disable_tqdm: whether to hide the progress bar.
 
     Returns:
-        the loss per row and exit in the last epoch.
+        the mean loss per row and exit in the last epoch.
     """
     set_seed(seed)
     heads, dtype = model.exit_heads, model.dtype
@@ -92,7 +92,7 @@ def train_heads(
 
 @torch.inference_mode()
 def logits_of_features(model: EarlyExitMixin, features: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
-    """Every exit's logits (num_rows, num_exits, num_labels), float32, from features and the last exit's logits."""
+    """The logits of all exits (num_rows, num_exits, num_labels), float32, from features and the last exit's logits."""
     parts = [
         _head_logits(model, torch.from_numpy(part).to(model.device, model.dtype)).float().cpu()
         for part in np.array_split(features, max(1, len(features) // 1024))

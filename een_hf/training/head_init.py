@@ -1,4 +1,4 @@
-"""A start for new heads that fits what they read: data-dependent initialization."""
+"""Data-dependent initialization of new heads."""
 
 from collections.abc import Callable
 
@@ -13,16 +13,17 @@ def standardize_heads(
     run: Callable[[], None],
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
 ) -> None:
-    """Scale and shift the first layer of new heads: on some examples it gives mean 0 and, all in all, variance 1.
+    """Scale and shift the first layer of new heads, so that on some examples its outputs have mean 0 and variance 1.
 
-    Mean-pooled hidden states of a pretrained encoder are nearly one vector: what tells examples apart is a few percent
-    of it. A head that starts from small random weights spends hundreds of steps on that common part, the last one the
-    most where the encoder was trained by comparing texts. Shapes and formulas of the heads do not change.
+    Mean-pooled hidden states of a pretrained encoder are nearly the same vector for all examples, which differ only by
+    a few percent of it. A head that starts from small random weights spends hundreds of steps on this common part; the
+    last head needs the most if the encoder was trained by comparing texts. Shapes and formulas of the heads do not
+    change.
 
-    A layer is new where its bias is zero, as it is made. Heads with fewer than two linear layers are left as they are.
+    A layer is new if its bias is zero. Heads with fewer than two linear layers are not changed.
 
     Args:
-        heads: the modules of each head, as `exit_head_modules` gives them.
+        heads: the modules of each head, as `exit_head_modules` returns them.
         run: runs the heads on the examples.
         reduce: sums a tensor over the processes.
 

@@ -1,4 +1,4 @@
-"""What was trained on what: a record in each run's folder, and what it says of rows that are to certify a model."""
+"""Records of runs: which rows a model was trained on, and whether calibration rows may certify a risk."""
 
 import json
 import os
@@ -16,8 +16,8 @@ except ImportError:  # Windows
     fcntl = None
 
 
-RUN_FILE = "_run_arguments.json"  # holds local paths; what begins with an underscore is never pushed
-# Flags that say which training rows --calibration_samples or --train_val_split hold out.
+RUN_FILE = "_run_arguments.json"  # contains local paths; files that begin with an underscore are never pushed
+# Flags that determine which training rows --calibration_samples or --train_val_split hold out.
 _HELD_OUT_BY = (
     "calibration_samples seed dataset_name dataset_config_name task_name train_file train_dir train_val_split "
     "max_train_samples partition_dir partition_id"
@@ -76,8 +76,8 @@ def read_run(folder: str | os.PathLike) -> dict | None:
         whole = False
     if not whole:
         raise ExitConfigurationError(
-            f"{path} cannot be read as the record of a run. If the model is to be taken as one of unknown origin, "
-            "remove that file."
+            f"{path} cannot be read as the record of a run. Remove the file if the model may count as one of unknown "
+            "origin."
         )
     return record
 
@@ -92,11 +92,14 @@ def write_run(folder: str | os.PathLike, settings: dict, *, trained: bool, finis
 
 
 def history_of(source: str | None, has_head: bool) -> list[dict | None]:
-    """The flags of the runs that trained a checkpoint, the earliest first; `None` before them: trained elsewhere.
+    """The flags of the runs that trained a checkpoint, the earliest first.
 
     Args:
-        source: the checkpoint, or `None` for a model from scratch.
-        has_head: whether it came with its last head: one without was not trained for a task yet.
+        source: the checkpoint; `None`: a model from scratch.
+        has_head: whether it has its last head; a checkpoint without was not trained for a task yet.
+
+    Returns:
+        a list of flags, in which `None` stands for training that is not recorded.
     """
     record = None if source is None else read_run(source)
     if record is None:
@@ -105,13 +108,16 @@ def history_of(source: str | None, has_head: bool) -> list[dict | None]:
 
 
 def rows_chose(now: dict, history: list[dict | None], *, trains: bool, new_head: bool) -> str | None:
-    """What the calibration rows were used for already, in this run or before: then they certify nothing.
+    """What else the calibration rows were used for, in this run or before. If anything, they cannot certify a risk.
 
     Args:
         now: the run's flags.
-        history: as `history_of` gives it.
+        history: as `history_of` returns it.
         trains: whether the run trains.
         new_head: whether the last head was new when the run began.
+
+    Returns:
+        the use, as the object of "chose"; `None`: they were used for nothing else.
     """
     earlier = [run for run in history if run is not None]
     runs = [*earlier, now] if trains else earlier
@@ -122,7 +128,7 @@ def rows_chose(now: dict, history: list[dict | None], *, trains: bool, new_head:
         return "the weights"
     cut = count is not None or (validation is None and now.get("train_val_split") is not None)
     if file is None and cut and not new_head:
-        # Rows of the training split: whatever was trained before must have held out the same.
+        # Rows of the training split: all earlier runs must have held out the same rows.
         agree = all(run.get(name) == now.get(name) for run in earlier for name in _HELD_OUT_BY)
         if None in history or not earlier or not agree:
             return _UNKNOWN
@@ -134,7 +140,7 @@ def rows_chose(now: dict, history: list[dict | None], *, trains: bool, new_head:
 
 
 def trained_on(path: str, history: list[dict | None]) -> bool:
-    """Whether one of these runs read its training rows from a file or folder, from within it or from around it."""
+    """Whether one of these runs read its training rows from this file or folder, from inside it or from a parent."""
     return any(_split_with(path, run) == "train" for run in history if run is not None)
 
 

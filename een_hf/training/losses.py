@@ -1,4 +1,4 @@
-"""Weights per exit and per class, which multiply those of every scheme."""
+"""Weights of exits and of classes, which multiply the weights of every scheme."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ import torch
 from ..models import ExitConfigurationError
 
 
-LABEL_COLUMNS = ("labels", "label", "label_ids")  # what the collators of transformers make `labels` of
+LABEL_COLUMNS = ("labels", "label", "label_ids")  # the collators of transformers rename these to `labels`
 
 
 def exit_loss_weights(weights: list[str] | str, num_exits: int) -> torch.Tensor:
@@ -40,8 +40,8 @@ def class_weights(weights: list[str] | str, num_labels: int, rows) -> torch.Tens
     """The weight of each class in the training loss, float32 of shape (num_labels,).
 
     Args:
-        weights: `balanced`, which gives the n_c of N rows in class c the weight N / (C n_c), C counting the classes
-            that occur, so that each class counts alike and the mean over rows is 1; or num_labels numbers.
+        weights: `balanced`: a class with n_c of the N rows has the weight N / (C n_c), with C the number of classes
+            that occur, so that all classes have the same influence and the mean over rows is 1; or num_labels numbers.
         num_labels: number of classes.
         rows: training rows, whose labels `balanced` counts.
 

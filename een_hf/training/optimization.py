@@ -1,4 +1,4 @@
-"""Learning rates of new and old heads, and the schedule."""
+"""Optimizer and schedule, with another learning rate for new heads."""
 
 import torch
 from torch import nn
@@ -11,10 +11,10 @@ from .head_init import standardize_heads
 
 
 class OptimizationMixin:
-    """The part of `EarlyExitTrainer` that makes optimizer and scheduler."""
+    """The part of `EarlyExitTrainer` that creates optimizer and scheduler."""
 
     def new_heads(self) -> list[int]:
-        """The 0-based exits whose heads were newly made when training began, be it before an interruption."""
+        """The 0-based exits whose heads were new when training began, also if it was interrupted since."""
         if self._new_heads is None:
             network = self.network
             self._new_heads = [k for k in range(network.num_exits) if network.is_new_head(k)]
@@ -40,7 +40,7 @@ class OptimizationMixin:
         return batches, num_items_in_batch
 
     def head_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> float:
-        """Learning rate of newly made heads: `--head_learning_rate`, or its default where the others have `rate`."""
+        """Learning rate of new heads: `--head_learning_rate`, or its default, which depends on the others' `rate`."""
         if self.args.head_learning_rate is not None:
             return self.args.head_learning_rate
         pretrained = self.network.newly_initialized is not None

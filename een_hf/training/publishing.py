@@ -1,4 +1,4 @@
-"""What goes to the Hub with a model in training."""
+"""Publishing: the model card and the files that are pushed to the Hub during training."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _PUBLISHING = ContextVar("whether arguments are pickled for others to read", def
 
 @contextmanager
 def publishing() -> Iterator[None]:
-    """While files are written that are pushed: arguments are pickled without tokens and local paths."""
+    """Inside the block, for files that are pushed, arguments are pickled without tokens and local paths."""
     token = _PUBLISHING.set(True)
     try:
         yield
@@ -35,7 +35,7 @@ class PublishingMixin:
     """The part of `EarlyExitTrainer` that writes the model card and pushes."""
 
     def create_model_card(self, language=None, license=None, tags=None, **kwargs) -> None:
-        """As in `Trainer`, but the card of an evaluated run stays, with these fields added to its header."""
+        """As in `Trainer`, but the card of an evaluated run is kept, with these fields added to its header."""
         path = os.path.join(self.args.output_dir, CARD_NAME)
         if not is_run_card(path):
             super().create_model_card(language=language, license=license, tags=tags, **kwargs)
@@ -64,7 +64,7 @@ class PublishingMixin:
                 hide_base_path(self.accelerator.unwrap_model(self.model), folder)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        # Trainer takes config and weights out of the checkpoint; the config names these files.
+        # Trainer pushes config and weights of the checkpoint; the config refers to these files.
         if self.is_world_process_zero():
             network = whole_shapes(self.network) if is_sharded(self.network) else self.network
             save = save_base_config if self.has_adapter else custom_object_save

@@ -1,4 +1,4 @@
-"""Writing checkpoints whole, and resuming from those that are."""
+"""Writing of complete checkpoints, and resuming from them."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class ResumingMixin:
     """The part of `EarlyExitTrainer` that writes checkpoints and resumes from them."""
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As in `Trainer`; `True` resumes from the last whole checkpoint.
+        """As in `Trainer`; `True` resumes from the last complete checkpoint.
 
         Raises:
             CheckpointError: the checkpoint to resume from is missing or incomplete, or was written by another scheme.
@@ -37,11 +37,13 @@ class ResumingMixin:
         if checkpoint is True:
             checkpoint = last_whole_checkpoint(self.args.output_dir)
             if checkpoint is None:
-                raise CheckpointError(f"--resume_from_checkpoint: no whole one in {self.args.output_dir}.")
+                raise CheckpointError(
+                    f"--resume_from_checkpoint: {self.args.output_dir} has no complete checkpoint to resume from."
+                )
         elif checkpoint and (fault := checkpoint_fault(checkpoint)):
             raise CheckpointError(
-                f"--resume_from_checkpoint {checkpoint} is not there or not whole ({fault}): leave the flag out to "
-                "resume from the last complete one."
+                f"--resume_from_checkpoint {checkpoint} does not exist or is not complete ({fault}): leave the flag "
+                "out to resume from the last complete checkpoint."
             )
         self._resumed_from = checkpoint
         self._forget_steps()
@@ -50,7 +52,7 @@ class ResumingMixin:
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _read_scheme(self, checkpoint: str) -> None:
-        """Refuse a checkpoint of another scheme; keep its division into new and old heads."""
+        """Check that a checkpoint is of this scheme, and read which heads are new."""
         path = os.path.join(checkpoint, SCHEME_FILE)
         if not os.path.exists(path):
             if not os.path.exists(os.path.join(checkpoint, OPTIMIZER_NAME)):
@@ -105,7 +107,7 @@ class ResumingMixin:
         self.state.__class__ = PublicTrainerState
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save and os.path.isdir(folder):
-            shutil.rmtree(folder)  # of an interrupted run, or one that is being repeated: never mix the two
+            shutil.rmtree(folder)  # left by an interrupted run, or by one that is repeated: never mix the two
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
@@ -117,13 +119,13 @@ class ResumingMixin:
                 raise
             last = last_whole_checkpoint(self._get_output_dir(trial))
             raise DiskFullError(
-                f"{folder} could not be written ({error}): make room below --output_dir, then give the same command "
-                f"again. It continues from {last or 'the start'}."
+                f"{folder} could not be written ({error}): free space on the disk of --output_dir, then repeat the "
+                f"command. It continues from {last or 'the start'}."
             ) from error
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        # What makes a checkpoint whole is written next, by one process: all the others must be through.
+        # The checksums are written next, by one process: all other processes must have written their files.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_checksums(output_dir)

@@ -1,4 +1,4 @@
-"""Which training and evaluation rows a batch holds, and which rows the present batch holds."""
+"""The choice of the rows of a batch, and the numbers of the rows in the current batch."""
 
 from itertools import islice
 
@@ -12,7 +12,7 @@ from .callbacks import samplers_of
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """transformers' sampler; its draws depend on seed and epoch alone, so that a resumed run sees the same batches."""
+    """transformers' sampler, whose draws depend only on seed and epoch, so that resumed runs see the same batches."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
@@ -27,13 +27,13 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
 
 class SamplingMixin:
-    """The part of `EarlyExitTrainer` that makes batches."""
+    """The part of `EarlyExitTrainer` that chooses the rows of batches."""
 
     def _get_train_sampler(self, train_dataset=None):
-        """As in `Trainer`; `group_by_length` batches hold the same rows for any number of processes.
+        """As in `Trainer`; with `group_by_length`, batches have the same rows for any number of processes.
 
         Raises:
-            ExitConfigurationError: rows are to be ordered by their lengths, which only reading them all would give.
+            ExitConfigurationError: the strategy needs lengths, which are not known without reading all rows.
         """
         rows, strategy = self.train_dataset, self.args.train_sampling_strategy
         if strategy not in ("group_by_length", "batch_rebalance") or not hasattr(rows, "__len__"):
@@ -46,7 +46,7 @@ class SamplingMixin:
             raise ExitConfigurationError(
                 f"--train_sampling_strategy {strategy} needs the length of each row before training: a column "
                 f"`input_ids` or `{self.args.length_column_name}` (--length_column_name) of a datasets.Dataset, or a "
-                "list. Other rows are not read for it: use `random`."
+                "list. For other rows use `random`."
             )
         if strategy == "batch_rebalance":
             return super()._get_train_sampler(train_dataset)
@@ -66,12 +66,12 @@ class SamplingMixin:
             self.args.dataloader_drop_last = wanted
 
     def _get_eval_sampler(self, eval_dataset):
-        """Rows in their order: predictions are matched with them by position."""
+        """Rows in their order, since predictions are matched with them by position."""
         ordered = self.args.world_size <= 1 and hasattr(eval_dataset, "__len__")
         return torch.utils.data.SequentialSampler(eval_dataset) if ordered else None
 
     def _rows_of_batch(self) -> list[int] | None:
-        """The row of each example of the present micro-batch; `None` for a stream, or an order that was not seeded."""
+        """The row of each example of the current micro-batch; `None` for a stream, or an order without a seed."""
         loader = self.callback_handler.train_dataloader
         if loader is None or not hasattr(self.train_dataset, "__len__"):
             return None

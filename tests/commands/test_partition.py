@@ -201,7 +201,7 @@ def test_folders_without_a_train_split(text_folder, tmp_path):
     with pytest.raises(SystemExit, match="holds no parquet file.*large"):
         partition(tmp_path / "out", **flags, dataset_config_name="large")
     (text_folder / "small" / "train.parquet").unlink()
-    with pytest.raises(SystemExit, match=r"no train split \(there: test, validation\)"):
+    with pytest.raises(SystemExit, match=r"no train split \(it has: test, validation\)"):
         partition(tmp_path / "out", **flags)
     (text_folder / "other").mkdir()
     (text_folder / "small" / "test.parquet").rename(text_folder / "other" / "test.parquet")

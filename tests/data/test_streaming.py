@@ -324,8 +324,8 @@ def test_a_run_on_a_stream_resumes_to_the_same_weights(tmp_path, caplog):
     ("flags", "message"),
     [
         ([], "--streaming needs --max_steps"),
-        (["--max_steps=1", "--train_val_split=0.1"], "--train_val_split cuts the training rows"),
-        (["--max_steps=1", "--calibration_samples=5"], "--calibration_samples cuts the training rows"),
+        (["--max_steps=1", "--train_val_split=0.1"], "--train_val_split needs all training rows"),
+        (["--max_steps=1", "--calibration_samples=5"], "--calibration_samples needs all training rows"),
     ],
 )
 def test_what_a_stream_cannot_do(tmp_path, flags, message):

@@ -363,7 +363,7 @@ def test_length_beyond_the_model_warns_and_is_cut(load, write, tokenizer, caplog
     args = TextDataArguments(dataset_name="x", max_seq_length=40, pad_to_max_length=True)
     encoded = TEXT.encode_data(data, tokenizer, args, config)["train"]
     assert [len(ids) for ids in encoded["input_ids"]] == [24, 24]
-    assert "more than the model takes; rows are cut to 24" in caplog.text
+    assert "more than the model takes; texts are truncated to 24" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -493,12 +493,12 @@ def test_missing_splits_name_the_flag_and_the_splits_there_are(load, write, shar
     """Breaks if a run without evaluation rows fails later, or is not told what would provide them."""
     path = write("train.csv", rows_of(["a", "b"]))
     with pytest.raises(
-        DataError, match=r"no validation split \(there: train\).*--validation_file, or --train_val_split"
+        DataError, match=r"no validation split \(it has: train\).*--validation_file, or --train_val_split"
     ):
         load("train", "validation", train_file=path)
     with pytest.raises(DataError, match="--do_train needs --train_file"):
         load("train", validation_file=path, train_val_split=0.5)
-    with pytest.raises(DataError, match=r"no test split \(there: train, validation\): --do_predict needs"):
+    with pytest.raises(DataError, match=r"no test split \(it has: train, validation\): --do_predict needs"):
         load("test", dataset_name=f"{shared_dir}/data/glue/sst2")
 
 
@@ -559,7 +559,7 @@ def test_rows_to_predict_without_labels(load, write):
     data = load("test", train_file=train, test_file=blind)
     assert data.label_names == ["a", "b"] and data.splits["test"].column_names == ["text", "idx"]
     assert load("test", test_file=blind, task_name="sst2", text_column_names="text").label_names[0] == "negative"
-    with pytest.raises(DataError, match="no labels.*a fine-tuned model, a --train_file"):
+    with pytest.raises(DataError, match="no labels.*a fine-tuned model, also a --train_file"):
         load("test", test_file=blind)
     args = TextDataArguments(test_file=str(blind))
     for like in (data, load(train_file=write("s.csv", rows_of([0.5, 1.5])))):

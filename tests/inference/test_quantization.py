@@ -258,8 +258,8 @@ BAD = {
     "another format": ({"quantize": "int4"}, "'int4' is not one of: int8"),
     "rows for float32": ({"calibration": {"max_risk": 0.1}}, "give --quantize int8"),
     "rows for all exits": ({"quantize": "int8", "dynamic": False, "calibration": {"max_risk": 0.1}}, "--no_dynamic"),
-    "no target": ({"quantize": "int8", "calibration": {}}, "--target_cost and --max_risk"),
-    "two targets": ({"quantize": "int8", "calibration": {"max_risk": 0.1, "target_cost": 0.5}}, "give one of them"),
+    "no target": ({"quantize": "int8", "calibration": {}}, "either --target_cost or --max_risk"),
+    "two targets": ({"quantize": "int8", "calibration": {"max_risk": 0.1, "target_cost": 0.5}}, "give either"),
     "risk": ({"quantize": "int8", "calibration": {"max_risk": 1.5}}, "--max_risk must lie between 0 and 1"),
     "not a number": ({"quantize": "int8", "calibration": {"max_risk": float("nan")}}, "--max_risk must lie"),
     "few rows": ({"quantize": "int8", "calibration": {"max_risk": 0.1}}, "20 calibration rows are too few.*least 72"),
@@ -301,7 +301,7 @@ FLAGS = {
     "rows it knows": ("--quantize int8 --max_risk 0.1 --calibration_file {0}/known.csv", "trained on these rows"),
     "images in text": (
         "--quantize int8 --max_risk 0.1 --calibration_file {0}/texts.csv --skip_corrupt",
-        "--skip_corrupt leaves out images: it belongs to --calibration_file",
+        "--skip_corrupt skips images: it belongs to --calibration_file",
     ),
 }
 

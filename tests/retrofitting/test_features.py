@@ -139,7 +139,9 @@ def test_a_full_disk_says_so_and_keeps_the_finished_chunks(rows, size, kept, nam
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     line = ended.stderr.splitlines()[-1]
-    assert re.match(f"error: .*{named} could not be written .*: make room below --output_dir, .* continues from", line)
+    assert re.match(
+        f"error: .*{named} could not be written .*: free space on the disk of --output_dir, .* continues from", line
+    )
     assert len(chunks(tmp_path / "full")) == kept and not list((tmp_path / "full").rglob(".*.tmp"))
     main(words)
     assert rows_read() == NUM_ROWS - min(kept * CHUNK, NUM_ROWS)

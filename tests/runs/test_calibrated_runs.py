@@ -62,7 +62,7 @@ def test_rows_that_chose_the_model_certify_nothing(case, finished, files, tmp_pa
         main(TEXT, [*flags, f"--output_dir={tmp_path / 'out'}"])
     results = json.loads((tmp_path / "out" / "exit_results.json").read_text())
     assert results["calibration_rows_chose"] == reason
-    assert ("No guarantee will go with --max_risk" in caplog.text) == (reason is not None)
+    assert ("There will be no guarantee for --max_risk" in caplog.text) == (reason is not None)
     if results["policy"] is not None and reason is not None:
         assert results["policy"]["guarantee"] is None
         assert reason in results["policy"]["calibrated_for"]["no_guarantee"]

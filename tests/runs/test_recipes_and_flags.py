@@ -56,19 +56,19 @@ BAD = {
     ),
     "long warm start": (
         ["--do_train", "--warm_start_epochs=2", "--num_train_epochs=2"],
-        "--warm_start_epochs 2 leaves the early exits no step",
+        "--warm_start_epochs 2 leaves no step for the early exits",
     ),
     "warm start in steps": (
         ["--do_train", "--warm_start_epochs=2", "--max_steps=10", "--per_device_train_batch_size=16"],
-        "--warm_start_epochs 2 leaves the early exits no step: this run trains 1 epochs",
+        "--warm_start_epochs 2 leaves no step for the early exits: this run trains 1 epochs",
     ),
     "warm start of short epochs": (
         ["--do_train", "--warm_start_epochs=3", "--max_steps=3", "--per_device_train_batch_size=500"],
-        "--warm_start_epochs 3 leaves the early exits no step: this run trains 3 epochs",
+        "--warm_start_epochs 3 leaves no step for the early exits: this run trains 3 epochs",
     ),
     "warm start of a stream": (
         ["--do_train", "--warm_start_epochs=1", "--max_steps=10", "--streaming", "--do_eval"],
-        "--warm_start_epochs 1 leaves the early exits no step",
+        "--warm_start_epochs 1 leaves no step for the early exits",
     ),
     "re-entrant checkpoints": (
         [
@@ -98,11 +98,11 @@ BAD = {
     "config field": (["--do_train", "--config_overrides=sise=3"], "sise"),
     "config value": (
         ["--do_train", "--config_overrides=hidden_size=abc"],
-        "^error: --config_overrides hidden_size=abc gives no EarlyExitBert[^\n]*$",
+        "^error: --config_overrides hidden_size=abc does not define a valid EarlyExitBert[^\n]*$",
     ),
     "config values": (
         ["--do_train", "--config_overrides=hidden_size=16,num_attention_heads=3"],
-        "^error: --config_overrides hidden_size=16,num_attention_heads=3 gives no EarlyExitBert[^\n]*3[^\n]*$",
+        "^error: --config_overrides hidden_size=16,num_attention_heads=3 does not define a valid [^\n]*3[^\n]*$",
     ),
 }
 

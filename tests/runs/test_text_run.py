@@ -122,7 +122,7 @@ def test_a_finished_run_and_another_runs_folder_are_refused(finished, files, min
     flags = [f"--{split}_file={path}" for split, path in files.items()]
     flags += ["--do_train", "--do_eval", "--do_predict", "--target_cost=0.8", "--learning_rate=0.01"]
     flags += ["--num_train_epochs=3", "--eval_strategy=epoch", f"--output_dir={finished}"]
-    with pytest.raises(SystemExit, match="holds a finished run"):
+    with pytest.raises(SystemExit, match="contains a finished run"):
         main(TEXT, tiny(minilm_path, *flags))
     with pytest.raises(SystemExit, match="--seed was 42, is 7"):
         main(TEXT, tiny(minilm_path, *flags, "--seed=7"))
@@ -167,7 +167,7 @@ def test_a_full_disk_is_told_in_one_line(blocks, finished, files, minilm_path, t
     limited = ["bash", "-c", f"ulimit -f {blocks}; exec {command}"]
     done = subprocess.run(limited, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "error: a file could not be written" in done.stderr and "make room" in done.stderr
+    assert "error: a file could not be written" in done.stderr and "free space" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -71,8 +71,9 @@ def test_a_checkpoint_with_a_broken_part_is_passed_over(part, finished_l2w, tmp_
     file = folder / "checkpoint-2" / part
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-1")
-    assert f"{folder / 'checkpoint-2'} is passed over: {part} is" in caplog.text.replace("cannot be", "is")
-    with pytest.raises(ExitConfigurationError, match=f"--resume_from_checkpoint .*checkpoint-2 .*not whole.*{part}"):
+    assert f"{folder / 'checkpoint-2'} is skipped: {part} is" in caplog.text.replace("cannot be", "is")
+    message = f"--resume_from_checkpoint .*checkpoint-2 .*not complete.*{part}"
+    with pytest.raises(ExitConfigurationError, match=message):
         make_trainer(folder, "l2w").train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 

@@ -1,4 +1,4 @@
-"""Which row goes to which part: IID, by Dirichlet shares of the classes, or a few classes each."""
+"""The assignment of rows to parts: IID, by Dirichlet shares of the classes, or a few classes in each part."""
 
 import heapq
 import math
@@ -10,7 +10,7 @@ from ..task import DataError
 
 
 SCHEMES = ("iid", "dir", "pat")
-# Spread of unbalanced sizes: one part in six has less than 0.22 and one in six more than 1.6 times the mean.
+# Spread of unbalanced sizes: one part in six has less than 0.22, and one in six more than 1.6 times the mean.
 _SIZE_SIGMA = 1.0
 _MAX_ALPHA = 1e9
 
@@ -28,24 +28,26 @@ def partition_indices(
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
     """Assign every row to one part.
 
-    `iid`: at random. `dir`: each part draws shares of the classes from a symmetric Dirichlet distribution, and the
-    classes of its rows from these shares. All parts draw at once; where a class is drawn more often than it has rows,
-    a random choice of the draws gets them, and the others are drawn again, by the same shares over the classes that
-    still have rows (by the rows left, where these shares are zero). `pat`: each part sees `classes_per_partition`
-    classes; a class is seen by a number of parts that grows with its rows, which are spread over these parts.
+    - `iid`: at random.
+    - `dir`: each part draws shares of the classes from a symmetric Dirichlet distribution, and the classes of its rows
+      from these shares. All parts draw at the same time. If a class is drawn more often than it has rows, the rows go
+      to a random choice of these draws. The other draws are repeated with the same shares over the classes that still
+      have rows (if these shares are zero, in proportion to the remaining rows).
+    - `pat`: each part has `classes_per_partition` classes. The number of parts that have a class grows with the rows
+      of the class, which are distributed over these parts.
 
-    Sizes are equal up to one row with `balance`, otherwise `min_size` plus a log-normal share of the rest. With `pat`
-    this holds for each class and the parts that see it: parts are of equal size where the classes are.
+    With `balance` sizes are equal up to one row; otherwise they are `min_size` plus a log-normal share of the rest.
+    With `pat` this applies to each class and the parts that have it: parts have equal size if the classes have.
 
     Args:
-        labels: (n,), of any type that sorts.
+        labels: (n,), of any type that can be sorted.
         num_partitions: number of parts.
         scheme: `iid`, `dir` or `pat`.
-        alpha: of the Dirichlet distribution; small for parts of few classes.
-        classes_per_partition: of `pat`.
-        balance: equal sizes.
-        min_size: least rows of a part.
-        seed: of all draws.
+        alpha: concentration of the Dirichlet distribution; the smaller, the fewer classes in a part.
+        classes_per_partition: for `pat`: number of classes of each part.
+        balance: whether parts have equal size.
+        min_size: smallest number of rows of a part.
+        seed: seed of all random draws.
 
     Returns:
         one array of row numbers per part, in random order, and for `dir` the shares as drawn (num_partitions,
@@ -161,7 +163,7 @@ def _pathological_counts(
 
 
 def _parts_per_class(totals: np.ndarray, num_partitions: int, classes_per_partition: int) -> np.ndarray:
-    """How many parts see each class: where a class has most rows for each part that sees it, another part sees it."""
+    """The number of parts that have each class: one more, each time, for the class with the most rows per part."""
     if not 1 <= classes_per_partition <= len(totals):
         raise DataError(
             f"--classes_per_partition must be between 1 and the number of classes, {len(totals)}, not "
@@ -187,12 +189,12 @@ def _parts_per_class(totals: np.ndarray, num_partitions: int, classes_per_partit
 
 
 def _deal_classes(parts_per_class: np.ndarray, num_partitions: int, rng: np.random.Generator) -> np.ndarray:
-    """Which part sees which class (parts, classes), bool; the same number of classes for each part."""
+    """Which part has which class (parts, classes), bool; every part has the same number of classes."""
     left = parts_per_class.copy()
     each = left.sum() // num_partitions
     seen = np.zeros((num_partitions, len(left)), dtype=bool)
     for part in range(num_partitions):
-        # A class that all remaining parts must see is taken; there are never more of these than `each`.
+        # A class that all remaining parts must have is taken; there are never more such classes than `each`.
         due = left == num_partitions - part
         free = np.where(due, 0, left)
         seen[part] = due

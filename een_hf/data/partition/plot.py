@@ -1,4 +1,4 @@
-"""The picture of a partition."""
+"""The plot of a partition."""
 
 import os
 from collections.abc import Sequence
@@ -7,12 +7,15 @@ import numpy as np
 
 
 def plot_partition(label_counts: np.ndarray, label_names: Sequence[str], path: str | os.PathLike):
-    """Draw the labels of each part as a picture, one column per part, above it the sizes; returns the figure.
+    """Plot the labels of each part, one column per part, with the sizes above them.
 
     Args:
         label_counts: (parts, classes).
-        label_names: by class.
-        path: of the PNG file.
+        label_names: one per class.
+        path: the PNG file.
+
+    Returns:
+        the figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

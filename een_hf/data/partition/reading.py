@@ -1,4 +1,4 @@
-"""From the files of a partition to a data set."""
+"""Loading of a partition from its files."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def load_partition(folder: str | os.PathLike, partition_id: int | str) -> datase
                 table = read(path, about, features)
                 if not table.schema.equals(features.arrow_schema):
                     table = table.cast(features.arrow_schema)
-            except Exception as error:  # a damaged file raises nearly anything
+            except Exception as error:  # a damaged file raises errors of many kinds
                 wrong = error if isinstance(error, DataError) else in_one_line(error)
                 raise DataError(f"--partition_dir {folder}: {path} cannot be read: {wrong}") from error
             if len(table) != sizes[part]:
@@ -62,16 +62,16 @@ def load_partition(folder: str | os.PathLike, partition_id: int | str) -> datase
 
 
 def partition_labels(folder: str | os.PathLike, column: str) -> tuple[str, ...] | None:
-    """The label names of all parts in the order of their ids; `None` if the partition was not cut by this column.
+    """The label names of all parts, in the order of their ids; `None` if this is not the partition's label column.
 
-    A part may lack rows of some classes: only so do the models of all parts have the same labels.
+    Since a part may lack some classes, models of different parts have the same labels only by these names.
     """
     about, _ = _read_partition_file(Path(folder))
     return tuple(about["label_names"]) if about["label_column"] == column else None
 
 
 def _read_partition_file(folder: Path) -> tuple[dict, datasets.Features]:
-    """What partition.json says, checked, and the features of the rows."""
+    """The content of partition.json, after checks, and the features of the rows."""
     path = folder / PARTITION_FILE
     if not path.is_file():
         raise DataError(f"--partition_dir {folder} holds no {PARTITION_FILE}: make one by `een-hf partition`.")

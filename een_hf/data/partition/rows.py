@@ -1,4 +1,4 @@
-"""The rows that a partition is cut from."""
+"""The rows that are divided into parts."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class LabelledRows:
     """The train split of a data set with one class per row.
 
     Args:
-        rows: all columns, with the data set's own features.
-        label_column: where the labels are.
+        rows: all columns, with the features of the data set.
+        label_column: column of the labels.
         labels: (n,) class ids.
         label_names: by class id.
     """
@@ -42,13 +42,16 @@ def load_labelled_rows(
 
     Args:
         dataset_name: Hub name, folder of parquet files (also below it) or of images, or an installed sample.
-        dataset_config_name: configuration of it.
-        label_column_name: default: the first of `label`, `fine_label`, `labels`.
+        dataset_config_name: configuration of `dataset_name`.
+        label_column_name: column of the labels; default: the first of `label`, `fine_label`, `labels`.
         train_file: csv, json, jsonl or parquet.
         train_dir: images, one folder per class.
-        train_dataset: the rows themselves, in place of a source.
-        cache_dir: where downloads are kept.
-        token: for private Hub repositories.
+        train_dataset: the rows themselves, instead of a source.
+        cache_dir: folder for downloads.
+        token: token for private Hub repositories.
+
+    Returns:
+        the rows with their class ids.
 
     Raises:
         DataError: a source, split or column that is missing, or labels that are no classes.
@@ -78,7 +81,7 @@ def load_labelled_rows(
     resolved, problem_type, names = resolve_labels({"train": rows}, column, None, source)
     if problem_type != SINGLE_LABEL:
         raise DataError(
-            f"{source}: column {column!r} ({problem_type}) does not hold one class per row; name another by "
+            f"{source}: column {column!r} ({problem_type}) does not have one class per row: name another by "
             "--label_column_name."
         )
     return LabelledRows(rows, column, np.asarray(resolved["train"][column][:]), names)

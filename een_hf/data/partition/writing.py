@@ -1,4 +1,4 @@
-"""From a data set to the files of a partition: all of them, or none."""
+"""Writing of a partition: all of its files, or none."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from .plot import plot_partition
 from .rows import LabelledRows
 
 
-_MARK = ".unfinished"  # in a folder whose files are not all there yet
+_MARK = ".unfinished"  # in a folder whose files are not complete yet
 _FILES = {*FOLDERS.values(), PARTITION_FILE, PLOT_FILE, _MARK}
 
 
@@ -43,26 +43,26 @@ def write_partition(
     shares: np.ndarray | None = None,
     settings: dict | None = None,
 ) -> dict:
-    """Write `train/<part>` and `valid/<part>` files, partition.json and partition.png; all of them or nothing.
+    """Write `train/<part>` and `valid/<part>` files, partition.json and partition.png; all of them or none.
 
     The first rows of a part, `valid_fraction` of them rounded down, are its validation rows. partition.json, without
-    which nothing is loaded, is written last; what a killed process left is removed by the next one.
+    which nothing is loaded, is written last; the files of a process that was killed are removed by the next one.
 
     Args:
-        data: what the row numbers point into.
-        parts: row numbers in random order, from `partition_indices`.
+        data: the rows.
+        parts: numbers of the rows of each part, in random order, from `partition_indices`.
         output_dir: a folder that is empty or does not exist.
-        format: `parquet` with all columns, images as the encoded bytes they are, or `npz` with `x` and `y`.
+        format: `parquet` with all columns, images in their encoded bytes, or `npz` with `x` and `y`.
         valid_fraction: at least 0, below 1; with 0 there are no `valid` files.
-        input_column_names: of npz: one image column, one text column or two. Default: the only ones there are.
+        input_column_names: for npz: one image column, or one or two text columns. Default: the only ones.
         shares: Dirichlet shares (parts, classes that occur).
-        settings: what else partition.json says.
+        settings: further content of partition.json.
 
     Returns:
-        what partition.json says.
+        the content of partition.json.
 
     Raises:
-        DataError: a folder that is not empty, or rows that npz cannot hold.
+        DataError: a folder that is not empty, or rows that npz cannot store.
     """
     output_dir = Path(output_dir)
     check_output_dir(output_dir)
@@ -115,7 +115,7 @@ def write_partition(
 
 
 def check_output_dir(folder: str | os.PathLike) -> None:
-    """Raise DataError where files would be overwritten. Files that a killed process left may be overwritten."""
+    """Raise DataError if files would be overwritten, other than those of a process that was killed."""
     folder = Path(folder)
     if folder.is_symlink() and not folder.exists():
         raise DataError(f"--output_dir {folder} is a link to nothing: make the folder that it names, or give another.")
@@ -123,12 +123,12 @@ def check_output_dir(folder: str | os.PathLike) -> None:
         raise DataError(f"--output_dir {folder} is not an empty folder but a file: give another.")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if found - (_FILES if _MARK in found else set()):
-        raise DataError(f"--output_dir {folder} is there and not an empty folder: give another, or remove it.")
+        raise DataError(f"--output_dir {folder} exists and is not an empty folder: give another, or remove it.")
 
 
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[None]:
-    """Mark a folder as unfinished while it is written; after an error it is as it was before.
+    """Mark a folder as unfinished while it is written; after an error its former state is restored.
 
     Raises:
         DataError: another process is writing there.

@@ -2,10 +2,10 @@
 
 - `arguments`: its flags.
 - `network`: the weight prediction network W.
-- `look_ahead`: the meta gradient, by way of `step` (the optimizer's step), `charging` (which samples count at
-  which exit), `forward_mode`, `programs` (CUDA graphs), `token_table`, `scopes` and `devices`.
+- `look_ahead`: the meta gradient, with `step` (the optimizer's step), `charging` (the exit at which each sample is
+  charged), `forward_mode`, `programs` (CUDA graphs), `token_table`, `scopes` and `devices`.
 - `trainer`: the scheme.
-- `report`: what W has learned, for the log and as a heat map.
+- `report`: the learned weights, in the log and as a heat map.
 """
 
 from .arguments import MetaWeightedArguments

@@ -25,9 +25,9 @@ class MetaWeightedArguments:
     meta_interval: int = _setting(1, "optimizer steps from one look-ahead to the next")
     meta_epsilon: float = _setting(0.8, "eps in w = 1 + eps * (g - mean(g)), from 0 to 1")
     meta_target_p: float = _setting(0.75, "q; the share of the meta half charged at exit k is proportional to q^k")
-    meta_input: Literal["loss", "confidence", "both"] = _setting("loss", "what the network reads of each exit")
+    meta_input: Literal["loss", "confidence", "both"] = _setting("loss", "the network's inputs for each exit")
     meta_constraint: Literal["exit", "sample", "batch"] = _setting(
-        "exit", "over what weights average 1: a sample's exits, an exit's samples, or all of the batch"
+        "exit", "whether weights have mean 1 over the exits of a sample, the samples at an exit, or the whole batch"
     )
     meta_gradient: Literal["auto", "forward", "directional", "exact"] = _setting(
         "auto",
@@ -37,8 +37,8 @@ class MetaWeightedArguments:
     )
     meta_cuda_graphs: bool = _setting(
         False,
-        "run `forward` look-aheads on shapes of batches that repeat as CUDA graphs, which take memory of their own; "
-        "needs --optim adamw_torch_fused",
+        "run `forward` look-aheads as CUDA graphs if the shapes of batches repeat; the graphs need separate memory, "
+        "and --optim adamw_torch_fused",
     )
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""Which samples of the meta half are charged at which exit, and the forward pass in which they stop there."""
+"""The exit at which each sample of the meta half is charged, and the forward pass in which samples stop there."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ from .network import confidences
 
 
 def charged_shares(num_samples: int, num_exits: int, target_p: float, offset: float) -> list[int]:
-    """How many of the n samples of the meta half are charged at each exit: n_1 to n_K.
+    """The numbers n_1 to n_K of the n samples of the meta half that are charged at each exit.
 
     n_k is n p_k with p_k proportional to q^k (Han et al., section 3.3), rounded systematically: n_1 + ... + n_k =
     floor(n (p_1 + ... + p_k) + u), so that with u uniform in [0, 1) the mean of n_k is n p_k. Rounded down, the middle
@@ -24,6 +24,9 @@ def charged_shares(num_samples: int, num_exits: int, target_p: float, offset: fl
         num_exits: K.
         target_p: q.
         offset: u.
+
+    Returns:
+        n_1 to n_K.
     """
     powers = list(accumulate(target_p**k for k in range(1, num_exits + 1)))
     bounds = [math.floor(num_samples * power / powers[-1] + offset) for power in powers[:-1]]
@@ -36,17 +39,22 @@ def most_confident_first(logits: torch.Tensor) -> torch.Tensor:
 
 
 class ExitForward(nn.Module):
-    """The network without what accelerate wraps around it, under its own names behind `network.`."""
+    """The network without accelerate's wrappers; its parameters have their own names after `network.`."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, inputs: dict, shares: list[int] | None = None):
-        """Without `shares` the logits of all exits (n, K, num_labels).
+        """Run the network.
 
-        With them exit k answers the n_k most confident of the remaining samples, which then leave out the deeper
-        layers: their logits (n, num_labels), exit by exit, and which samples they are (n,).
+        Args:
+            inputs: model inputs; labels are ignored.
+            shares: n_1 to n_K; `None`: every exit is evaluated on every sample.
+
+        Returns:
+            without `shares` the logits of all exits (n, K, num_labels). With them, the n_k most confident of the
+            remaining samples stop at exit k: their logits (n, num_labels), exit by exit, and their places (n,).
         """
         names = inspect.signature(self.network.embed).parameters
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
@@ -58,7 +66,7 @@ class ExitForward(nn.Module):
         if of_tokens and on_host:
             examples = examples.unpadded()
         elif of_tokens:
-            examples.padded = True  # to look would be to wait
+            examples.padded = True  # checking would wait for the device
         if shares is None:
             return torch.stack(self.network.run_all(examples, **kwargs), 1)
 

@@ -1,4 +1,4 @@
-"""What the look-ahead may know of a tensor without waiting for its device."""
+"""Properties of tensors that are known without waiting for their device."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""Forward-mode derivatives of the operations that encoders spend their time on, in few kernels each.
+"""Forward-mode derivatives of the most expensive operations of encoders, in few kernels.
 
-torch has them too, composed of 10 to 30 small operations, and on a GPU each is a kernel to launch.
+torch composes these derivatives of 10 to 30 small operations, each of which launches a kernel on a GPU.
 """
 
 import torch
@@ -13,7 +13,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def _pair(dual: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Value and derivative, `None` where there is none."""
+    """Value and derivative; `None` if there is none."""
     return (None, None) if dual is None else tuple(forward_ad.unpack_dual(dual))
 
 
@@ -22,7 +22,7 @@ def _cast(tensors, dtype: torch.dtype | None) -> list[torch.Tensor | None]:
 
 
 def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
-    """What autocast casts float32 to, where it is on."""
+    """The type to which autocast casts float32, if it is on."""
     kind = tensor.device.type
     on = torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, *_HALF)
     return torch.get_autocast_dtype(kind) if on else None
@@ -139,7 +139,7 @@ class FewKernels(TorchFunctionMode):
         return value if derivative is None else forward_ad.make_dual(value, derivative)
 
     def _linear(self, input, weight, bias=None):
-        # Queries, keys and values read the same: it is cast once.
+        # Queries, keys and values have the same input, which is cast once.
         if self._read is not input or self._version != input._version:
             self._read, self._version = input, input._version
             self._cast = _cast(_pair(input), _autocast_dtype(input))

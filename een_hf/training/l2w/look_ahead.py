@@ -1,4 +1,4 @@
-"""The gradient of the meta loss in the weights of samples, one optimizer step ahead."""
+"""The gradient of the meta loss with respect to the weights of samples, one optimizer step ahead."""
 
 import math
 from collections import Counter
@@ -32,7 +32,7 @@ DIFFERENTIABLE = ("eager", "sdpa")
 
 
 def halve(inputs: dict) -> tuple[dict, dict]:
-    """The batch in two; the first half is the smaller one, and empty if there is one sample only."""
+    """Divide a batch into two halves; the first is the smaller one, and empty if there is only one sample."""
     size = len(inputs["labels"])
 
     def part(rows: slice) -> dict:
@@ -43,8 +43,10 @@ def halve(inputs: dict) -> tuple[dict, dict]:
 
 
 def _lay_out(gradients: list[torch.Tensor], parameters: list[nn.Parameter]) -> None:
-    """Copy what shares memory with an earlier one (at one row, so do two gradients of ViT's embeddings), and what has
-    another memory layout than its parameter: steps over many tensors at once need equal layouts."""
+    """Copy gradients that share memory with an earlier one, or have another memory layout than their parameter.
+
+    Two gradients of ViT's embeddings share memory for a batch of one. Operations on many tensors need equal layouts.
+    """
     taken = set()
     for n, (gradient, parameter) in enumerate(zip(gradients, parameters, strict=True)):
         storage = gradient.untyped_storage().data_ptr()
@@ -54,7 +56,7 @@ def _lay_out(gradients: list[torch.Tensor], parameters: list[nn.Parameter]) -> N
 
 
 def _as_their_parameters(gradients: Iterable[torch.Tensor], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """`gradients`, those of another type than their parameter all at once in its type."""
+    """`gradients` in the types of their parameters; all conversions are one operation."""
     gradients = list(gradients)
     places = [n for n, parameter in enumerate(parameters) if gradients[n].dtype != parameter.dtype]
     if places:
@@ -67,16 +69,16 @@ def _as_their_parameters(gradients: Iterable[torch.Tensor], parameters: list[nn.
 
 @dataclass
 class OneStepAhead:
-    """What the passes of a look-ahead have found.
+    """The results of the passes of a look-ahead.
 
     Args:
         losses: l of the train half, (n, K).
-        exit_logits: of the train half, (n, K, num_labels).
-        parameters: those that the step moves, by name.
+        exit_logits: logits of the train half, (n, K, num_labels).
+        parameters: the parameters that the step changes, by name.
         direction: u without c, one tensor per parameter; `None`: the meta loss depends on none of them.
         clip: c.
         meta_loss: L_meta.
-        derivative: <grad l, u>, (n, K), where it is known already.
+        derivative: <grad l, u>, (n, K), if it is known already.
     """
 
     losses: torch.Tensor
@@ -89,10 +91,10 @@ class OneStepAhead:
 
 
 class LookAhead:
-    """How the meta loss changes with the weights of samples, if the optimizer's next step used them.
+    """Computes how the meta loss would change with the weights of samples, if the optimizer's next step used them.
 
     Args:
-        trainer: has the model, the optimizer, the weight network and the settings.
+        trainer: the trainer, with the model, the optimizer, the weight network and the settings.
     """
 
     step_norm = 0.01  # length h * ||u|| of a step of the central differences
@@ -103,7 +105,11 @@ class LookAhead:
         self.programs = Programs(self) if trainer.scheme_args.meta_cuda_graphs else None
 
     def gradient(self, train: dict, meta: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Look one step ahead on the train half, and judge the step on the meta half.
+        """Look one step ahead on the train half, and evaluate this step on the meta half.
+
+        Args:
+            train: model inputs and labels of the train half.
+            meta: model inputs and labels of the meta half.
 
         Returns:
             w of the train half, (n, K), with its graph through W; dL_meta/dw, (n, K); L_meta.
@@ -117,7 +123,7 @@ class LookAhead:
             return self._estimated_gradient(train, meta, forward=method == "forward")
 
     def method(self) -> str:
-        """`--meta_gradient`, with what `auto` means here."""
+        """The value of `--meta_gradient`, with `auto` replaced by the method for this device."""
         method, kernel = self.trainer.scheme_args.meta_gradient, self.trainer.network.config._attn_implementation
         if method == "auto":
             plain = self.trainer.args.device.type == "cpu" or kernel not in DIFFERENTIABLE
@@ -140,7 +146,7 @@ class LookAhead:
         if scaler is not None:
             derivative = derivative / scaler.scale(torch.ones_like(found.meta_loss))
         gradient = found.clip * self.trainer.exit_loss_weights.to(weights) * derivative / -len(derivative)
-        # In half precision a gradient may overflow; then the step itself is left out too.
+        # In half precision a gradient may overflow; then the training step is skipped too.
         gradient = torch.where(gradient.isfinite().all(), gradient, 0)
         return weights, gradient, found.meta_loss.detach()
 
@@ -150,13 +156,16 @@ class LookAhead:
         Args:
             train: half a.
             meta: half b.
-            masks: random state of the train pass; with it, the derivative along u by central differences.
-            rates: learning rates of the optimizer's groups, for those that it holds.
+            masks: random state of the train pass; if given, the derivative along u is computed by central differences.
+            rates: learning rates of the optimizer's groups, instead of its own.
+
+        Returns:
+            the results of both passes.
         """
-        # At the peak two sets of tensors stand beside the gradient that joint training has too: `ahead`, `direction`.
+        # At the peak there are two sets of tensors more than in joint training: `ahead` and `direction`.
         attention, scaler = nullcontext(), self._scaler()
         if masks is None and self._drops_attention():
-            attention = sdpa_kernel(SDPBackend.MATH)  # other kernels draw other masks than the derivative will
+            attention = sdpa_kernel(SDPBackend.MATH)  # with other kernels the derivative would draw other masks
         with attention:
             found, _ = self.train_pass(train)
         parameters, direction = list(found.parameters.values()), found.direction
@@ -167,7 +176,7 @@ class LookAhead:
             linear_step(self.trainer.optimizer, parameters, values, direction, ahead, found.clip, rates)
             with self._leaves(parameters) as leaves:
                 found.meta_loss = self.meta_loss(meta)
-                if not found.meta_loss.requires_grad:  # all are charged at an exit that is frozen
+                if not found.meta_loss.requires_grad:  # all samples are charged at an exit that is frozen
                     found.direction = None
                     return found
                 scaled = found.meta_loss if scaler is None else scaler.scale(found.meta_loss)
@@ -185,14 +194,14 @@ class LookAhead:
         return self.trainer.weight_network(found.losses.detach(), found.exit_logits.detach())
 
     def _drops_attention(self) -> bool:
-        """Whether attention may drop weights; `True` where the config does not say."""
+        """Whether attention has dropout; `True` if the config does not say."""
         config = self.trainer.network.config.to_dict()
         rates = [rate for name, rate in config.items() if "att" in name and "drop" in name]
         return any(rates) or not rates
 
     @torch.no_grad()
     def central_differences(self, train, values, direction, ahead, masks) -> torch.Tensor:
-        """(l(theta + h u) - l(theta - h u)) / 2h, (n, K); `ahead` are the present values of the parameters."""
+        """(l(theta + h u) - l(theta - h u)) / 2h, (n, K); `ahead` are the tensors that the parameters use now."""
         norm = get_total_norm(direction).item()
         if not 0 < norm < math.inf:
             return self._losses(train)[0] * 0
@@ -207,7 +216,7 @@ class LookAhead:
     @torch.no_grad()
     def forward_derivative(self, train, named: dict, direction) -> torch.Tensor:
         """<grad l, u>, (n, K), in one forward pass over pairs of values and their derivatives along u."""
-        # As long as half precision can hold it: a mean square of 2^-10 a parameter.
+        # Scaled to a size that half precision can represent: a mean square of 2^-10 per parameter.
         size = sum(part.numel() for part in direction)
         scale = get_total_norm(direction).clamp(min=torch.finfo(torch.float32).tiny) * (32 / size**0.5)
         torch._foreach_div_(direction, scale)
@@ -227,7 +236,7 @@ class LookAhead:
 
     @contextmanager
     def _leaves(self, parameters: list[nn.Parameter]):
-        """What the network uses in the place of `parameters`: those of linear layers are cast once for a pass."""
+        """Let the network use leaves instead of `parameters`; those of linear layers are cast once for a pass."""
         cast = self._cast_of_linear(parameters, [parameter.detach() for parameter in parameters])
         pairs = list(zip(parameters, cast, strict=True))
         leaves = [p if tensor.dtype == p.dtype else tensor.requires_grad_() for p, tensor in pairs]
@@ -235,7 +244,7 @@ class LookAhead:
             yield leaves
 
     def _cast_of_linear(self, parameters, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """`tensors`, those of linear layers all at once in the type to which autocast would cast each."""
+        """`tensors`, with those of linear layers in autocast's type; all conversions are one operation."""
         with self._precision():
             kind = self.trainer.args.device.type
             if not torch.is_autocast_enabled(kind):
@@ -270,7 +279,7 @@ class LookAhead:
         return weights, torch.autograd.grad(meta_loss, leaf, materialize_grads=True)[0], meta_loss.detach()
 
     def train_pass(self, train: dict, create_graph: bool = False) -> tuple[OneStepAhead, torch.Tensor]:
-        """l and g of the train half, g in the place of the direction; and w as a leaf."""
+        """l and g of the train half, with g in the field `direction`; and w as a leaf."""
         scaler, named = self._scaler(), self.trainer.network.named_parameters()
         trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
         with self._leaves(list(trainable.values())) as leaves:

@@ -1,4 +1,4 @@
-"""W, the network that predicts the weights of samples."""
+"""W, the network that predicts the weights of samples at exits."""
 
 import torch
 from torch import nn
@@ -8,10 +8,15 @@ from .arguments import MetaWeightedArguments
 
 
 class WeightPredictionNetwork(nn.Module):
-    """W: from what K exits say of a sample to its K weights, w = 1 + eps * (g - mean(g)).
+    """W: from the losses or confidences of a sample at K exits to its K weights, w = 1 + eps * (g - mean(g)).
 
-    g is an MLP with ReLU and, at its end, tanh. `generator` draws its parameters (within the bounds of `nn.Linear`);
+    g is an MLP with ReLU, and tanh at its end. `generator` draws its parameters (within the bounds of `nn.Linear`);
     the global random state does not advance.
+
+    Args:
+        num_exits: K.
+        args: the flags of `l2w`.
+        generator: random generator of the initial parameters.
     """
 
     def __init__(self, num_exits: int, args: MetaWeightedArguments, generator: torch.Generator):

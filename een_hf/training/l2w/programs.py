@@ -1,7 +1,8 @@
-"""Look-aheads on batches of a shape that repeats, as programs on static tensors: on CUDA two graphs each.
+"""Look-aheads for batches with repeating shapes, as programs on static tensors: on CUDA as two graphs each.
 
-Elsewhere a program runs the same functions on the same tensors. The first graph holds the passes with gradients, the
-second the derivative along u; between them the host sets the random state back, so that both draw the same masks.
+On other devices a program runs the same functions on the same tensors. The first graph contains the passes with
+gradients, the second the derivative along u; between them the host restores the random state, so that both draw the
+same masks.
 """
 
 from collections import OrderedDict
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# The least recently used of more are dropped.
+# Beyond this number, the least recently used are dropped.
 MAX_PROGRAMS = 32
 
 
 class Programs:
-    """The programs of a look-ahead, made where a shape comes for the second time.
+    """The programs of a look-ahead, created when a shape occurs for the second time.
 
-    Graphs are captured again where parameters, or the optimizer's state of them, are no longer where they were. One
-    pool of memory serves all: no two run at a time.
+    Graphs are captured again if the memory of parameters, or of their state in the optimizer, has been replaced. All
+    share one pool of memory, since no two run at the same time.
     """
 
     def __init__(self, look_ahead: "LookAhead"):
@@ -41,7 +42,7 @@ class Programs:
         self.pool = self.stream = None
 
     def find(self, train: dict, meta: dict) -> "_Program | None":
-        """The program for these halves; `None` where their shapes are new, or where no graph could be made."""
+        """The program for these halves; `None` if their shapes are new, or if no graph can be captured."""
         obstacle = self._find_obstacle()
         if obstacle:
             if obstacle != self._obstacle:
@@ -52,7 +53,7 @@ class Programs:
         if [tensor.data_ptr() for tensor in held] != [tensor.data_ptr() for tensor in self._held]:
             self._programs.clear()
             self._directions.clear()
-            # As long as graphs read them, nothing else may take their memory.
+            # While graphs read these tensors, their memory must not be reused.
             self._held = [tensor.detach() for tensor in held]
         shapes = tuple(map(_shapes_of, (train, meta)))
         if shapes not in self._seen:
@@ -82,7 +83,7 @@ class Programs:
         return self._obstacle if self._obstacle and self._obstacle.startswith("the capture failed") else None
 
     def fail(self, error: Exception) -> None:
-        """Make no more programs."""
+        """Create no more programs."""
         self._programs.clear()
         self._obstacle = f"the capture failed, {type(error).__name__}: {error}"
         logger.warning("--meta_cuda_graphs: look-aheads go on without graphs, because %s", self._obstacle)
@@ -94,7 +95,7 @@ class Programs:
         return [*trainer.network.parameters(), *trainer.network.buffers(), *trainer.weight_network.parameters(), *kept]
 
     def direction(self, found: "OneStepAhead") -> list[torch.Tensor]:
-        """Tensors for the direction, one set for all programs that move the same parameters."""
+        """Tensors for the direction, one set for all programs that change the same parameters."""
         names = tuple(found.parameters)
         if names not in self._directions:
             self._directions[names] = list(map(torch.empty_like, found.direction))
@@ -109,7 +110,7 @@ def _shapes_of(half: dict) -> tuple:
 
 
 class _Program:
-    """One look-ahead on copies of its halves, which every run fills first."""
+    """One look-ahead on static copies of its halves, which every run overwrites first."""
 
     def __init__(self, programs: Programs, train: dict, meta: dict):
         self.programs, self.look_ahead = programs, programs.look_ahead
@@ -124,9 +125,9 @@ class _Program:
         self.found: OneStepAhead | None = None
 
     def run(self, train: dict, meta: dict) -> "OneStepAhead | None":
-        """What `LookAhead.look` finds, and the derivative, until the next run of any program.
+        """The results of `LookAhead.look` and the derivative, which are valid until the next run of any program.
 
-        `None` where no graph could be captured.
+        `None` if no graph could be captured.
         """
         for static, half in zip(self.halves, (train, meta), strict=True):
             for name, value in half.items():

@@ -1,4 +1,4 @@
-"""What W has learned: its part of the log, and a heat map of weight against loss."""
+"""The weights that W has learned: entries of the log, and a heat map of weight against loss."""
 
 import json
 import math
@@ -28,12 +28,12 @@ class WeightRecord:
         self.num_meta_losses += 1
 
     def logs(self) -> dict[str, float]:
-        """Entries for the log of what is new since the last call: of W's weights and of the meta loss."""
+        """Entries for the log about W's weights and the meta loss since the last call."""
         if not self.unlogged:
             return {}
         weights, losses = torch.cat(list(self.recent)[-self.unlogged :], 1).double().cpu()
         by_exit = [values - values.mean(0) for values in (weights, losses)]
-        # 0 where the weights of an exit do not vary.
+        # 0 if the weights of an exit do not vary.
         spread = by_exit[0].norm(dim=0) * by_exit[1].norm(dim=0)
         correlations = (by_exit[0] * by_exit[1]).sum(0) / spread.clamp(min=1e-12)
         logs = {"l2w_weight_std": weights.std(correction=0).item()}
@@ -46,7 +46,7 @@ class WeightRecord:
         return logs
 
     def write(self, folder: str) -> None:
-        """Write the heat map of the last batches, where there are any."""
+        """Write the heat map of the last batches, if there are any."""
         if self.recent:
             weights, losses = torch.cat(list(self.recent), 1).double().cpu()
             save_weight_map(weights, losses, folder)
@@ -57,8 +57,8 @@ def save_weight_map(weights: torch.Tensor, losses: torch.Tensor, folder: str) ->
 
     Args:
         weights: (samples, K).
-        losses: (samples, K); the outer bins take what lies beyond them.
-        folder: takes the files.
+        losses: (samples, K); losses outside the range are counted in the first or last bin.
+        folder: folder of the files.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Scopes that leave no trace: parameters, buffers, random states and float32 precision are put back at their end."""
+"""Context managers that restore parameters, buffers, random states and float32 precision at their end."""
 
 from contextlib import contextmanager
 
@@ -8,9 +8,9 @@ from torch import nn
 
 @contextmanager
 def stand_ins(parameters: list[nn.Parameter]):
-    """Replace the parameters' values by new tensors; the values are put back at the end, also after an error.
+    """Replace the parameters' values by new tensors; the values are restored at the end, also after an error.
 
-    Gives the values and the new tensors, which hold nothing yet.
+    Yields the values, and the new tensors, which are not initialized.
     """
     values = [parameter.data for parameter in parameters]
     try:
@@ -24,7 +24,7 @@ def stand_ins(parameters: list[nn.Parameter]):
 
 @contextmanager
 def replaced(network: nn.Module, tensors: dict[int, torch.Tensor]):
-    """Let modules use other tensors in the place of parameters, by their id; no parameter changes."""
+    """Let modules use other tensors instead of their parameters, by the parameters' id; no parameter changes."""
     places = []
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -42,7 +42,7 @@ def replaced(network: nn.Module, tensors: dict[int, torch.Tensor]):
 
 @contextmanager
 def restored(tensors: list[torch.Tensor]):
-    """Give copies of `tensors`, and put them back at the end, also after an error."""
+    """Yield copies of `tensors`, and restore the tensors at the end, also after an error."""
     saved = [tensor.detach().clone() for tensor in tensors]
     try:
         yield saved
@@ -62,7 +62,7 @@ def random_state(device: torch.device) -> list[torch.Tensor]:
 
 @contextmanager
 def random_fork(device: torch.device, start: list[torch.Tensor] | None = None):
-    """Run under the random state `start` (default: the present one), and go back to the present one afterwards."""
+    """Run with the random state `start` (default: the current one), and restore the current one at the end."""
     present = random_state(device)
     try:
         for generator, state in zip(_random_generators(device), start or present, strict=True):
@@ -75,10 +75,10 @@ def random_fork(device: torch.device, start: list[torch.Tensor] | None = None):
 
 @contextmanager
 def float32_precision(matmul: str | None):
-    """Convolutions of float32 in full float32, and matrix products in `matmul`: `ieee`, `tf32`, or `None` as it was.
+    """Compute float32 convolutions in full float32, and matrix products in `matmul`: `ieee`, `tf32`, or as before.
 
-    For convolutions of cuDNN TF32 is torch's default. What an operation reads is the setting of its own kind, in
-    all versions of torch that have it; the older `allow_tf32` sets that one.
+    For cuDNN's convolutions TF32 is torch's default. Operations read the setting of their own kind; the older
+    `allow_tf32` changes the same setting.
     """
     backends = torch.backends
     wanted = {backends.cudnn.conv: "ieee", backends.mkldnn.conv: "ieee"}

@@ -20,18 +20,18 @@ def linear_step(
     clip: torch.Tensor | float = 1.0,
     rates: list[torch.Tensor] | None = None,
 ) -> None:
-    """Make the step that AdamW or SGD would make, without touching its state.
+    """Compute the step that AdamW or SGD would make, without changing its state.
 
     Args:
-        optimizer: read only.
-        parameters: those that have a gradient; keys to the optimizer's groups and states.
+        optimizer: the optimizer, which is only read.
+        parameters: the parameters with a gradient, by which the optimizer's groups and states are found.
         values: theta.
-        gradients: replaced by P: with the g^2 of AdamW held constant, theta' falls by P per unit of the clipped
-            gradient g. P is 0 where g is exactly 0: for an embedding row whose token no batch has had yet,
-            AdamW's P would be 1/eps.
-        ahead: takes theta'.
-        clip: g is this times `gradients`.
-        rates: learning rate of each group; default: as the optimizer has it.
+        gradients: the gradients; overwritten with P. With the g^2 of AdamW held constant, theta' decreases by P per
+            unit of the clipped gradient g. P is 0 if g is exactly 0: for an embedding row whose token has not occurred
+            yet, AdamW's P would be 1/eps.
+        ahead: overwritten with theta'.
+        clip: the clipped gradient g is this times `gradients`.
+        rates: learning rate of each group; `None`: those of the optimizer.
     """
     places = {id(parameter): place for place, parameter in enumerate(parameters)}
     for number, group in enumerate(optimizer.param_groups):
@@ -52,7 +52,7 @@ def _step_of(group: dict, states: list[dict]):
 
 
 def _pieces(rows: list[tuple]):
-    """`rows` of (state, *tensors), all at once; on a CPU in parts that stay in its cache through all of a step."""
+    """`rows` of (state, *tensors), all together; on a CPU in parts that stay in its cache during the whole step."""
     if not all(devices.on_host(tensor) and tensor.is_contiguous() for _, *tensors in rows for tensor in tensors):
         yield rows
         return
@@ -79,7 +79,7 @@ def _split(state: dict, *tensors):
 
 
 def _adamw_state(states, values) -> list[list[torch.Tensor]]:
-    """First and second moments, zeros where there are none yet."""
+    """First and second moments; zeros if there are none yet."""
     return [
         [state[name] if state else torch.zeros_like(value) for state, value in zip(states, values, strict=True)]
         for name in ("exp_avg", "exp_avg_sq")
@@ -95,11 +95,11 @@ def _adamw_step(group, states, values, gradients, ahead) -> None:
 
     slopes = torch._foreach_mul(second, [beta2 / correction for correction in corrections])
     torch._foreach_addcmul_(slopes, gradients, gradients, [(1 - beta2) / correction for correction in corrections])
-    # The square root. On a CPU torch's own may take several times as long where it meets zeros.
+    # The square root. On a CPU torch's own may take several times as long if there are zeros.
     torch._foreach_rsqrt_(slopes)
     torch._foreach_reciprocal_(slopes)
     torch._foreach_add_(slopes, group["eps"])
-    # No further set of tensors: `ahead` holds the first moment before it takes theta'.
+    # To save memory, `ahead` contains the first moment before theta'.
     torch._foreach_copy_(ahead, first)
     torch._foreach_lerp_(ahead, gradients, 1 - beta1)
     torch._foreach_mul_(ahead, [-rate for rate in rates])
@@ -169,6 +169,6 @@ def _sgd_step(group, states, values, gradients, ahead) -> None:
 
 
 def _mark_used(gradients: list[torch.Tensor]) -> None:
-    """Replace what is not exactly zero by 1."""
+    """Replace all numbers that are not exactly zero by 1."""
     torch._foreach_sign_(gradients)
     torch._foreach_abs_(gradients)

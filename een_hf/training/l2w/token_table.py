@@ -1,4 +1,4 @@
-"""A look-ahead on the rows of the embedding table that a batch looks up."""
+"""Restricts the embedding table to the rows of a batch's tokens during a look-ahead."""
 
 from contextlib import contextmanager
 
@@ -9,15 +9,15 @@ from . import devices
 
 
 def _keys(ids: torch.Tensor, padding: int | None) -> torch.Tensor:
-    """`ids` in an order that has the padding first."""
+    """`ids`, changed so that the padding is the smallest."""
     return ids if padding is None else ids.masked_fill(ids == padding, -1)
 
 
 def _distinct(ids: torch.Tensor, padding: int | None) -> tuple[torch.Tensor, torch.Tensor, int | None]:
-    """The distinct `ids`: their keys in order, the ids themselves, the place of the padding.
+    """The distinct `ids`: their keys in order, the ids themselves, and the place of the padding.
 
-    How many there are is known on the CPU only. Elsewhere the result has a fixed length: it has the padding in any
-    case, and the last id again and again at the end.
+    Their number is known only on the CPU. On other devices the result has a fixed length: it always contains the
+    padding, and the last id is repeated at the end.
     """
     keys = _keys(ids.flatten(), padding)
     if devices.on_host(ids):
@@ -36,9 +36,10 @@ def _distinct(ids: torch.Tensor, padding: int | None) -> tuple[torch.Tensor, tor
 
 @contextmanager
 def used_tokens(inputs: dict, network: nn.Module, optimizer: torch.optim.Optimizer):
-    """Reduce the embedding table, and the optimizer's state of it, to the rows that `inputs` look up.
+    """Reduce the embedding table, and its state in the optimizer, to the rows of the tokens in `inputs`.
 
-    The whole table is put back at the end, also after an error. A table that another module uses too is not reduced.
+    The whole table is restored at the end, also after an error. A table that is shared with another module is not
+    reduced.
     """
     ids = inputs.get("input_ids")
     table = None if ids is None else network.get_input_embeddings()
