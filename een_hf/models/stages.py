@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-import torch.nn.functional as F
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
 
@@ -124,40 +123,6 @@ class Examples:
             return self
         padded = not bool((self.attention_mask != 0).all())
         return replace(self, attention_mask=self.attention_mask if padded else None, padded=padded or None)
-
-    @staticmethod
-    def join(parts: list["Examples"]) -> "Examples":
-        """Concatenate examples; those of smaller length are padded on the right."""
-        if len(parts) == 1:
-            return parts[0]
-        width = max(part.hidden.shape[1] for part in parts)
-        # No mask means no padding: once some examples are padded, all need a mask.
-        if any(part.attention_mask is not None or part.hidden.shape[1] < width for part in parts):
-            parts = [part._with_mask() for part in parts]
-
-        def stack(tensors: list[torch.Tensor | None], per_token: bool = False) -> torch.Tensor | None:
-            if tensors[0] is None:
-                return None
-            if per_token:
-                tensors = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, width - t.shape[1])) for t in tensors]
-            return torch.cat(tensors)
-
-        first = parts[0]
-        return Examples(
-            hidden=stack([part.hidden for part in parts], per_token=True),
-            attention_mask=stack([part.attention_mask for part in parts], per_token=True),
-            per_token={name: stack([p.per_token[name] for p in parts], per_token=True) for name in first.per_token},
-            per_example={name: stack([part.per_example[name] for part in parts]) for name in first.per_example},
-            logits=stack([part.logits for part in parts]),
-            state=tuple(map(torch.cat, zip(*(part.state for part in parts), strict=True))),
-            ids=stack([part.ids for part in parts]),
-        )
-
-    def _with_mask(self) -> "Examples":
-        if self.attention_mask is not None:
-            return self
-        mask = torch.ones(self.hidden.shape[:2], dtype=torch.int64, device=self.hidden.device)
-        return replace(self, attention_mask=mask)
 
 
 _FIELDS = [f.name for f in fields(Examples)]
