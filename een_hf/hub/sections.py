@@ -212,7 +212,7 @@ Without `een_hf`, the same by hand:
 
 def training(results: dict, settings: dict | None) -> list[str]:
     if results["method"] == "unknown":
-        return ["The training scheme of the exits is not recorded."]
+        return ["How the exits were trained is not recorded."]
     if not settings:
         return [f"Trained by the scheme {code_span(results['method'])}."]
     own = scheme_class(results["method"])

