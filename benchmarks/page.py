@@ -316,7 +316,8 @@ def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
         plain = [value for value in found.scores("stock").values() if value is not None]
         if "joint" not in found.runs or not plain or np.mean(plain) < 0.1:
             continue
-        task = f"{found.task}, {name.split('_')[-1]}" + (", all rows, one seed" if len(found.seeds) == 1 else "")
+        task = f"{found.task}, {name.split('_')[-1]}" + (", all rows" if name.startswith("gpu_") else "")
+        task += ", one seed" if len(found.seeds) == 1 else ""
         small = {method: found.difference(method, None, "stock") for method in found.cuts if found.runs[method]}
         costs = {method: next(iter(found.runs[method].values()))["relative_cost"] for method in small}
         best = max((m for m in small if costs[m] <= 0.51), key=lambda method: small[method].mean, default=None)
