@@ -37,8 +37,9 @@ DROPOUTS = (
     "seq_classif_dropout drop_path_rate"
 ).split()
 SCHEMES = [*scheme_names(), f"{__name__}:MostConfidentExitTrainer"]
-# With the weight network at rest, micro-batches are weighted as the whole batch is.
-ACCUMULATION_SETTINGS = {"l2w": {"meta_learning_rate": 1e-30}}
+# With the weight network at rest, micro-batches are weighted as the whole batch is. The second stage has no
+# micro-batches, and its AdamW would make much of what rounding changes in the features of the first.
+ACCUMULATION_SETTINGS = {"l2w": {"meta_learning_rate": 1e-30}, "two_stage": {"second_stage_learning_rate": 1e-30}}
 
 
 def make_model(model_type, problem_type, dropout=0.1):
