@@ -63,6 +63,12 @@ class ExitEngine:
         Raises:
             ExitConfigurationError: a mask that is not 2-D, or padding on the left that the model cannot take.
         """
+        # What an earlier call that was not finished has left.
+        self._running.clear()
+        for waiting in self._waiting:
+            waiting.clear()
+        for slots in self._slots.values():
+            slots.release_all()
         for ids, inputs in batches:
             ids = ids.tolist()
             for start in range(0, len(ids), self.batch_size):
@@ -115,7 +121,7 @@ class ExitEngine:
         return slots.fastest_rows(stage, int(slots.widths[waiting[0][0]]))
 
     def _step(self, stage: int) -> None:
-        """Run a later stage on those that have waited longest, longest texts first."""
+        """Run a later stage on those that have waited longest."""
         shape, waiting = next(iter(self._waiting[stage].items()))
         taken = [waiting.popleft() for _ in range(min(self._size(stage), len(waiting)))]
         if not waiting:

@@ -133,6 +133,7 @@ class Slots:
         self._reach: list[int] = []
         self._policies: list[ExitPolicy | None] = []
         self.free: list[int] = []
+        self.changed = False  # whether the latest step may have written to its slots
         self._rows: Examples | None = None
         self._views: dict[tuple[int, bool], Examples] = {}
         self._numbers: tuple[torch.Tensor, ...] = ()
@@ -184,7 +185,10 @@ class Slots:
             width = self._rounded(used)
             padded = width > min(widths) or any(masked)
             if used < length:
-                inputs = {n: v[:, :used] if padded_shape(v, length, 0)[:1] == (0,) else v for n, v in inputs.items()}
+                inputs = {
+                    n: v[:, :used] if isinstance(v, torch.Tensor) and padded_shape(v, length, 0)[:1] == (0,) else v
+                    for n, v in inputs.items()
+                }
         with torch.inference_mode(False), torch.no_grad(), _on(self.device):
             if len(self.exits) == 1:
                 return self._launch(0, [_WRITTEN] * count, width, padded, inputs)[0]
@@ -221,6 +225,10 @@ class Slots:
     def release(self, slots: list[int]) -> None:
         """Give back the slots of examples that exit or are dropped; after the last of several segments too."""
         self.free.extend(slots)
+
+    def release_all(self) -> None:
+        """Give back all slots."""
+        self.free = list(range(len(self.widths) - 1, 1, -1))
 
     def fastest_rows(self, segment: int, width: int) -> int:
         """The smallest number of rows, up to `max_rows`, beyond which the time per example hardly falls.
@@ -302,7 +310,7 @@ class Slots:
     def _launch(
         self, segment: int, slots: list[int], width: int | None, padded: bool, inputs: dict
     ) -> tuple[Step, _Program]:
-        count = len(slots)
+        count, self.changed = len(slots), False
         if self.static:
             program = self._program(segment, row_bucket(count, self.max_rows), width, padded, inputs)
             self._indices[:count].copy_(send(slots, self.device), non_blocking=True)
@@ -317,6 +325,7 @@ class Slots:
         if segment == 0 and self._text and len(self.exits) > 1:
             self._clear(slots, width)
         if program.graph is not None:
+            self.changed = True
             program.graph.replay()
         else:
             self._compute(program)
@@ -354,10 +363,14 @@ class Slots:
             if len(self._programs) > MAX_PROGRAMS:
                 self._programs.popitem(last=False)
         self._programs.move_to_end(key)
+        if shapes:
+            self._inputs.move_to_end(shapes)
         return program
 
     def _static_inputs(self, shapes: tuple) -> dict:
         """Tensors that inputs of one shape are copied to; programs of other numbers of rows read the same."""
+        if not shapes:
+            return {}
         if shapes not in self._inputs:
             self._inputs[shapes] = {
                 name: torch.zeros((self.max_rows, *value[0]), dtype=value[1], device=self.device)
@@ -368,7 +381,6 @@ class Slots:
             if len(self._inputs) > MAX_LANES:
                 dropped, _ = self._inputs.popitem(last=False)
                 self._programs = OrderedDict((k, p) for k, p in self._programs.items() if k[-1] != dropped)
-        self._inputs.move_to_end(shapes)
         return self._inputs[shapes]
 
     # On the device
@@ -415,8 +427,10 @@ class Slots:
 
     def _write(self, targets: torch.Tensor, examples: Examples, segment: int) -> None:
         rows, width = self._rows, examples.hidden.shape[1]
+        self.changed = True
         if segment == 0:
-            if rows is None or width > rows.hidden.shape[1] or examples.hidden.dtype != rows.hidden.dtype:
+            dtypes = [tensor.dtype for tensor in examples.tensors()]
+            if rows is None or width > rows.hidden.shape[1] or dtypes != [tensor.dtype for tensor in rows.tensors()]:
                 self._make_room(examples)
                 rows = self._rows
             wide = zip(_per_token(rows), _per_token(examples), strict=True)

@@ -86,7 +86,8 @@ class _FlagFormatter(ArgumentDefaultsHelpFormatter):
         text, default = action.help or "", action.default
         if action.option_strings[0].startswith("--no_") and action.const is False:
             return f"Turns --{action.dest} off."
-        if default in (None, False, SUPPRESS, "", []) or isinstance(default, dict) or "default" in text.lower():
+        no_default = default is None or default is False or default in (SUPPRESS, "", [])
+        if no_default or isinstance(default, dict) or "default" in text.lower():
             return text
         if isinstance(default, list):
             default = " ".join(map(str, default))

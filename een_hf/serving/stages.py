@@ -310,28 +310,40 @@ class StageWorker:
         self.num_through += num_rows
         self.observer.dropped(num_rows)
 
-    def _run(self, lane: Lane, segment: int, rows: list[Row]) -> None:
-        now = time.perf_counter()
-        try:
-            step = self._launch(lane, segment, rows)
-            exits = step.exits()
-            answers = step.logits.detach().float().cpu() if any(exits) else None
-        except Exception as error:
-            if len(rows) > 1:  # the others are not to blame
-                for row in rows:
-                    self._run(lane, segment, [row])
-                return
-            row = rows[0]
+    def _recover(self, lane: Lane, segment: int, rows: list[Row], error: Exception) -> None:
+        """After a failed step run its rows one by one, as only the one at fault may fail.
+
+        Rows that a later segment may have changed cannot run through it again: they fail together.
+        """
+        if segment == 0:
+            for row in rows:
+                self._release(lane, row)
+        if len(rows) > 1 and (segment == 0 or not lane.slots(rows[0].size).changed):
+            for row in rows:
+                self._run(lane, segment, [row])
+            return
+        for row in rows:
             row.audited = False
             self._release(lane, row)
             if row.logits is None:
                 self.num_through += 1
                 self.finished.append((row.request, error))
+
+    def _run(self, lane: Lane, segment: int, rows: list[Row]) -> None:
+        now, last = time.perf_counter(), segment + 1 == len(lane.waiting)
+        try:
+            step = self._launch(lane, segment, rows)
+            if segment == 0 and not last:
+                for row, slot in zip(rows, step.slots, strict=True):
+                    row.slot = slot
+            exits = step.exits()
+            answers = step.logits.detach().float().cpu() if any(exits) else None
+        except Exception as error:
+            self._recover(lane, segment, rows, error)
             return
-        last = segment + 1 == len(lane.waiting)
         if segment == 0:
-            for row, slot in zip(rows, step.slots, strict=True):
-                row.inputs, row.slot = None, None if last else slot
+            for row in rows:
+                row.inputs = None
         self.observer.stage_ran(step.exit_index, len(rows), [now - row.waits_since for row in rows])
         now = time.perf_counter()
         for place, row in enumerate(rows):

@@ -1,5 +1,6 @@
 """PEFT models around early-exit models."""
 
+import json
 import os
 from pathlib import Path
 
@@ -76,4 +77,5 @@ def hide_base_path(model: nn.Module, folder: str | os.PathLike) -> None:
         for file in (Path(folder, "" if name == "default" else name, ADAPTER_CONFIG_NAME), Path(folder, CARD_NAME)):
             if path and file.is_file():
                 text = file.read_text(encoding="utf-8")
-                file.write_text(text.replace(path, last_part(path)), encoding="utf-8")
+                text = text.replace(json.dumps(path)[1:-1], last_part(path)).replace(path, last_part(path))
+                file.write_text(text, encoding="utf-8")

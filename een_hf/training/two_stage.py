@@ -8,6 +8,7 @@ from accelerate.utils import broadcast
 from torch.utils.data import Subset
 
 from ..models import ExitConfigurationError
+from ..models.exit_losses import infer_problem_type
 from .frozen_heads import read_features, train_heads
 from .registry import register_scheme
 from .trainer import EarlyExitTrainer
@@ -71,6 +72,10 @@ class TwoStageExitTrainer(EarlyExitTrainer):
                 "--method two_stage trains the model before its early exits, but --freeze_backbone keeps it: use "
                 "--method joint."
             )
+        if model.num_exits == 1:
+            raise ExitConfigurationError(
+                "--method two_stage trains early exits, and the model has its last exit only: give --exit_layers."
+            )
         if args.warm_start_epochs:
             raise ExitConfigurationError(
                 "--method two_stage trains the last exit alone: leave out --warm_start_epochs."
@@ -118,8 +123,12 @@ class TwoStageExitTrainer(EarlyExitTrainer):
             rows = rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
         features, answers = [], []
         model.eval()
-        for batch in self.get_eval_dataloader(rows):
-            inputs = {name: value for name, value in self._prepare_inputs(batch).items() if name != "labels"}
+        # Not as evaluation rows: Trainer keeps their data loader where its workers persist.
+        for batch in self.get_test_dataloader(rows):
+            inputs = {**self._prepare_inputs(batch)}
+            labels = inputs.pop("labels")
+            # Not known yet where a run is resumed after its last step.
+            model.config.problem_type = infer_problem_type(model.config.problem_type, model.config.num_labels, labels)
             with self.accelerator.autocast():
                 found = read_features(model, inputs)
             for values, part in zip((features, answers), self.accelerator.gather_for_metrics(found), strict=True):

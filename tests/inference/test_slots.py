@@ -161,3 +161,18 @@ def test_a_deeper_stage_takes_as_many_as_pay():
     sizes = dict(slots._sizes)
     assert_as_anytime(engine, model, batches)
     assert slots._sizes == sizes
+
+
+def test_a_call_that_failed_leaves_nothing_to_the_next():
+    """What breaks: examples of a call that ended early are answered among those of the next."""
+    model = make_model("bert", "cpu")
+    model.set_exit_policy(midway_policy(model, make_inputs(model, 70), "confidence"))
+    engine, inputs = ExitEngine(model, 4), make_inputs(model, 6, 10, 0, "none")
+
+    def fails_later():
+        yield torch.arange(6), inputs
+        raise OSError("the next rows cannot be read")
+
+    with pytest.raises(OSError):
+        list(engine.run(fails_later()))
+    assert_as_anytime(engine, model, [(torch.arange(6), make_inputs(model, 6, 12, 1, "none"))])

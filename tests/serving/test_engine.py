@@ -13,6 +13,7 @@ from recorded_graphs import record_graphs
 
 from een_hf import ExitConfigurationError, ExitPolicy, predict
 from een_hf.inference.runner import input_names
+from een_hf.inference.slots import Step
 from een_hf.serving import AsyncExitEngine, EngineBusyError, EngineClosedError, EngineObserver
 from een_hf.serving.stages import Request, Row, StageWorker
 
@@ -388,3 +389,33 @@ def test_nobody_waits_for_ever_when_the_worker_fails(bert):
 def test_impossible_settings_are_refused(bert, settings):
     with pytest.raises(ExitConfigurationError, match=next(iter(settings))):
         AsyncExitEngine(bert.model, **settings)
+
+
+@pytest.mark.parametrize("exit_index", [0, 1])
+def test_a_step_that_fails_after_it_ran_answers_nothing_wrong(bert, exit_index, monkeypatch):
+    """What breaks: rows that a stage has changed run through it again, or keep their slots until none is free."""
+    policy = {"criterion": "confidence", "thresholds": [1e30] * (bert.model.num_exits - 1) + [0.0]}
+    policy["thresholds"][:2] = [0.9999, 0.9999]
+    examples, failures, exits = random_texts(2), [], Step.exits
+
+    def fail_once(step):
+        if step.exit_index == exit_index and len(failures) % 2 == 0:
+            failures.append("failed")
+            raise RuntimeError("the device has failed")
+        failures.append("passed") if step.exit_index == exit_index else None
+        return exits(step)
+
+    monkeypatch.setattr(Step, "exits", fail_once)
+
+    async def run():
+        async with AsyncExitEngine(bert.model, bert.processor, max_rows=2) as engine:
+            for _ in range(8):
+                try:
+                    answers = await engine.predict(examples, policy, timeout=20)
+                except RuntimeError as error:
+                    assert "device" in str(error)
+                else:
+                    assert_answers(bert, examples, answers, policy)
+
+    asyncio.run(run())
+    assert "failed" in failures

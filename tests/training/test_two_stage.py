@@ -3,12 +3,12 @@
 import factory
 import pytest
 import torch
-from factory import NO_DROPOUT, tiny_model, tiny_rows, tiny_stock_model
+from factory import NO_DROPOUT, assert_same_weights, tiny_model, tiny_rows, tiny_stock_model
 from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 from een_hf.models import ExitConfigurationError
-from een_hf.training import get_scheme
+from een_hf.training import get_scheme, two_stage
 from een_hf.training.two_stage import TwoStageArguments
 
 
@@ -114,14 +114,53 @@ def test_they_learn_from_as_many_rows_as_are_asked_for(tmp_path):
     assert len(set(places)) == len(places) == 10 and places == sorted(places)
 
 
+def first_tokens(batches):
+    return [row[0].item() for batch in batches for row in batch["input_ids"]]
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "no"])
+def test_the_second_stage_reads_training_rows_and_evaluation_its_own(strategy, tmp_path, monkeypatch):
+    """What breaks: loaders whose workers persist are kept, and exits learn from evaluation rows or are measured on
+    training rows."""
+    rows, evaluation = tiny_rows(count=8), tiny_rows(count=6, seed=9)
+    for row in rows:
+        row["input_ids"][0] = 50
+    for row in evaluation:
+        row["input_ids"][0] = 51
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "num_train_epochs": 1}
+    settings |= {"eval_strategy": strategy, "max_steps": -1, "eval_dataset": evaluation}
+    trainer, seen = make_trainer(tmp_path, rows=rows, **settings), []
+    read = two_stage.read_features
+    monkeypatch.setattr(two_stage, "read_features", lambda *given: seen.append(given[1]) or read(*given))
+    trainer.train()
+    assert first_tokens(seen) == [50] * 8
+    assert first_tokens(trainer.get_eval_dataloader()) == [51] * 6
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_run_resumed_after_its_last_step_trains_the_same_exits(labels, tmp_path):
+    """What breaks: the problem is not known where no step was taken, and the exits learn nothing or something else."""
+    rows = tiny_rows(count=8)
+    for row in rows:
+        row["labels"] = float(row["labels"]) if labels == 1 else [float(row["labels"] == k) for k in range(3)]
+    trained = []
+    for resumed in (False, True):
+        model = tiny_model(num_labels=labels, problem_type=None, **NO_DROPOUT)
+        trainer = make_trainer(tmp_path, model, rows, max_steps=2, save_strategy="steps", save_steps=2)
+        trainer.train(resume_from_checkpoint=resumed or None)
+        trained.append(model)
+    assert_same_weights(*trained)
+
+
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [
         ({"freeze_backbone": True}, "--freeze_backbone"),
         ({"warm_start_epochs": 0.5}, "--warm_start_epochs"),
         ({"rows": (row for row in ())}, "--streaming"),
+        ({"model": tiny_model(exit_layers=[3])}, "--exit_layers"),
     ],
-    ids=["frozen", "warm", "stream"],
+    ids=["frozen", "warm", "stream", "one exit"],
 )
 def test_what_leaves_no_two_stages_is_refused(settings, flag, tmp_path):
     """What breaks: a run trains for hours and then fails, or has one stage only."""
