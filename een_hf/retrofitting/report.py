@@ -70,7 +70,9 @@ class RetrofitReport:
         line += f"(confidence {100 * guarantee['confidence']:.4g} %); {1 / self.relative_cost:.2f} x less "
         line += "time, measured" if self.latency else "compute"
         if self.seconds:
-            line += f", {next(iter(self.seconds.values())) / self.seconds['exits on']:.2f} x less time on this machine"
+            saving = next(iter(self.seconds.values())) / self.seconds["exits on"]
+            time = f"{saving:.2f} x less time" if saving >= 1 else f"but {1 / saving:.2f} x the time"
+            line += f", {time} on this machine"
         return line
 
     def __repr__(self) -> str:

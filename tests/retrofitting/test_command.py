@@ -279,3 +279,15 @@ def test_a_minilm_fine_tuned_on_sst2(shared_dir, minilm_path, tmp_path, capsys):
     differing = int((dynamic != predict(full, rows).logits.argmax(-1)).sum())
     print(f"{differing} of 1000 unseen rows differ; record: {record['relative_cost']:.3f}, {record['seconds']}")
     assert scipy.stats.binom.sf(differing - 1, 1000, 0.02) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_a_loaded_model_with_exits_gets_others(kind, sources, tmp_path):
+    """Fails if only stock models can be given as objects, or if the exits of before stay."""
+    folder, flag, path = sources[kind]
+    model = EXIT_CLASSES[kind].from_pretrained(folder, exit_layers=[1])
+    settings = {"max_risk": 0.3, "num_train_epochs": 1, "chunk_size": CHUNK, "speed_samples": 0, flag[2:]: path}
+    report = een_hf.retrofit(model, output_dir=tmp_path, exit_layers=[2], **settings)
+    assert report.model.config.exit_layers == [2, model.config.num_hidden_layers]
+    assert model.config.exit_layers[0] == 1
+    assert report.model.classifier.weight.equal(model.classifier.weight)
