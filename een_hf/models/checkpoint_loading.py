@@ -63,7 +63,7 @@ class CheckpointLoadingMixin:
         Raises:
             ExitConfigurationError: a checkpoint of another architecture, or an exit field that does not fit.
         """
-        if not isinstance(config, cls.config_class):
+        if not isinstance(config, cls.config_class) or cls._config_fields() & kwargs.keys():
             config = cls._exit_config(config or pretrained_model_name_or_path, kwargs)
         pooling_known = config.last_exit_pooling is not None
         architectures = config.architectures
@@ -119,8 +119,13 @@ class CheckpointLoadingMixin:
                 f"{cls.__name__} takes checkpoints of type {cls.config_class.stock_model_type!r} or "
                 f"{cls.config_class.model_type!r}, not {found!r}."
             )
-        names = cls.config_class.field_names().keys() | {"num_labels"}
-        return cls.config_class.from_dict(config_dict, **{name: kwargs.pop(name) for name in names & kwargs.keys()})
+        fields = {name: kwargs.pop(name) for name in cls._config_fields() & kwargs.keys()}
+        return cls.config_class.from_dict(config_dict, **fields)
+
+    @classmethod
+    def _config_fields(cls) -> set[str]:
+        """The fields of the config that are keywords of `from_pretrained`."""
+        return cls.config_class.field_names().keys() | {"num_labels"}
 
     def is_new_head(self, exit_index: int) -> bool:
         """Whether a parameter of an exit's head was not in the checkpoint.

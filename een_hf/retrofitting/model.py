@@ -12,7 +12,7 @@ from ..data.samples import model_source
 from ..errors import loading
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.auto import model_class_of
-from ..models.exit_config import EarlyExitConfigMixin, is_classifier
+from ..models.exit_config import is_classifier
 
 
 def name_of(model: PreTrainedModel) -> str:
@@ -69,9 +69,6 @@ def load_model(
         raise ExitConfigurationError(f"MODEL {name} reads {kind}: give {flag}.")
     pooling = exit_pooling or model_class.config_class.default_exit_pooling
     fields = {"exit_layers": exit_layers, "exit_pooling": pooling, "exit_head": exit_head, "exit_policy": None}
-    config = settings.get("config")
-    if isinstance(config, EarlyExitConfigMixin):  # a stock config takes the fields while it is converted
-        settings["config"], fields = type(config).from_dict({**config.to_dict(), **fields}), {}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers would report that the heads of the exits are missing
     try:

@@ -178,6 +178,10 @@ def test_a_given_config_is_used_and_left_alone(architecture, stock_folders, load
     model = architecture.model_class.from_pretrained(stock_folders[architecture.name, "head"], config=config).eval()
     assert model.config.exit_layers == [1, 2, 4]
     assert [model.is_new_head(index) for index in range(3)] == [True, True, False]
+    other = architecture.model_class.from_pretrained(
+        stock_folders[architecture.name, "head"], config=config, exit_layers=[3]
+    )
+    assert other.config.exit_layers == [3, 4]
     assert config.to_dict() == before
     stock_config = load_stock(architecture).config
     by_stock = architecture.model_class.from_pretrained(
