@@ -7,9 +7,9 @@ from functools import partial
 import torch
 
 from ..models import EarlyExitMixin
-from .programs import segments_of
+from .programs import graphs_on, segments_of
 from .runner import runs_graphs
-from .slots import Slots, SlotsByShape, Step, graphs_on, send
+from .slots import Slots, SlotsByShape, Step, send
 
 
 class ExitEngine:

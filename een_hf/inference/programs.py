@@ -23,6 +23,27 @@ from ..models.policies import ExitPolicy, decide
 from ..models.stages import Examples
 
 
+# Texts are padded to a multiple of this many tokens; every such length has its own programs.
+LENGTH_STEP = 16
+MAX_LANES = 32
+
+
+def rounded_length(length: int, longest: int | None) -> int:
+    """The number of tokens that programs pad a text to.
+
+    Args:
+        length: number of its tokens.
+        longest: the largest number that the model takes, if it is limited.
+    """
+    rounded = -(-length // LENGTH_STEP) * LENGTH_STEP
+    return rounded if longest is None else min(rounded, longest)
+
+
+def graphs_on(device: torch.device) -> tuple | None:
+    """Memory pool and stream of CUDA graphs that never run at the same time; `None` where there is no CUDA."""
+    return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else None
+
+
 def row_bucket(count: int, capacity: int) -> int:
     """The smallest number of rows for which a lane of `capacity` rows has a program and which holds `count` examples.
 
@@ -141,6 +162,14 @@ class ModelTensors:
             return False
         return same and self.attention == self.model.config._attn_implementation
 
+    def can_capture(self, padded: bool) -> bool:
+        """Whether a program can be captured; some implementations of attention search the mask for padding.
+
+        Args:
+            padded: whether the program has a mask.
+        """
+        return not padded or self.attention in ("eager", "sdpa")
+
 
 class Lane:
     """Static tensors for batches of one shape and up to `capacity` examples, and the programs on them.
@@ -149,25 +178,19 @@ class Lane:
         model: an early-exit model in eval mode.
         decisions: the decisions of the policy.
         capacity: the largest number of examples.
-        inputs: model inputs; of tensors (batch, ...) only shape and dtype are read, anything else is a constant.
+        shapes: of the model inputs, as `input_shapes` gives them.
         padded: whether `attention_mask` may contain zeros; if not, it is omitted.
-        pool: memory pool of the graphs; `None`: run eagerly.
-        stream: the stream that the graphs are captured on.
+        graphs: as `graphs_on` makes them; `None`: run eagerly.
         run_stage: the model's `run_stage`, as it is or compiled.
     """
 
     def __init__(
-        self, model, decisions: Decisions, capacity: int, inputs: dict, padded: bool, pool, stream, run_stage
+        self, model, decisions: Decisions, capacity: int, shapes: tuple, padded: bool, graphs: tuple | None, run_stage
     ):
         self.model, self.decisions, self.capacity, self.padded = model, decisions, capacity, padded
-        self.pool, self.stream, self.run_stage = pool, stream, run_stage
+        self.graphs, self.run_stage = graphs, run_stage
         self.autocast, device = autocast_here(model.device), model.device
-        self.inputs = {
-            name: torch.zeros((capacity, *value.shape[1:]), dtype=value.dtype, device=device)
-            if isinstance(value, torch.Tensor)
-            else value
-            for name, value in inputs.items()
-        }
+        self.inputs = static_inputs(shapes, capacity, device)
         self.places = torch.arange(capacity + 1, device=device)  # 0 is the spare one
         self.counts = torch.zeros(len(decisions.segments) + 1, dtype=torch.int64, device=device)
         host = torch.zeros(self.counts.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -234,9 +257,8 @@ class Lane:
         exits = decisions.segments[segment]
         single = self.capacity == 1
         if segment == 0:
-            inputs = {n: v[:rows] if isinstance(v, torch.Tensor) else v for n, v in self.inputs.items()}
             ids = None if single else self.places[1 : rows + 1]
-            examples = replace(model.embed(**inputs), ids=ids, padded=self.padded or None)
+            examples = replace(model.embed(**first_rows(self.inputs, rows)), ids=ids, padded=self.padded or None)
         else:
             examples = self.buffers[segment % 2].map(lambda tensor: tensor[1 : rows + 1])
         examples, logits, done = decisions.run(segment, examples, self.run_stage)
@@ -310,10 +332,10 @@ class _Program:
     def __call__(self) -> None:
         if self.graph is None:
             run = partial(self.lane.compute, self.segment, self.rows)
-            if self.lane.pool is None:
+            if self.lane.graphs is None:
                 run()
                 return
-            self.graph = capture(run, self.lane.pool, self.lane.stream)
+            self.graph = capture(run, *self.lane.graphs)
         self.graph.replay()
 
 
@@ -350,29 +372,60 @@ def capture(function: Callable[[], object], pool, stream) -> "torch.cuda.CUDAGra
     return graph
 
 
-def fill(static: torch.Tensor, value: torch.Tensor, padding: int) -> None:
-    """Copy a model input into a static tensor of as many examples, whose tokens beyond it become padding.
+def input_shapes(inputs: dict, length: int, width: int | None) -> tuple:
+    """What programs depend on of model inputs.
 
     Args:
-        static: (batch, ...), with as many tokens as the input, or more.
-        value: (batch, ...), on any device.
-        padding: see `padding_of`.
+        inputs: by name, each (batch, ...); anything but a tensor is a constant.
+        length: number of tokens.
+        width: number of tokens to pad to.
+
+    Returns:
+        pairs of the name and, of a tensor, the padded shape (...) of one example and the dtype, else the constant.
     """
-    if static.shape != value.shape:
-        static[:, value.shape[1] :].fill_(padding)
-        static = static[:, : value.shape[1]]
-    static.copy_(value, non_blocking=True)
+    return tuple(
+        (name, (padded_shape(value, length, width), value.dtype) if isinstance(value, torch.Tensor) else value)
+        for name, value in inputs.items()
+    )
 
 
-def padding_of(config, name: str) -> int:
-    """What stands in the model input of this name where a text has no tokens."""
-    return (getattr(config, "pad_token_id", 0) or 0) if name == "input_ids" else 0
-
-
-def padded_shape(value: torch.Tensor, length: int, width: int) -> tuple[int, ...]:
+def padded_shape(value: torch.Tensor, length: int, width: int | None) -> tuple[int, ...]:
     """The shape (...) of one example of a model input (batch, ...) after its `length` tokens are padded to `width`."""
     shape = tuple(value.shape[1:])
     return (width, *shape[1:]) if shape and shape[0] == length else shape
+
+
+def static_inputs(shapes: tuple, rows: int, device: torch.device) -> dict:
+    """Tensors of so many rows for model inputs of these shapes, as `input_shapes` gives them, and the constants."""
+    return {
+        name: torch.zeros((rows, *value[0]), dtype=value[1], device=device) if isinstance(value, tuple) else value
+        for name, value in shapes
+    }
+
+
+def first_rows(inputs: dict, rows: int) -> dict:
+    """The first rows of static inputs, and the constants."""
+    return {name: value[:rows] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def fill_inputs(static: dict, inputs: dict, count: int, config) -> None:
+    """Copy model inputs into the first rows of static inputs; tokens beyond theirs become padding.
+
+    Args:
+        static: as `static_inputs` makes them, with as many tokens as the inputs, or more.
+        inputs: by name, each (batch, ...), on any device.
+        count: number of examples.
+        config: config of the model, for its `pad_token_id`.
+    """
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        target = static[name][:count]
+        if target.shape != value.shape:
+            padding = getattr(config, "pad_token_id", 0) or 0 if name == "input_ids" else 0
+            target[:, value.shape[1] :].fill_(padding)
+            target = target[:, : value.shape[1]]
+        target.copy_(value, non_blocking=True)
 
 
 def fastest_size(seconds: Callable[[int], float], largest: int, smallest: int = 32) -> int:

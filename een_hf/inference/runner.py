@@ -10,22 +10,21 @@ import torch
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitPolicy
 from ..models.stages import Examples
 from .programs import (
+    MAX_LANES,
     Decisions,
     Lane,
     ModelTensors,
     fastest_size,
-    fill,
-    padded_shape,
-    padding_of,
+    fill_inputs,
+    graphs_on,
+    input_shapes,
+    rounded_length,
     row_bucket,
     seconds_of,
     wait_for,
 )
 
 
-# Texts are padded to a multiple of this many tokens; every such length has its own programs.
-LENGTH_STEP = 16
-MAX_LANES = 32
 MAX_ROWS = 512
 
 
@@ -95,8 +94,7 @@ class ExitRunner:
 
     def _forget(self) -> None:
         self.device, self._parameter = self.model.device, next(self.model.parameters())
-        self._pool = torch.cuda.graph_pool_handle() if self._graphed() else None
-        self._stream = torch.cuda.Stream(self.device) if self._graphed() else None
+        self._graphs = graphs_on(self.device) if self.cuda_graphs else None
         if self.device.type == "cuda":
             with torch.inference_mode(False):
                 self._unmasked = torch.ones((), dtype=torch.bool, pin_memory=True)
@@ -105,9 +103,6 @@ class ExitRunner:
         self._decisions: Decisions | None = None
         self._lanes: OrderedDict[tuple, Lane] = OrderedDict()
         self._tensors = ModelTensors(self.model)
-
-    def _graphed(self) -> bool:
-        return self.cuda_graphs and self.device.type == "cuda"
 
     def _is_current(self) -> bool:
         """Whether the programs still fit the model, its weights and its policy; forgets those that do not."""
@@ -203,10 +198,8 @@ class ExitRunner:
         batch, length = main.shape[:2]
         wanted = length
         if text:
-            wanted, longest = -(-length // LENGTH_STEP) * LENGTH_STEP, self.model.config.max_input_length
-            if longest is not None and wanted > longest:
-                self.model.config.check_input_length(length, "A text, or one beside it,")
-                wanted = longest
+            self.model.config.check_input_length(length, "A text, or one beside it,")
+            wanted = rounded_length(length, self.model.config.max_input_length)
             mask = inputs.pop("attention_mask", None)
             if mask is not None and mask.dim() != 2:
                 self.model.check_mask(mask, dynamic=True)
@@ -214,14 +207,8 @@ class ExitRunner:
             padded = wanted > length or (mask is not None and self._guess_padded(mask))
             if padded:
                 inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.int64) if mask is None else mask
-        shapes = tuple(
-            (name, (padded_shape(value, length, wanted), value.dtype) if isinstance(value, torch.Tensor) else value)
-            for name, value in inputs.items()
-        )
-        lane = self._lane(batch, shapes, padded)
-        for name, value in inputs.items():
-            if isinstance(value, torch.Tensor):
-                fill(lane.inputs[name][:batch], value, padding_of(self.model.config, name))
+        lane = self._lane(batch, input_shapes(inputs, length, wanted), padded)
+        fill_inputs(lane.inputs, inputs, batch, self.model.config)
         lane.start(batch)
         return lane, batch
 
@@ -256,13 +243,8 @@ class ExitRunner:
         key = (capacity, shapes, padded, id(self._decisions), autocast)
         lane = self._lanes.get(key)
         if lane is None:
-            shown = {
-                name: torch.empty((1, *value[0]), dtype=value[1], device="meta") if isinstance(value, tuple) else value
-                for name, value in shapes
-            }
-            # Other implementations of attention search the mask for padding, which cannot be captured.
-            pool = self._pool if not padded or self._tensors.attention in ("eager", "sdpa") else None
-            lane = Lane(self.model, self._decisions, capacity, shown, padded, pool, self._stream, self._stage)
+            graphs = self._graphs if self._tensors.can_capture(padded) else None
+            lane = Lane(self.model, self._decisions, capacity, shapes, padded, graphs, self._stage)
             self._lanes[key] = lane
             if len(self._lanes) > MAX_LANES:
                 self._lanes.popitem(last=False)
@@ -287,16 +269,15 @@ class ExitRunner:
                 for n, v in inputs.items() if n not in ("labels", "attention_mask")
             }  # fmt: skip
             example = model.embed(**inputs)
-            length = -(-example.hidden.shape[1] // LENGTH_STEP) * LENGTH_STEP
+            length = rounded_length(example.hidden.shape[1], None)
             if length not in self._sizes:
-                graphs = (self._pool, self._stream) if self._graphed() else None
-                self._sizes[length] = fastest_size(lambda size: self._layer_seconds(example, size, graphs), MAX_ROWS)
+                self._sizes[length] = fastest_size(lambda size: self._layer_seconds(example, size), MAX_ROWS)
             return self._sizes[length]
 
-    def _layer_seconds(self, example: Examples, size: int, graphs: tuple | None) -> float:
+    def _layer_seconds(self, example: Examples, size: int) -> float:
         examples = example.map(lambda tensor: tensor[:1].expand(size, *tensor.shape[1:]).contiguous())
         context = self.model.make_context(examples)
-        return seconds_of(lambda: self.model.run_layer(0, examples.hidden, context), graphs)
+        return seconds_of(lambda: self.model.run_layer(0, examples.hidden, context), self._graphs)
 
     def __deepcopy__(self, memo):
         return None  # a copy of the model captures its own graphs
@@ -311,10 +292,11 @@ class ExitRunner:
             number of bytes.
         """
         held = sum(lane.nbytes() for lane in self._lanes.values())
-        if self._pool is None:
+        if self._graphs is None:
             return held
+        pool, _ = self._graphs
         segments = torch.cuda.memory_snapshot()
-        return held + sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
+        return held + sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(pool))
 
 
 class _Turn:

@@ -12,30 +12,28 @@ import torch
 from ..models import EarlyExitMixin, ExitPolicy
 from ..models.stages import Examples
 from .programs import (
+    MAX_LANES,
     Decisions,
     ModelTensors,
     autocast_here,
     capture,
     fastest_size,
-    fill,
+    fill_inputs,
+    first_rows,
+    input_shapes,
     padded_shape,
-    padding_of,
+    rounded_length,
     row_bucket,
     seconds_of,
+    static_inputs,
     wait_for,
 )
-from .runner import LENGTH_STEP, MAX_LANES
 
 
 MAX_PROGRAMS = 512
 MAX_SHAPES = 8
 # The first two slots belong to no example: surplus rows of a program read the one, and write the other.
 _READ, _WRITTEN = 0, 1
-
-
-def graphs_on(device: torch.device) -> tuple | None:
-    """Memory pool and stream of CUDA graphs that never run at the same time; `None` where there is no CUDA."""
-    return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else None
 
 
 def send(values: list, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -261,11 +259,7 @@ class Slots:
 
     def _rounded(self, width: int) -> int:
         """The number of columns of a program that holds so many tokens."""
-        if not self.static:
-            return width
-        longest = self.model.config.max_input_length
-        width = -(-width // LENGTH_STEP) * LENGTH_STEP
-        return width if longest is None else min(width, longest)
+        return rounded_length(width, self.model.config.max_input_length) if self.static else width
 
     def _take(self, count: int) -> list[int]:
         if count > len(self.free):
@@ -304,8 +298,7 @@ class Slots:
             self._policies[slots[n]] = policies[n]
 
     def _captures(self, program: _Program) -> bool:
-        # Other implementations of attention search the mask for padding, which cannot be captured.
-        return self.graphs is not None and not (program.padded and self._tensors.attention not in ("eager", "sdpa"))
+        return self.graphs is not None and self._tensors.can_capture(program.padded)
 
     def _launch(
         self, segment: int, slots: list[int], width: int | None, padded: bool, inputs: dict
@@ -315,9 +308,7 @@ class Slots:
             program = self._program(segment, row_bucket(count, self.max_rows), width, padded, inputs)
             self._indices[:count].copy_(send(slots, self.device), non_blocking=True)
             self._indices[count : program.rows].zero_()
-            for name, value in inputs.items():
-                if isinstance(value, torch.Tensor):
-                    fill(program.inputs[name][:count], value, padding_of(self.model.config, name))
+            fill_inputs(program.inputs, inputs, count, self.model.config)
         else:
             self._indices = torch.tensor(slots, device=self.device)
             inputs = {n: v.to(self.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
@@ -345,11 +336,7 @@ class Slots:
         if not self._tensors.are_current():
             self._tensors, self._programs = ModelTensors(self.model), OrderedDict()
         length = inputs["attention_mask"].shape[1] if "attention_mask" in inputs else 0
-        shapes = tuple(
-            (name, (padded_shape(value, length, width), value.dtype) if isinstance(value, torch.Tensor) else value)
-            for name, value in inputs.items()
-        )
-        device = self.device.type
+        shapes, device = input_shapes(inputs, length, width), self.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         key = (segment, rows, width, padded, autocast, shapes)
         program = self._programs.get(key)
@@ -372,12 +359,7 @@ class Slots:
         if not shapes:
             return {}
         if shapes not in self._inputs:
-            self._inputs[shapes] = {
-                name: torch.zeros((self.max_rows, *value[0]), dtype=value[1], device=self.device)
-                if isinstance(value, tuple)
-                else value
-                for name, value in shapes
-            }
+            self._inputs[shapes] = static_inputs(shapes, self.max_rows, self.device)
             if len(self._inputs) > MAX_LANES:
                 dropped, _ = self._inputs.popitem(last=False)
                 self._programs = OrderedDict((k, p) for k, p in self._programs.items() if k[-1] != dropped)
@@ -400,9 +382,7 @@ class Slots:
         slots, mask = self._indices[: program.rows], None
         with autocast_here(self.device)() if self.static else nullcontext():
             if segment == 0:
-                inputs = {
-                    n: v[: program.rows] if isinstance(v, torch.Tensor) else v for n, v in program.inputs.items()
-                }
+                inputs = first_rows(program.inputs, program.rows)
                 mask = inputs.pop("attention_mask", None)
                 if program.padded:
                     inputs["attention_mask"] = mask

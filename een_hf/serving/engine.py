@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..inference.predict import ExitPredictions
-from ..inference.runner import LENGTH_STEP
+from ..inference.programs import LENGTH_STEP
 from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from ..models.criteria import answer_confidence
 from .auditing import Auditor

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..inference.programs import Decisions, segments_of
+from ..inference.programs import Decisions, graphs_on, segments_of
 from ..inference.rows import pad_rows
 from ..inference.runner import runs_graphs
-from ..inference.slots import Slots, SlotsByShape, Step, graphs_on
+from ..inference.slots import Slots, SlotsByShape, Step
 from ..models import EarlyExitMixin, ExitPolicy
 
 
