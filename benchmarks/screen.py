@@ -22,6 +22,7 @@ cell of MiniLM takes half a minute of one core. What the page shows is paired by
 import argparse
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from een_hf.calibration import calibrate
 from een_hf.data import load_bbc_news
 from een_hf.data.samples import model_source
 from een_hf.models import EarlyExitBertForSequenceClassification
-from een_hf.training.frozen_heads import train_heads
+from een_hf.training.frozen_heads import read_features, train_heads
 from een_hf.training.head_init import standardize_heads
 
 
@@ -89,7 +90,7 @@ class Exits(nn.Module):
             problem_type="single_label_classification",
         )
         self.model.base_model.embeddings.requires_grad_(False)
-        self.option, self.numbers, self.keep = option, numbers, False
+        self.option, self.numbers = option, numbers
         if option == "recycle":
             width = self.model.config.hidden_size
             exits = range(self.model.num_exits - 1)
@@ -102,7 +103,7 @@ class Exits(nn.Module):
         """(batch, num_exits, num_labels)"""
         examples, logits = self.model.embed(**inputs), []
         context, hidden = self.model.make_context(examples), examples.hidden
-        last, self.read = self.model.num_exits - 1, []
+        last = self.model.num_exits - 1
         num_exits = int(self.numbers[0]) if self.option == "cut" else last + 1
         for layer in range(self.model.config.exit_layers[num_exits - 1]):
             hidden = self.model.run_layer(layer, hidden, context)
@@ -117,8 +118,6 @@ class Exits(nn.Module):
                 logits.append(head.classifier(head.dropout(torch.tanh(features))))
             else:
                 logits.append(self.model.compute_exit(index, hidden, examples.attention_mask))
-            if self.keep and index < last:
-                self.read.append(self.model.exit_head_modules(index)[0].pool(hidden, examples.attention_mask))
             if self.option == "detach" and index < last:
                 hidden = hidden.detach()
         return torch.stack(logits, 1)
@@ -166,10 +165,12 @@ def train(
     kind, *numbers = option.split("-")
     order, steps = np.random.default_rng(seed).permutation(count), count // batch_size
 
+    def batch_of(encoded, rows) -> dict[str, torch.Tensor]:
+        return tokenizer.pad({key: [encoded[key][row] for row in rows] for key in encoded}, return_tensors="pt")
+
     def logits_of(network: Exits, encoded, rows) -> torch.Tensor:
-        inputs = tokenizer.pad({key: [encoded[key][row] for row in rows] for key in encoded}, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
-            return network(**inputs).float()
+            return network(**batch_of(encoded, rows)).float()
 
     def trained(kind: str, targets: torch.Tensor) -> Exits:
         torch.manual_seed(seed)
@@ -194,28 +195,24 @@ def train(
             schedule.step()
         return network.eval()
 
-    def by_length(network: Exits, encoded, function=logits_of) -> np.ndarray:
+    def by_length(encoded, function) -> list[np.ndarray]:
         order, found = np.argsort([len(tokens) for tokens in encoded["input_ids"]], kind="stable"), []
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             for start in range(0, len(order), 64):
-                found.append(function(network, encoded, order[start : start + 64]))
-        return torch.cat(found).numpy()[np.argsort(order)]
+                found.append(function(batch_of(encoded, order[start : start + 64])))
+        return [torch.cat(parts).float().numpy()[np.argsort(order)] for parts in zip(*found, strict=True)]
 
-    def features_of(network: Exits, *batch) -> torch.Tensor:
-        logits_of(network, *batch)
-        return torch.stack(network.read, 1).float()
+    def exit_logits(network: Exits, encoded) -> np.ndarray:
+        return by_length(encoded, lambda inputs: (network(**inputs),))[0]
 
     labels = torch.from_numpy(labels.copy())
     if kind == "student":
-        teacher_logits = torch.from_numpy(by_length(trained("stock", labels), train_rows)[:, -1])
+        teacher_logits = torch.from_numpy(exit_logits(trained("stock", labels), train_rows)[:, -1])
         kind, labels = "cut", teacher_logits.softmax(-1)
     network = trained(kind, labels)
     if kind in ("retrofit", "refit"):
-        network.keep = True
-        features = by_length(network, train_rows, features_of)
-        network.keep = False
-        train_heads(network.model, features, by_length(network, train_rows)[:, -1], seed=seed)
-    return by_length(network, evaluation_rows)
+        train_heads(network.model, *by_length(train_rows, partial(read_features, network.model)), seed=seed)
+    return exit_logits(network, evaluation_rows)
 
 
 def right_answers(logits: np.ndarray, labels: np.ndarray, budgets: Iterable[float]) -> dict[str, np.ndarray]:

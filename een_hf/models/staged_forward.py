@@ -75,7 +75,7 @@ class StagedForwardMixin:
         """
         config = self.config
         after = exit_index - 1 if after is None else after
-        hidden = self._run_layers(after, exit_index, examples.hidden, context, **kwargs)
+        hidden = self.run_layers(after, exit_index, examples.hidden, context, **kwargs)
         behind = self.num_exits - exit_index - 1
         rescale = self.training and config.gradient_rescale
         if rescale:
@@ -87,8 +87,19 @@ class StagedForwardMixin:
             hidden = scale_gradient(hidden, behind)
         return hidden, logits
 
-    def _run_layers(self, after: int, exit_index: int, hidden: torch.Tensor, context: Any, **kwargs) -> torch.Tensor:
-        """Run the layers after one exit, up to another (0-based; -1: before the first layer)."""
+    def run_layers(self, after: int, exit_index: int, hidden: torch.Tensor, context: Any, **kwargs) -> torch.Tensor:
+        """Run the layers after one exit, up to another.
+
+        Args:
+            after: the 0-based exit to start after; -1: before the first layer.
+            exit_index: the 0-based exit to end at, which is not evaluated.
+            hidden: hidden states (batch, length, hidden_size) after exit `after`.
+            context: what `make_context` returned.
+            **kwargs: passed to every layer.
+
+        Returns:
+            the hidden states that the exit reads, of the same shape.
+        """
         layers = self.config.exit_layers
         for depth in range(layers[after] if after >= 0 else 0, layers[exit_index]):
             hidden = self.run_layer(depth, hidden, context, **kwargs)
@@ -237,11 +248,11 @@ class StagedForwardMixin:
         hidden, mask, stack = examples.hidden, examples.attention_mask, StackedHeads(heads)
         rescale = self.training and config.gradient_rescale
         for index in range(last):
-            hidden = self._run_layers(index - 1, index, hidden, context, **kwargs)
+            hidden = self.run_layers(index - 1, index, hidden, context, **kwargs)
             # `run_stage` multiplies the gradient by 1 / (behind + 1), and that of the next layers by `behind`, too.
             share = 1 / (last - index + 1)
             hidden = stack.read(hidden, mask, *((share, 1 - share) if rescale else ()))
-        hidden = self._run_layers(last - 1, last, hidden, context, **kwargs)
+        hidden = self.run_layers(last - 1, last, hidden, context, **kwargs)
         early, logits = stack.classify(), self.last_head(hidden, mask)
         if config.exit_aggregation == "boosted":
             early = add_boosted_stack(early, config.boost_temperature)

@@ -1,7 +1,6 @@
 """Training of the exits before the last on a frozen model, from stored inputs of their heads (features)."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,13 +22,13 @@ def read_features(model: EarlyExitMixin, inputs: dict) -> tuple[torch.Tensor, to
     Returns:
         features (batch, num_exits - 1, width) and the last exit's logits (batch, num_labels), both in float32.
     """
-    examples = model.embed(**inputs).unpadded()
-    context, features = model.make_context(examples), []
-    for index in range(model.num_exits - 1):
-        hidden, _ = model.run_stage(index, examples, context)
-        examples = replace(examples, hidden=hidden)
-        features.append(model.exit_head_modules(index)[0].pool(hidden, examples.attention_mask))
-    logits = model.run_stage(model.num_exits - 1, examples, context)[1]
+    examples, last = model.embed(**inputs).unpadded(), model.num_exits - 1
+    context, hidden, mask = model.make_context(examples), examples.hidden, examples.attention_mask
+    features = []
+    for index in range(last):
+        hidden = model.run_layers(index - 1, index, hidden, context)
+        features.append(model.exit_head_modules(index)[0].pool(hidden, mask))
+    logits = model.compute_exit(last, model.run_layers(last - 1, last, hidden, context), mask)
     return torch.stack(features, 1).float(), logits.float()
 
 
