@@ -103,8 +103,8 @@ def charged_by_loop(confidences, target_p, offset=0.0):
     for k in range(num_exits):
         before, share = before + q ** (k + 1) / total, -math.floor(num_rows * before + Fraction(offset))
         share += math.floor(num_rows * before + Fraction(offset))
-        surest = sorted(left, key=lambda row: -confidences[row][k])  # stable: of equals the earlier row
-        charged.append(surest[:share])
+        most_confident = sorted(left, key=lambda row: -confidences[row][k])  # stable: of equals the earlier row
+        charged.append(most_confident[:share])
         left = [row for row in left if row not in charged[-1]]
     return charged
 

@@ -177,7 +177,7 @@ def test_thresholds_lie_midway():
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
 def test_geometric_split_takes_the_shares_of_the_paper(ratio):
-    """The baseline must be MSDNet's: exit k takes the surest of those left, a share proportional to ratio^k."""
+    """The baseline must be MSDNet's: exit k takes the most confident of those left, a share like ratio^k."""
     num_rows, num_exits = 1000, 4
     rng = np.random.default_rng(0)
     scores = np.stack([rng.permutation(num_rows).astype(np.float32) for _ in range(num_exits)], 1)
@@ -187,8 +187,8 @@ def test_geometric_split_takes_the_shares_of_the_paper(ratio):
     for index in range(num_exits - 1):
         leaves = scores[left, index] >= thresholds[index]
         assert leaves.sum() == pytest.approx(shares[index] * num_rows, abs=1)
-        surest = left[np.argsort(-scores[left, index])[: leaves.sum()]]
-        assert set(left[leaves]) == set(surest)
+        most_confident = left[np.argsort(-scores[left, index])[: leaves.sum()]]
+        assert set(left[leaves]) == set(most_confident)
         left = left[~leaves]
 
 

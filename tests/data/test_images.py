@@ -179,7 +179,7 @@ def test_folders_that_differ_in_case_are_two_classes(tmp_path, model):
 
 
 def test_names_are_the_models_in_either_case(tmp_path, model):
-    """What breaks: a model fine-tuned on `cat` and `dog` refuses, or numbers anew, the folders `Cat` and `DOG`."""
+    """What breaks: a model fine-tuned on `cat` and `dog` refuses, or renumbers, the folders `Cat` and `DOG`."""
     for name in ("Cat", "DOG"):
         (tmp_path / name).mkdir()
         Image.fromarray(PIXELS[0]).save(tmp_path / name / "0.png")

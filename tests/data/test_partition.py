@@ -283,7 +283,7 @@ def test_npz_is_read_by_numpy_alone(digits, pairs, tmp_path):
 
 
 def test_parquet_keeps_the_encoded_bytes(digits, tmp_path):
-    """Breaks if images are decoded and encoded anew: slow, and lossy for JPEG."""
+    """Breaks if images are decoded and encoded again: slow, and lossy for JPEG."""
     write_partition(digits, [np.arange(8)], tmp_path / "out")
     raw = [
         rows.cast_column("image", datasets.Image(decode=False))["image"][:]

@@ -74,7 +74,7 @@ def test_trailing_columns_are_trimmed(bert, load_exits, exit_pooling):
     exit_logits = anytime_logits(model, inputs)
     scores = [scores_by_hand("confidence", row)[0] for row in exit_logits.double().tolist()]
     threshold = sorted(scores)[32] - 1e-4
-    # Of the long rows those that leave, of the short ones those that stay, and the surest short ones to leave as well.
+    # Of the long rows those that exit, of the short ones those that continue, and the most confident short ones exit.
     rows = [row for row in range(64) if (lengths[row] > 6) == (scores[row] > threshold) or scores[row] > 0.95]
     stay = [scores[row] < threshold for row in rows]
     num_staying = sum(stay)

@@ -116,7 +116,7 @@ def test_saved_model_is_the_same_to_the_bit(architecture, load_exits, tmp_path):
 
 
 def test_last_pooling_survives_reloading(bert, load_exits, tmp_path):
-    """Once written, the last exit's pooling is part of the model: a second load must not choose it anew."""
+    """Once written, the last exit's pooling is part of the model: a second load must not choose it again."""
     for what, expected in (("head", "cls"), ("backbone", "mean")):
         load_exits(bert, what=what, exit_layers=[1, 3], exit_pooling="mean").save_pretrained(tmp_path / what)
         again = bert.model_class.from_pretrained(tmp_path / what)

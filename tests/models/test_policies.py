@@ -168,7 +168,7 @@ def test_a_broken_exit_neither_agrees_nor_votes(criterion):
 
 
 def test_never_and_always():
-    """A policy that should never leave must not leave on the surest row there is, nor one that always leaves stay."""
+    """An exit that is never used must not be taken by the most confident row, and one that is always used by all."""
     sure = torch.tensor([[[1e4, 0.0], [1e4, 0.0], [0.0, 1.0]]])
     unsure = torch.zeros(1, 3, 2)
     for criterion in CRITERIA:

@@ -72,7 +72,7 @@ def test_rows_that_chose_the_model_certify_nothing(case, finished, files, tmp_pa
     "case", ["best checkpoint", "a checkpoint without a record", "trained on the evaluation rows"]
 )
 def test_a_model_that_was_saved_on_the_way_is_no_cleaner(case, finished, files, tmp_path):
-    """A run that only calibrates saves the model anew: what its weights have seen must not be forgotten there."""
+    """A run that only calibrates saves the model again: what its weights have seen must not be forgotten there."""
     model, flags = shutil.copytree(finished, tmp_path / "model"), [f"--train_file={files['train']}"]
     record = json.loads((model / "_run_arguments.json").read_text())
     validation, reason = files["validation"], "the checkpoint"

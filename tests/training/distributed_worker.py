@@ -48,9 +48,9 @@ def main(folder: Path) -> None:
         evaluated = trainer.evaluate()
         exits = trainer.predict_exits(trainer.eval_dataset)
         report = trainer.calibrate(make_rows(30, seed=3), target_cost=0.7)
-        # Thresholds between two rows' scores, so that rows leave at several exits.
-        surest = torch.from_numpy(exits.predictions).softmax(-1).amax(-1)
-        thresholds = surest.quantile(0.6, dim=0, interpolation="midpoint").tolist()
+        # Thresholds between two rows' scores, so that rows exit at several exits.
+        confidence = torch.from_numpy(exits.predictions).softmax(-1).amax(-1)
+        thresholds = confidence.quantile(0.6, dim=0, interpolation="midpoint").tolist()
         trainer.model.set_exit_policy({"criterion": "confidence", "thresholds": thresholds})
         answers = trainer.predict(trainer.eval_dataset)
         streamed = trainer.predict(iter(trainer.eval_dataset))

@@ -52,5 +52,5 @@ def test_two_processes_equal_one(launcher, one_process, tmp_path):
             assert torch.equal(found["streamed_labels"], alone["exit_labels"])
             assert found["evaluated"] == alone["evaluated"]
             assert found["answer_metrics"] == alone["answer_metrics"]
-            assert max(found["answer_metrics"]["test_exit_fractions"]) < 1, "all rows leave at one exit"
+            assert max(found["answer_metrics"]["test_exit_fractions"]) < 1, "all rows exit at one exit"
             assert found["thresholds"] == pytest.approx(alone["thresholds"], abs=1e-5)
