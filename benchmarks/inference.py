@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Time of dynamic inference, as ratios within one run against named alternatives.
 
-- batch 1: leaving at exit k against the stock model cut to that many layers;
-- batches: ideal time / dynamic time, ideal = sum over layers of (share of rows still there x that layer's time at the
+- batch 1: exiting at exit k against the stock model cut to that many layers;
+- batches: ideal time / dynamic time, ideal = sum over layers of (share of rows that remain x that layer's time at the
   full batch), against the stock model and against computing every exit;
 - whole data set: the engine with exits off and on against the stock pipeline, real texts, tokenizing included.
 
-The heads are untrained and the thresholds are quantiles, so that equal shares leave at every exit: time does not
+The heads are untrained and the thresholds are quantiles, so that equal shares exit at every exit: time does not
 depend on what the heads have learned.
 
     python benchmarks/inference.py --model minilm --threads 2
@@ -41,7 +41,7 @@ def load(name: str):
     return model, AutoTokenizer.from_pretrained(path)
 
 
-def leave_at(model, exit_index: int) -> None:
+def exit_at(model, exit_index: int) -> None:
     thresholds = [NEVER] * model.num_exits
     thresholds[exit_index] = -NEVER
     model.set_exit_policy({"criterion": "confidence", "thresholds": thresholds})
@@ -59,7 +59,7 @@ def run_undecided(model, inputs: dict, num_exits: int) -> None:
 def batch_one(model, length: int | None, repeats: int) -> list[dict]:
     inputs, rows = make_inputs(model, 1, length), []
     for index, layer in enumerate(model.config.exit_layers[:-1]):
-        leave_at(model, index)
+        exit_at(model, index)
         functions = {
             "dynamic": lambda: model(**inputs),
             "undecided": partial(run_undecided, model, inputs, index + 1),

@@ -23,8 +23,8 @@ from een_hf.evaluation import curve_area, metric_at_cost
 
 HERE = Path(__file__).parent
 SCHEMES = ("joint", "two_stage", "boosted", "l2w")
-CUTS = ("cut-4", "cut-3", "cut-2")
 SHARES = (0.25, 0.5, 0.75)
+LIMITS = ("0.01", "0.02", "0.05")  # of the certified risk
 
 HEAD = """# Benchmarks
 
@@ -55,6 +55,9 @@ exits decide by confidence here: certified costs above, times in README.md | LEA
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table without the columns that nothing ran."""
+    ran = [place for place, *cells in zip(range(len(header)), *rows, strict=True) if {*cells, ""} != {"not run", ""}]
+    header, *rows = ([line[place] for place in ran] for line in (header, *rows))
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -169,10 +172,12 @@ class Quality:
         self.task = rows[0]["task_name"] or rows[0]["dataset"]
         self.seeds = sorted({row["seed"] for row in rows})
         self.machines = dict.fromkeys(machine_text(row["machine"]) for row in rows)
-        self.cuts = sorted({*CUTS, *(method for method in self.runs if method.startswith("cut-"))}, reverse=True)
-        cuts = {method: f"first {method.removeprefix('cut-')} layers" for method in self.cuts}
-        self.labels = {"stock": "whole", **cuts}
-        self.schemes = list(dict.fromkeys([*SCHEMES, *(method for method in self.runs if method not in self.labels)]))
+        layers = {method: int(method.removeprefix("cut-")) for method in self.runs if method.startswith("cut-")}
+        self.cuts = sorted(layers, key=layers.get, reverse=True)
+        names = {"stock": "whole", **{method: f"first {layers[method]} layers" for method in self.cuts}}
+        self.labels = {method: name for method, name in names.items() if method in self.runs}
+        schemes = [*SCHEMES, *(method for method in self.runs if method not in names)]
+        self.schemes = [method for method in dict.fromkeys(schemes) if method in self.runs]
         self.exits = next((row["anytime"] for row in rows if "anytime" in row), [])
 
     def scores(self, method: str, cost: float | None = None) -> dict[int, float | None]:
@@ -217,20 +222,19 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
         budgets.append([scheme, *(spread([*scores(scheme, share).values()]) for share in SHARES)])
         budgets[-1].append(spread([curve_area(row["budgeted"], metric, start) for row in rows]))
         budgets[-1] += [spread([*scores(scheme).values()]), str(against_stock)]
-        budgets[-1].append(certified([(row["risks"] or {}).get("0.05") for row in rows], metric))
+        budgets[-1] += [certified(rows, limit, metric) for limit in LIMITS]
         words += sentence(scheme, "plain fine-tuning of the whole model", {"last exit": against_stock})
 
     baselines, against_cut = [], defaultdict(dict)
     for method, label in labels.items():
-        cost = next((row["relative_cost"] for row in runs[method].values()), None)
-        baselines.append([f"fine-tuned, {label}", "not run" if cost is None else f"{cost:.2f}"])
-        baselines[-1].append(spread([*scores(method).values()]))
-        # What leaving at that layer costs: more than the smaller model by the heads before it, under 0.1 % here.
+        cost = next(row["relative_cost"] for row in runs[method].values())
+        baselines.append([f"fine-tuned, {label}", f"{cost:.2f}", spread([*scores(method).values()])])
+        # The cost of that layer's exit: more than the smaller model by the heads before it, under 0.1 % here.
         budget = next((e["relative_cost"] for e in exits if method == f"cut-{e['layer']}"), cost)
         for scheme in schemes:
             against = difference(scheme, budget, method)
             baselines[-1].append(str(against))
-            if method != "stock" and cost is not None:
+            if method != "stock":
                 against_cut[scheme][f"{label}, cost {cost:.2f}"] = against
     quantized = [row["int8"] | {"float32": row["metrics"]} for row in runs["stock"].values() if "int8" in row]
     if quantized:
@@ -245,7 +249,7 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
         words += sentence(scheme, "the smaller fine-tuned model of the same cost", against_cut[scheme])
 
     between = []
-    for scheme in schemes[1:]:
+    for scheme in schemes[1:] if schemes[:1] == ["joint"] else ():
         places = {f"budget {share:.0%}": difference(scheme, share, "joint", share) for share in SHARES}
         places["last exit"] = difference(scheme, None, "joint")
         between.append([f"{scheme} - joint", *map(str, places.values())])
@@ -259,24 +263,39 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
 
     plot_quality(found, name, plots)
     shares = [f"budget {share:.0%}" for share in SHARES]
-    budget_head = ["scheme", *shares, "area", "last exit", "last exit - fine-tuned", "certified to differ on ≤ 5 %"]
+    tables = [
+        (
+            f"{metric} at every exit, all {count} evaluation rows; relative cost in the head:\n",
+            ["scheme", *(f"exit {e['exit']}, {e['relative_cost']:.2f}" for e in exits)],
+            anytime,
+        ),
+        (
+            f"{metric} under a budget, on the {count - count // 2} reported rows (certified: from the last exit):\n",
+            ["scheme", *shares, "area", "last exit", "last exit - fine-tuned", *CERTIFIED],
+            budgets,
+        ),
+        (
+            "Plain fine-tuning of the whole model or first layers; schemes at the cost of an exit after them, less "
+            "the baseline:\n",
+            ["baseline", "cost", metric, *(f"{scheme} - baseline" for scheme in schemes)],
+            baselines,
+        ),
+        ("Schemes against joint:\n", ["", *shares, "last exit"], between),
+    ]
     parts = [
         f"## Quality: {found.task}\n",
         f"Recipe `{found.recipe}`, seeds {', '.join(map(str, found.seeds))}, by `benchmarks/quality.py`; "
         f"{' / '.join(found.machines)}. The first of its runs:\n\n```\n{found.first['command']}\n```\n",
-        *([data["note"] + "\n"] if "note" in data else []),
-        f"{metric} at every exit, all {count} evaluation rows; relative cost in the head:\n",
-        table(["scheme", *(f"exit {e['exit']}, {e['relative_cost']:.2f}" for e in exits)], anytime),
-        f"{metric} under a budget, on the {count - count // 2} reported rows (certified: from the last exit):\n",
-        table(budget_head, budgets),
-        "Plain fine-tuning of the whole model or first layers; schemes at the cost of leaving after them, "
-        "less the baseline:\n",
-        table(["baseline", "cost", metric, *(f"{scheme} - baseline" for scheme in schemes)], baselines),
-        "Schemes against joint:\n",
-        table(["", *shares, "last exit"], between),
+        *notes(data),
+    ]
+    for text, head, lines in tables:
+        if lines:
+            parts += [text, table(head, lines)]
+    parts += [
         f"![{metric} against cost](plots/{name}.png)\n",
-        "In words. A difference is called one if its interval excludes 0; where there is none, if several seeds all "
-        f"agree on its sign, as {2.0 ** (1 - max(2, len(found.seeds))):.0%} of equal methods would by chance.\n",
+        "Conclusions. Two methods differ if the interval of their difference excludes 0; where there is none, if "
+        f"several seeds all agree on its sign, as {2.0 ** (1 - max(2, len(found.seeds))):.0%} of equal methods would "
+        "by chance.\n",
         "".join(words),
     ]
     return "\n".join(parts)
@@ -294,15 +313,16 @@ def one_seed(data: dict, name: str, plots: Path | None) -> str:
             f"{row['metrics'][found.metric]:.3f}",
         ]
         cells += [spread([*found.scores(method, share).values()]) if scores else "" for share in SHARES]
-        lines.append([method, *cells, certified([(row["risks"] or {}).get("0.05")], found.metric) if scores else ""])
+        lines.append([method, *cells, *(certified([row], limit, found.metric) if scores else "" for limit in LIMITS)])
     exits = [f"exit {e['exit']}, {e['relative_cost']:.2f}" for e in found.exits]
-    head = ["", "cost", *exits, *(f"budget {share:.0%}" for share in SHARES), "certified to differ on ≤ 5 %"]
+    head = ["", "cost", *exits, *(f"budget {share:.0%}" for share in SHARES), *CERTIFIED]
     return "\n".join(
         [
             f"## Whole data set, one seed: {found.task}\n",
             f"{' / '.join(found.machines)}. One seed: differences of a point may be chance. Exits on all "
             f"{found.count} evaluation rows, budgets on half of them. The first of its runs:\n\n```\n"
             f"{found.first['command']}\n```\n",
+            *notes(data),
             table(head, lines),
         ]
     )
@@ -310,30 +330,31 @@ def one_seed(data: dict, name: str, plots: Path | None) -> str:
 
 def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
     """What a reader wants to know first: `joint`, the default scheme, and `two_stage` on each data set."""
-    lines, curves, kept, lost = [], {}, [], []
+    lines, curves, kept = [], {}, defaultdict(list)
     for name, data in files:
         found = Quality(data)
         plain = [value for value in found.scores("stock").values() if value is not None]
-        if "joint" not in found.runs or not plain or np.mean(plain) < 0.1:
+        if "joint" not in found.schemes or not plain or np.mean(plain) < 0.1:
             continue
         task = f"{found.task}, {name.split('_')[-1]}" + (", all rows" if name.startswith("gpu_") else "")
-        task += ", one seed" if len(found.seeds) == 1 else ""
-        small = {method: found.difference(method, None, "stock") for method in found.cuts if found.runs[method]}
+        task += (", one seed" if len(found.seeds) == 1 else "") + ("*" if "note" in data else "")
+        small = {method: found.difference(method, None, "stock") for method in found.cuts}
         costs = {method: next(iter(found.runs[method].values()))["relative_cost"] for method in small}
         best = max((m for m in small if costs[m] <= 0.51), key=lambda method: small[method].mean, default=None)
         rival = "not run" if best is None else f"{small[best]}, {found.labels[best]}"
         for scheme in ("joint", "two_stage"):
-            if scheme not in found.runs:
+            if scheme not in found.schemes:
                 continue
             half, quarter = (found.difference(scheme, share, "stock") for share in (0.5, 0.25))
             if half.known:
-                (kept if half.mean >= -0.003 else lost).append(f"{task}, {scheme} ({half.mean:+.3f})")
+                kept[scheme].append(half.mean >= -0.003)
             rows = [*found.runs[scheme].values()]
-            certificates = " / ".join(
-                certified_cost([(row["risks"] or {}).get(limit) for row in rows]) for limit in ("0.01", "0.02", "0.05")
-            )
+            policies, certificate = certificates(rows, "0.05")
+            if policies:
+                certificate = f"{np.mean([policy['relative_cost'] for policy in policies]):.2f}"
+                certificate += f" ({len(policies)} of {len(rows)})" if len(policies) < len(rows) else ""
             plain_cell = f"{found.metric} {spread(plain)}"
-            lines.append([task, scheme, plain_cell, str(half), str(quarter), certificates, rival])
+            lines.append([task, scheme, plain_cell, str(half), str(quarter), certificate, rival])
             points = zip(*(row["budgeted"] for row in rows), strict=False)
             curves[task, scheme] = [
                 [
@@ -353,45 +374,45 @@ def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
             style = ".:" if scheme == "joint" else "o-"
             label = task if scheme == "two_stage" or (task, "two_stage") not in curves else None
             axes.plot(*zip(*points, strict=True), style, color=colors[task], ms=3, lw=1, label=label)
-    head = ["data", "scheme", "plain fine-tuning", "half of the cost", "a quarter", "certified cost"]
+    head = ["data", "scheme", "plain fine-tuning", "half of the cost", "a quarter", "certified", "fewer layers"]
+    counts = ", ".join(f"{sum(each)} of {len(each)} with `{scheme}`" for scheme, each in kept.items())
     parts = [
         "## In one minute\n",
-        "The default scheme, `joint`, and `two_stage`, with a policy for a budget, less plain fine-tuning of the same "
-        "model. "
-        "Certified: the share of the cost at which answers are those of the last exit on all but 1 / 2 / 5 % of "
-        "inputs, 90 % sure (mean over the seeds for which it could be certified). Fewer layers: the best stock model "
-        "cut to at most half of its layers and fine-tuned alike, less plain fine-tuning.\n",
-        table([*head, "fewer layers"], lines),
-        "Half of the cost is within 0.003 of plain fine-tuning, or above it, on: "
-        f"{'; '.join(kept) or 'none'}. It is further below on: {'; '.join(lost) or 'none'}.\n",
-        *(f"{note}\n" for note in dict.fromkeys(data["note"] for _, data in files if "note" in data)),
+        "The metric at half and at a quarter of the cost, less plain fine-tuning of the same model. Certified: the "
+        "cost at which answers differ from the last exit's on at most 5 % of inputs, with 90 % confidence. Fewer "
+        "layers: the best stock model of at most half of the layers, fine-tuned alike, less plain fine-tuning.\n",
+        table(head, lines),
+        f"Data sets on which half of the cost gives plain fine-tuning, less at most 0.003: {counts}. \\*: measured "
+        "before a default changed, as the section says.\n",
         "![metric less plain fine-tuning, against cost](plots/summary.png)\n",
     ]
     return "\n".join(parts)
 
 
-def certified_cost(risks: list[dict | None]) -> str:
-    """The mean cost over the seeds that got a policy."""
-    costs = [risk["relative_cost"] for risk in risks if risk and "relative_cost" in risk]
-    if not any(risks):
-        return "not run"
-    return (
-        f"{np.mean(costs):.2f}" + ("" if len(costs) == len(risks) else f" ({len(costs)} of {len(risks)})")
-        if costs
-        else "none"
-    )
+def notes(data: dict) -> list[str]:
+    """What else a reader must know of a file's figures."""
+    return [f"{data['note']}\n"] if "note" in data else []
 
 
-def certified(risks: list[dict | None], metric: str) -> str:
+CERTIFIED = [f"certified to differ on ≤ {float(limit):.0%}" for limit in LIMITS]
+
+
+def certificates(rows: list[dict], limit: str) -> tuple[list[dict], str]:
+    """The certified policies of a scheme's runs; if there are none, the reason."""
+    if not any(row["risks"] for row in rows):
+        return [], "needs classes"
+    risks = [row["risks"].get(limit) for row in rows if row["risks"]]
+    return [risk for risk in risks if risk and "metrics" in risk], "none" if any(risks) else "not run"
+
+
+def certified(rows: list[dict], limit: str, metric: str) -> str:
     """How many seeds got a policy, its cost and metric."""
-    if not any(risks):
-        return "needs classes" if risks else "not run"
-    found = [risk for risk in risks if risk and "metrics" in risk]
-    text = f"{len(found)} of {len(risks)}"
-    if found:
-        text += f": cost {spread([risk['relative_cost'] for risk in found])}, "
-        text += f"{metric} {spread([risk['metrics'].get(metric) for risk in found])}"
-    return text
+    policies, reason = certificates(rows, limit)
+    if not policies:
+        return f"0 of {len(rows)}" if reason == "none" else "not run"
+    cost = spread([policy["relative_cost"] for policy in policies])
+    score = spread([policy["metrics"].get(metric) for policy in policies])
+    return f"{len(policies)} of {len(rows)}: cost {cost}, {metric} {score}"
 
 
 def plot_quality(found: Quality, name: str, plots: Path | None) -> None:
@@ -403,14 +424,14 @@ def plot_quality(found: Quality, name: str, plots: Path | None) -> None:
             deviations = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in several]
             axes.errorbar(costs, [np.mean(values) for values in several], deviations, elinewidth=0.6, **style)
 
-        for color, scheme in enumerate(found.schemes):
+        for color, scheme in enumerate(dict.fromkeys([*SCHEMES, *found.schemes])):  # one color on all plots
             points = zip(*(row["budgeted"] for row in runs[scheme].values()), strict=False)
             curve = [([p["relative_cost"] for p in ps], [p["metrics"].get(metric) for p in ps]) for ps in points]
             curve = [(np.mean(costs), values) for costs, values in curve if None not in values]
             if curve:
                 bars(*zip(*curve, strict=True), fmt="o-", ms=3, lw=1, color=f"C{color}", label=scheme)
         for methods, marker, label in ((["stock"], "*", "fine-tuned"), (found.cuts, "s", "fine-tuned, fewer layers")):
-            rows = [[*runs[method].values()] for method in methods if runs[method]]
+            rows = [[*runs[method].values()] for method in methods if method in found.labels]
             if rows:
                 values = [[row["metrics_report"].get(metric) for row in of] for of in rows]
                 bars([of[0]["relative_cost"] for of in rows], values, fmt=marker, color="0.35", label=label)
@@ -444,7 +465,7 @@ def inference(data: dict, name: str, plots: Path | None) -> str:
     if lines:
         head = ["input", "exit", "layer", "dynamic / cut", "undecided / cut", "target", "quartiles, dynamic (ms)"]
         text = (
-            "Batch 1: time to leave at an exit, against the stock model cut to that many layers, which has one head; "
+            "Batch 1: time up to an exit, against the stock model cut to that many layers, which has one head; "
             "undecided: the layers and all heads up to that exit, without decisions and without the forward around "
             "them. Where it grows with the exit, the heads cost it: one row reads all of a head's weights, in BERT a "
             "twelfth of a layer's. The rest of `dynamic` is the forward around them and, per exit, a decision: a few "
@@ -458,8 +479,11 @@ def inference(data: dict, name: str, plots: Path | None) -> str:
         line = [str(row["batch_size"]), f"{value:.3f}", target(value, 0.85 if gpu else 0.97, at_least=True)]
         lines.append([*line, *cells, quartiles(row["dynamic"])])
     if lines:
-        head = ["batch", "ideal / dynamic", "target", "mean share still there", "dynamic / stock", "all exits / stock"]
-        text = "Batches, equal shares leave at every exit; ideal: each layer's full-batch time x its survivors:\n"
+        head = ["batch", "ideal / dynamic", "target", "mean share of rows", "dynamic / stock", "all exits / stock"]
+        text = (
+            "Batches, equal shares exit at every exit; ideal: each layer's full-batch time x its share of the rows, "
+            "of which the mean is shown:\n"
+        )
         parts += [text, table([*head, "quartiles (ms)"], lines), f"![time against cost](plots/{name}.png)\n"]
         labels = {"xlabel": "share of layers run (stock = 1)", "ylabel": "time (stock = 1)"}
         with plot(plots, name, **labels, xlim=(0, 1.05), ylim=(0, None)) as axes:
@@ -622,9 +646,8 @@ def gpu(data: dict, name: str, plots: Path | None) -> str:
     from gpu import figures
 
     part = name.removeprefix("gpu_")
-    notes = [data["note"] + "\n"] if "note" in data else []
     lines = table(["where", "what", "value", "target"], figures(part, data["rows"], judged=True))
-    return "\n".join([f"## On a GPU: {part}\n", source(data), GPU_TEXTS[part], *notes, lines])
+    return "\n".join([f"## On a GPU: {part}\n", source(data), GPU_TEXTS[part], *notes(data), lines])
 
 
 GPU_TEXTS = {
@@ -639,7 +662,7 @@ GPU_TEXTS = {
     ),
     "batches": (
         "Half of the layers on average: the runner against the whole stock model, eager and as one CUDA graph without "
-        "a mask; `ideal`: the graph's time if layers cost in proportion to the examples that are left.\n"
+        "a mask; `ideal`: the graph's time if layers cost in proportion to the examples that continue.\n"
     ),
     "texts": (
         "A data set of texts of many lengths, tokenizing included: times as fast as the stock pipeline. `in flight`: "

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Time of the peer `earlyon` (PyPI) and of een_hf on a ViT-B/16 each, exits after layers 4 and 10, random weights.
 
-Batch 1: both leave at the same exit; the ratio to each one's own plain model and of one to the other. Batches: a share
-of the rows is sure at the first exit, the others at none; the peer lets a batch leave together, een_hf row by row.
+Batch 1: both exit at the same exit; the ratio to each one's own plain model and of one to the other. Batches: a share
+of the rows is confident at the first exit, the others at none; the peer's batch exits as a whole, in een_hf row by
+row.
 
     pip install earlyon
     python benchmarks/peer.py --threads 2
@@ -74,17 +75,17 @@ def main() -> None:
                 "een_hf plain": lambda: own_plain(pixel_values=image),
             }
             seconds = measure_seconds(functions, args.repeats)
-            rows.append(row_of(seconds, batch_size=1, layer=EXIT_LAYERS[exit_index], share_leaving_first=""))
+            rows.append(row_of(seconds, batch_size=1, layer=EXIT_LAYERS[exit_index], share_exiting_first=""))
         for share in (0.5, 1.0):
             scores = own(pixel_values=batch, early_exit=False).exit_logits.softmax(-1).amax(-1)[:, 0]
-            leaving = round(share * args.batch_size)
+            exiting = round(share * args.batch_size)
             own.set_exit_policy(
                 {
                     "criterion": "confidence",
-                    "thresholds": [scores.sort(descending=True).values[leaving - 1].item(), NEVER, 0],
+                    "thresholds": [scores.sort(descending=True).values[exiting - 1].item(), NEVER, 0],
                 }
             )
-            # One unsure row holds the peer's batch back; with all sure it leaves at the first exit.
+            # One row that is not confident keeps the peer's batch; if all are confident, it exits at the first exit.
             peer.config.confidence_thresholds = [0.0, 1.0] if share == 1 else [1.0, 1.0]
             functions = {
                 "peer": lambda: peer.forward_inference_batched(batch),
@@ -93,7 +94,7 @@ def main() -> None:
                 "een_hf plain": lambda: own_plain(pixel_values=batch),
             }
             seconds = measure_seconds(functions, max(3, args.repeats // 3))
-            rows.append(row_of(seconds, batch_size=args.batch_size, layer="", share_leaving_first=share))
+            rows.append(row_of(seconds, batch_size=args.batch_size, layer="", share_exiting_first=share))
     for row in rows:
         row["peer version"] = version("earlyon")
         print({name: value for name, value in row.items() if not isinstance(value, dict)})

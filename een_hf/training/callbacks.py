@@ -164,7 +164,7 @@ def _result_rows(results: dict) -> dict[str, list[dict]]:
     exits = [
         {name: row[name] for name in ("exit", "layer", "relative_cost", "loss", "ece")}
         | row["metrics"]
-        | {"share_leaving": share, "threshold": threshold}
+        | {"share_exiting": share, "threshold": threshold}
         for row, share, threshold in zip(results["anytime"], shares, thresholds, strict=True)
     ]
     budgets = [

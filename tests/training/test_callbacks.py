@@ -217,7 +217,7 @@ def test_an_offline_wandb_run_reads_back(tmp_path, scheme):
     for entry, row in zip(RESULTS["anytime"], tables["exits"]["data"], strict=True):
         found = dict(zip(columns, row, strict=True))
         assert found["accuracy"] == entry["metrics"]["accuracy"] and found["relative_cost"] == entry["relative_cost"]
-        assert found["share_leaving"] == RESULTS["policy"]["exit_fractions"][entry["exit"] - 1]
+        assert found["share_exiting"] == RESULTS["policy"]["exit_fractions"][entry["exit"] - 1]
         assert found["threshold"] == RESULTS["policy"]["thresholds"][entry["exit"] - 1]
     budgets = tables["budgets"]
     found = [dict(zip(budgets["columns"], row, strict=True))["accuracy"] for row in budgets["data"]]
