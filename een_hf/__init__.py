@@ -2,6 +2,7 @@
 
 import importlib
 
+from ._deprecated import find_old_modules
 from .inference import pipelines  # noqa: F401, registers them
 from .models import (
     AutoEarlyExitModel,
@@ -24,6 +25,8 @@ from .models import (
 
 
 __version__ = "0.1.0"
+
+find_old_modules()
 
 # Training and evaluation are imported on first use: a model that only predicts does not wait for them.
 _LAZY = {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._moved import moved_names
+from .._deprecated import moved_names
 from .task import TaskData
 
 
@@ -71,9 +71,4 @@ def write_submission(folder: Path, data: TaskData, split: str, predictions: list
     (place / f"{name}.tsv").write_text("index\tprediction\n" + "".join(lines))
 
 
-__getattr__ = moved_names(
-    __name__,
-    {name: "een_hf.data.text" for name in ("TEXT", "encode_text_data", "load_text_data")}
-    | {name: "een_hf.data.text_rows" for name in ("prepare_rows", "text_columns")}
-    | {"TextDataArguments": "een_hf.data.text_arguments"},
-)
+__getattr__ = moved_names(__name__)

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 from transformers import AutoImageProcessor, ViTImageProcessor
 
-from .._moved import moved_names
+from .._deprecated import moved_names
 from .arguments import LIMITS
 from .decoding import whole_images
 from .image_arguments import ImageDataArguments
@@ -180,8 +180,4 @@ IMAGES = Modality(
     augment=_augment,
 )
 
-__getattr__ = moved_names(
-    __name__,
-    {name: "een_hf.data.decoding" for name in ("color_mode", "decode_image", "standard_image", "warn_of_skipped")}
-    | {name: "een_hf.data.transforms" for name in ("seeded", "timm_transform")},
-)
+__getattr__ = moved_names(__name__)

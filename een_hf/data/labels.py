@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from .._moved import moved_names
+from .._deprecated import moved_names
 from .label_ids import label_index
 from .label_streams import labelled_stream
 from .label_values import (
@@ -274,11 +274,4 @@ def _check_classes(labels: set, where: str) -> None:
         )
 
 
-__getattr__ = moved_names(
-    __name__,
-    {
-        "PROBLEM_TYPES": "een_hf.data.label_values",
-        "SHUFFLE_BUFFER": "een_hf.data.label_streams",
-        "model_label_ids": "een_hf.data.label_ids",
-    },
-)
+__getattr__ = moved_names(__name__)

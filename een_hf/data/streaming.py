@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import datasets
 import torch
 
-from .._moved import moved_names
+from .._deprecated import moved_names
 
 
 def hold_all_but_train(splits: dict, limits: dict[str, int | None]) -> dict:
@@ -50,4 +50,4 @@ class EndlessStream(torch.utils.data.IterableDataset):
                 return
 
 
-__getattr__ = moved_names(__name__, {"ImageStream": "een_hf.data.image_rows"})
+__getattr__ = moved_names(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .._moved import moved_names
+from .._deprecated import moved_names
 from ..models import MODEL_CLASSES, ExitConfigurationError
 
 
@@ -91,6 +91,4 @@ class Modality:
         return {name: kind for name, kind in MODEL_CLASSES.items() if kind.main_input_name == self.main_input_name}
 
 
-__getattr__ = moved_names(
-    __name__, {"check_splits": "een_hf.data.sources", "cut_validation_split": "een_hf.data.splits"}
-)
+__getattr__ = moved_names(__name__)

@@ -3,7 +3,7 @@
 Each module is imported on first use: measuring speed, for example, needs no data sets.
 """
 
-from .._moved import moved_names
+from .._deprecated import moved_names
 from ..extras import imported_on_use
 
 
@@ -36,8 +36,7 @@ _NAMES = {
         "text_functions",
     ),
 }
-_CALIBRATION = "CalibrationReport budgeted_curve calibrate check_risk check_target_cost policy_row".split()
-_moved = moved_names(__name__, dict.fromkeys(_CALIBRATION, "een_hf.calibration"))
+_moved = moved_names(__name__)
 _present = imported_on_use(__name__, _NAMES)
 
 __all__ = sorted(name for names in _NAMES.values() for name in names)

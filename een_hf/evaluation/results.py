@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from .._moved import moved_names
+from .._deprecated import moved_names
 from ..files import replacing
 from ..models import ExitConfigurationError
 from ..models.exit_losses import loss_matrix
@@ -20,9 +20,7 @@ from .schema import check_schema, check_types, strict
 
 RESULTS_NAME = "exit_results.json"
 SCHEMA_VERSION = 1
-_PLACES = dict.fromkeys(("curve_area", "metric_at_cost"), "een_hf.evaluation.curves")
-_PLACES |= dict.fromkeys(("LOGITS_NAME", "load_exit_logits", "save_exit_logits"), "een_hf.evaluation.saved_logits")
-__getattr__ = moved_names(__name__, _PLACES)
+__getattr__ = moved_names(__name__)
 
 
 def anytime_table(

@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from tqdm.auto import tqdm
 
-from .._moved import renamed_argument
+from .._deprecated import renamed_argument
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.criteria import answer_confidence
 from .engine import ExitEngine

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.utils import ExplicitEnum
 
-from .._moved import moved_names
+from .._deprecated import moved_names
 from ..errors import refuse_nan
 from ..hub.settings import public_settings
 from ..models import MODEL_CLASSES, ExitConfigurationError
@@ -28,7 +28,7 @@ _AT_LEAST = {
 }
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
-__getattr__ = moved_names(__name__, {"publishing": "een_hf.training.publishing"})
+__getattr__ = moved_names(__name__)
 
 
 @dataclass

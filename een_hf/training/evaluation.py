@@ -9,7 +9,7 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import PredictionOutput
 
-from .._moved import renamed_argument
+from .._deprecated import renamed_argument
 from ..inference import ExitPredictions, predict
 from ..models import EarlyExitMixin
 from ..sharding import is_sharded, whole_copy

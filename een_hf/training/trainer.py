@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .._moved import moved_names, renamed_attribute
+from .._deprecated import moved_names, renamed_attribute
 from ..errors import NonFiniteLossError
 from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import infer_problem_type, loss_matrix, reduce_losses
@@ -26,10 +26,7 @@ from .sampling import SamplingMixin
 
 logger = logging.getLogger(__name__)
 
-_REGISTRY = ("get_scheme", "register_scheme", "registered_scheme", "scheme_arguments", "scheme_names")
-_PLACES = dict.fromkeys(_REGISTRY, "een_hf.training.registry")
-_PLACES |= {"EpochLengthGroupedSampler": "een_hf.training.sampling", "SCHEME_FILE": "een_hf.training.resuming"}
-__getattr__ = moved_names(__name__, _PLACES)
+__getattr__ = moved_names(__name__)
 
 
 def _read_later(number: torch.Tensor) -> Callable[[], float]:
