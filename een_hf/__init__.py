@@ -24,7 +24,7 @@ from .models import (
 )
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 find_old_modules()
 

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import sys
 
+from .. import __version__
 from ..errors import one_line_errors, refuse_nan
 from ..extras import named_extras
 
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         description=f"commands:\n{listing}\n\neen-hf COMMAND --help describes a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"een_hf {__version__}")
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     if not argv:
         parser.print_help()

@@ -1,5 +1,8 @@
 """The list of commands."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from een_hf.commands import COMMANDS, main
@@ -13,3 +16,11 @@ def test_lists_every_command(argv, status, capsys):
     printed = capsys.readouterr().out
     assert end.value.code == status
     assert all(f"  {name} " in printed and purpose in printed for name, purpose in COMMANDS.items())
+
+
+def test_version_is_the_newest_of_the_changelog(capsys):
+    """What breaks: a bug report cannot name its version, or a release has no entry in CHANGELOG.md."""
+    newest = re.search(r"^## (\S+)", (Path(__file__).parents[2] / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"een_hf {newest}\n")
