@@ -54,6 +54,7 @@ SCHEMES = {
     "boosted": {},
     "l2w, interval 1": {"meta_interval": 1},
     "l2w, interval 10": {"meta_interval": 10},
+    "l2w, interval 1, meta batch 128": {"meta_interval": 1, "meta_batch_size": 128},
     "l2w, interval 1, graphs": {"meta_interval": 1, "meta_cuda_graphs": True},
     "l2w, interval 1, exact": {"meta_interval": 1, "meta_gradient": "exact"},
 }
@@ -120,8 +121,8 @@ def make_trainer(args, scheme: str, batch: dict, scheme_args: dict | None = None
     clock = Clock(args.device)
     common = {
         "args": settings,
-        "train_dataset": list(range(STEPS * size)),
-        "data_collator": lambda rows: dict(batch),
+        "train_dataset": list(range(max(STEPS * size, 128))),
+        "data_collator": lambda rows: {name: tensor[torch.arange(len(rows)) % size] for name, tensor in batch.items()},
         "callbacks": [clock],
     }
     if scheme == "plain fine-tuning":
@@ -301,8 +302,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, nargs="+", default=[16, 32], help="one run each")
     parser.add_argument("--length", type=int, default=64, help="of texts")
     parser.add_argument("--image_size", type=int, default=112)
-    for_accelerators = ("joint, heads one by one", "l2w, interval 1, graphs")
-    usual = [scheme for scheme in SCHEMES if scheme not in for_accelerators]
+    on_request = ("joint, heads one by one", "l2w, interval 1, graphs", "l2w, interval 1, meta batch 128")
+    usual = [scheme for scheme in SCHEMES if scheme not in on_request]
     parser.add_argument("--schemes", choices=SCHEMES, nargs="+", default=usual, help="to compare")
     parser.add_argument("--check", action="store_true", help="compare the meta gradient with the exact one first")
     parser.add_argument("--only", choices=SCHEMES, help="train this scheme and print its peak memory in MiB")

@@ -60,6 +60,10 @@ class ImageRows(torch.utils.data.Dataset):
         labels = None if self.labels is None else self.labels[indices]
         return ImageRows(self.rows.select(indices), self.image_column, labels, self.transform, self.seed)
 
+    def __copy__(self) -> "ImageRows":
+        """The same rows, with an epoch of their own."""
+        return self.augmented(self.transform, self.seed)
+
     def augmented(self, transform: Callable, seed: int) -> "ImageRows":
         """The same rows under a random transform."""
         return ImageRows(self.rows, self.image_column, self.labels, transform, seed)

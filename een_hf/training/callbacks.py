@@ -70,6 +70,13 @@ def samplers_of(dataloader) -> Iterator:
         part = getattr(part, "batch_sampler", getattr(part, "sampler", None))
 
 
+def set_epoch(dataloader, epoch: int) -> None:
+    """Call `set_epoch` of a data loader, its rows and its samplers."""
+    for part in (dataloader, dataloader.dataset, *samplers_of(dataloader)):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
 class EpochCallback(TrainerCallback):
     """Calls `set_epoch` of the training rows and samplers at the beginning of each epoch.
 
@@ -78,9 +85,7 @@ class EpochCallback(TrainerCallback):
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        for part in (train_dataloader.dataset, *samplers_of(train_dataloader)):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(int(state.epoch))
+        set_epoch(train_dataloader, int(state.epoch))
 
 
 class ExitTableCallback(TrainerCallback):

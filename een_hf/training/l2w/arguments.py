@@ -23,8 +23,13 @@ class MetaWeightedArguments:
         "cosine", "its schedule: `cosine` (to zero), `linear` or `constant`"
     )
     meta_interval: int = _setting(1, "optimizer steps from one look-ahead to the next")
+    meta_batch_size: int | None = _setting(
+        None,
+        "rows of each meta batch (of each process), drawn from the training rows in another order; by default the "
+        "batch is divided into halves, as in the paper, whose halves have 512 rows",
+    )
     meta_epsilon: float = _setting(0.8, "eps in w = 1 + eps * (g - mean(g)), from 0 to 1")
-    meta_target_p: float = _setting(0.75, "q; the share of the meta half charged at exit k is proportional to q^k")
+    meta_target_p: float = _setting(0.75, "q; the share of the meta part charged at exit k is proportional to q^k")
     meta_input: Literal["loss", "confidence", "both"] = _setting("loss", "the network's inputs for each exit")
     meta_constraint: Literal["exit", "sample", "batch"] = _setting(
         "exit", "whether weights have mean 1 over the exits of a sample, the samples at an exit, or the whole batch"
@@ -49,8 +54,10 @@ class MetaWeightedArguments:
         for name in ("meta_lr_scheduler_type", "meta_input", "meta_constraint", "meta_gradient"):
             known = get_args(type(self).__annotations__[name])
             check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
-        for name in ("wpn_hidden_size", "wpn_num_layers", "meta_interval"):
-            check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number from 1")
+        for name in ("wpn_hidden_size", "wpn_num_layers", "meta_interval", "meta_batch_size"):
+            value = getattr(self, name)
+            if name != "meta_batch_size" or value is not None:
+                check(name, isinstance(value, int) and value >= 1, "a whole number from 1")
         for name in ("meta_learning_rate", "meta_target_p"):
             check(name, 0 < getattr(self, name) < math.inf, "above 0")
         check("meta_weight_decay", 0 <= self.meta_weight_decay < math.inf, "0 or above")

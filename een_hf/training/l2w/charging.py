@@ -1,4 +1,4 @@
-"""The exit at which each sample of the meta half is charged, and the forward pass in which samples stop there."""
+"""The exit at which each sample of the meta part is charged, and the forward pass in which samples stop there."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ from .network import confidences
 
 
 def charged_shares(num_samples: int, num_exits: int, target_p: float, offset: float) -> list[int]:
-    """The numbers n_1 to n_K of the n samples of the meta half that are charged at each exit.
+    """The numbers n_1 to n_K of the n samples of the meta part that are charged at each exit.
 
     n_k is n p_k with p_k proportional to q^k (Han et al., section 3.3), rounded systematically: n_1 + ... + n_k =
     floor(n (p_1 + ... + p_k) + u), so that with u uniform in [0, 1) the mean of n_k is n p_k. Rounded down, the middle

@@ -72,8 +72,8 @@ class OneStepAhead:
     """The results of the passes of a look-ahead.
 
     Args:
-        losses: l of the train half, (n, K).
-        exit_logits: logits of the train half, (n, K, num_labels).
+        losses: l of the train part, (n, K).
+        exit_logits: logits of the train part, (n, K, num_labels).
         parameters: the parameters that the step changes, by name.
         direction: u without c, one tensor per parameter; `None`: the meta loss depends on none of them.
         clip: c.
@@ -105,14 +105,14 @@ class LookAhead:
         self.programs = Programs(self) if trainer.scheme_args.meta_cuda_graphs else None
 
     def gradient(self, train: dict, meta: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Look one step ahead on the train half, and evaluate this step on the meta half.
+        """Look one step ahead on the train part, and evaluate this step on the meta part.
 
         Args:
-            train: model inputs and labels of the train half.
-            meta: model inputs and labels of the meta half.
+            train: model inputs and labels of the train part.
+            meta: model inputs and labels of the meta part.
 
         Returns:
-            w of the train half, (n, K), with its graph through W; dL_meta/dw, (n, K); L_meta.
+            w of the train part, (n, K), with its graph through W; dL_meta/dw, (n, K); L_meta.
         """
         method = self.method()
         # The rounding of TF32 is larger than a change of 1e-6 in a parameter.
@@ -151,11 +151,11 @@ class LookAhead:
         return weights, gradient, found.meta_loss.detach()
 
     def look(self, train: dict, meta: dict, masks: list | None = None, rates: list | None = None) -> OneStepAhead:
-        """Both passes with gradients: through theta on the train half, through theta' on the meta half.
+        """Both passes with gradients: through theta on the train part, through theta' on the meta part.
 
         Args:
-            train: half a.
-            meta: half b.
+            train: part a.
+            meta: part b.
             masks: random state of the train pass; if given, the derivative along u is computed by central differences.
             rates: learning rates of the optimizer's groups, instead of its own.
 
@@ -171,7 +171,7 @@ class LookAhead:
         parameters, direction = list(found.parameters.values()), found.direction
         _lay_out(direction, parameters)
         with stand_ins(parameters) as (values, ahead):
-            # u = c P grad L_meta; c comes last. Where g is exactly zero, half a does not use the parameter, and what u
+            # u = c P grad L_meta; c comes last. Where g is exactly zero, part a does not use the parameter, and what u
             # is there changes nothing, except that it would take its part of ||u||.
             linear_step(self.trainer.optimizer, parameters, values, direction, ahead, found.clip, rates)
             with self._leaves(parameters) as leaves:
@@ -279,7 +279,7 @@ class LookAhead:
         return weights, torch.autograd.grad(meta_loss, leaf, materialize_grads=True)[0], meta_loss.detach()
 
     def train_pass(self, train: dict, create_graph: bool = False) -> tuple[OneStepAhead, torch.Tensor]:
-        """l and g of the train half, with g in the field `direction`; and w as a leaf."""
+        """l and g of the train part, with g in the field `direction`; and w as a leaf."""
         scaler, named = self._scaler(), self.trainer.network.named_parameters()
         trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
         with self._leaves(list(trainable.values())) as leaves:

@@ -42,7 +42,7 @@ class Programs:
         self.pool = self.stream = None
 
     def find(self, train: dict, meta: dict) -> "_Program | None":
-        """The program for these halves; `None` if their shapes are new, or if no graph can be captured."""
+        """The program for these parts; `None` if their shapes are new, or if no graph can be captured."""
         obstacle = self._find_obstacle()
         if obstacle:
             if obstacle != self._obstacle:
@@ -102,22 +102,22 @@ class Programs:
         return self._directions[names]
 
 
-def _shapes_of(half: dict) -> tuple:
+def _shapes_of(part: dict) -> tuple:
     return tuple(
         (name, (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value)
-        for name, value in half.items()
+        for name, value in part.items()
     )
 
 
 class _Program:
-    """One look-ahead on static copies of its halves, which every run overwrites first."""
+    """One look-ahead on static copies of its parts, which every run overwrites first."""
 
     def __init__(self, programs: Programs, train: dict, meta: dict):
         self.programs, self.look_ahead = programs, programs.look_ahead
         self.device = self.look_ahead.trainer.args.device
-        self.halves = [
-            {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in half.items()}
-            for half in (train, meta)
+        self.parts = [
+            {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in part.items()}
+            for part in (train, meta)
         ]
         groups = self.look_ahead.trainer.optimizer.param_groups
         self.rates = [torch.zeros((), device=self.device) for _ in groups]
@@ -129,8 +129,8 @@ class _Program:
 
         `None` if no graph could be captured.
         """
-        for static, half in zip(self.halves, (train, meta), strict=True):
-            for name, value in half.items():
+        for static, part in zip(self.parts, (train, meta), strict=True):
+            for name, value in part.items():
                 if isinstance(value, torch.Tensor):
                     static[name].copy_(value, non_blocking=True)
         for rate, group in zip(self.rates, self.look_ahead.trainer.optimizer.param_groups, strict=True):
@@ -162,7 +162,7 @@ class _Program:
         return True
 
     def _look(self) -> None:
-        found = self.look_ahead.look(*self.halves, rates=self.rates)
+        found = self.look_ahead.look(*self.parts, rates=self.rates)
         found.losses, found.exit_logits = found.losses.detach(), found.exit_logits.detach()
         found.meta_loss = found.meta_loss.detach()
         if found.direction is not None:
@@ -172,5 +172,5 @@ class _Program:
         self.found = found
 
     def _differentiate(self) -> None:
-        train, found = self.halves[0], self.found
+        train, found = self.parts[0], self.found
         found.derivative = self.look_ahead.forward_derivative(train, found.parameters, found.direction)

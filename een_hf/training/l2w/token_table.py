@@ -1,5 +1,6 @@
 """Restricts the embedding table to the rows of a batch's tokens during a look-ahead."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +20,7 @@ def _distinct(ids: torch.Tensor, padding: int | None) -> tuple[torch.Tensor, tor
     Their number is known only on the CPU. On other devices the result has a fixed length: it always contains the
     padding, and the last id is repeated at the end.
     """
-    keys = _keys(ids.flatten(), padding)
+    keys = _keys(ids, padding)
     if devices.on_host(ids):
         keys = keys.unique()
         place = 0 if padding is not None and keys[0] == -1 else None
@@ -35,13 +36,14 @@ def _distinct(ids: torch.Tensor, padding: int | None) -> tuple[torch.Tensor, tor
 
 
 @contextmanager
-def used_tokens(inputs: dict, network: nn.Module, optimizer: torch.optim.Optimizer):
-    """Reduce the embedding table, and its state in the optimizer, to the rows of the tokens in `inputs`.
+def used_tokens(batches: Sequence[dict], network: nn.Module, optimizer: torch.optim.Optimizer):
+    """Reduce the embedding table, and its state in the optimizer, to the rows of the tokens in `batches`.
 
     The whole table is restored at the end, also after an error. A table that is shared with another module is not
     reduced.
     """
-    ids = inputs.get("input_ids")
+    ids = [batch["input_ids"].flatten() for batch in batches if batch.get("input_ids") is not None]
+    ids = torch.cat(ids) if ids else None
     table = None if ids is None else network.get_input_embeddings()
     whole = table.weight if type(table) is nn.Embedding else None
     shared = sum(parameter is whole for _, parameter in network.named_parameters(remove_duplicate=False)) != 1

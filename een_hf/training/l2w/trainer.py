@@ -19,6 +19,7 @@ from ..registry import register_scheme
 from ..trainer import EarlyExitTrainer
 from .arguments import MetaWeightedArguments
 from .look_ahead import DIFFERENTIABLE, LookAhead, halve
+from .meta_batches import check_meta_batch_size, meta_batches
 from .network import WeightPredictionNetwork
 from .report import WeightRecord
 from .scopes import random_fork, restored
@@ -34,8 +35,8 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     """A weight network W learns, by looking one step ahead, the weight of each sample at each exit.
 
     The network trains on sum_k mean_i w[i,k] l[i,k], with w = W(l) taken as a constant. Every `meta_interval`
-    optimizer steps W is trained first, on the step's first micro-batch, which is divided into halves a and b. W is
-    updated for (train a, meta b), then for (train b, meta a), both at the same theta:
+    optimizer steps W is trained first. By default, as in the paper, the step's first micro-batch is divided into
+    halves a and b. W is updated for (train a, meta b), then for (train b, meta a), both at the same theta:
 
         theta'(w) = the optimizer's step on a = theta - P g(w) + terms without w
         L_meta    = sum_k mean of l[j,k](theta') over the samples j of b charged at exit k (`charged_shares`)
@@ -46,11 +47,14 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     by forward-mode differentiation along u, in one forward pass, with autocast where the training has it; it never
     waits for the device. `directional`, the default on the CPU, takes central differences along u, in full float32
     also under mixed precision; `exact` is the double backward, in float32 too. All use the dropout masks of the train
-    half's first pass. Parameters, buffers and random states are restored to the last bit. A batch of one sample has no
+    part's first pass. Parameters, buffers and random states are restored to the last bit. A batch of one sample has no
     halves, and W is not updated. Logged weights are those of the main process' samples.
 
-    The meta half is half of one process' micro-batch, 16 samples at a batch size of 32; in the paper's CIFAR runs it
-    has 512. Of so few samples a deep exit is charged with one or none, and the meta gradient is noisier.
+    A half of one process' micro-batch has 16 samples at a batch size of 32; in the paper's CIFAR runs it has 512. Of
+    so few samples a deep exit is charged with one or none, and the meta gradient is noisier. With `--meta_batch_size`
+    N, a is the whole micro-batch, b has N training rows in an order of their own, and a look-ahead updates W once.
+    The order depends on the seed and the number of the look-ahead. In each pass over the rows all processes together
+    use each row at most once; those left over at its end are not used.
 
     Args:
         model: as in `EarlyExitTrainer`.
@@ -58,14 +62,16 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         **kwargs: as in `EarlyExitTrainer`.
 
     Raises:
-        ExitConfigurationError: a problem, optimizer or attention kernel that the look-ahead does not support.
+        ExitConfigurationError: a problem, optimizer or attention kernel that the look-ahead does not support, or
+            training rows from which no meta batch of `meta_batch_size` can be drawn.
 
     Differences from the paper's code:
-        - Both look-aheads start at the same theta, and then one step takes the whole batch; there, each half has its
-          own step, and the second look-ahead starts after the first step.
+        - With `--meta_batch_size` the meta part is not a half of the batch. Without it, both look-aheads start at the
+          same theta, and then one step takes the whole batch; there, each half has its own step, and the second
+          look-ahead starts after the first step.
         - The look-ahead is the real optimizer's step, clipped and per parameter group, for SGD and AdamW, made linear
           in g: c and the g^2 of AdamW count as constants. There it is SGD's only, and nothing is clipped.
-        - A sample of the meta half is removed from the batch at the exit where it is charged, which saves the deeper
+        - A sample of the meta part is removed from the batch at the exit where it is charged, which saves the deeper
           layers: but for the draws of dropout, loss and gradient are those of all samples at all exits.
         - A directional derivative takes the place of the double backward (`exact` keeps it).
         - `--exit_loss_weights` multiplies w in the look-ahead too; soft labels and label smoothing are respected.
@@ -97,7 +103,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
             weight_decay=self.scheme_args.meta_weight_decay,
         )
         self.meta_scheduler = None
-        self._looked_ahead_at = None
+        self._looked_ahead_at = self._meta_batches = None
         self.look_ahead, self.weight_record = LookAhead(self), WeightRecord()
 
     def _hp_search_setup(self, trial):
@@ -118,6 +124,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         super().check_model(model)
 
     def _check_settings(self, own_optimizer: bool) -> None:
+        check_meta_batch_size(self)
         if self.optimizer is not None:
             _check_optimizer(self.optimizer)
         elif not own_optimizer and self.args.optim not in _OPTIMIZERS:
@@ -184,17 +191,17 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     # Learning W
 
     def meta_step(self, inputs: dict) -> None:
-        """Update W on both orders of the halves of a micro-batch.
+        """Update W on both orders of the halves of a micro-batch, or on the whole of it and a drawn meta batch.
 
         Args:
             inputs: model inputs and labels, each (batch, ...).
         """
-        halves, device = halve(inputs), self.args.device
+        parts, device = self._parts(inputs), self.args.device
         whole = self.look_ahead.programs is not None  # graphs read tensors that stay where they are
-        tokens = nullcontext() if whole else used_tokens(inputs, self.network, self.optimizer)
+        tokens = nullcontext() if whole else used_tokens(parts[0], self.network, self.optimizer)
         self.look_ahead.share_offset = torch.rand((), generator=self.meta_generator, dtype=torch.float64).item()
         with random_fork(device), restored(list(self.network.buffers())), tokens:
-            for train, meta in (halves, halves[::-1]):
+            for train, meta in parts:
                 self.meta_optimizer.zero_grad()
                 if len(train["labels"]) and len(meta["labels"]):
                     weights, gradient, meta_loss = self.meta_gradient(train, meta)
@@ -204,12 +211,22 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
                     self.meta_optimizer.step()
         self.meta_scheduler.step()
 
+    def _parts(self, inputs: dict) -> list[tuple[dict, dict]]:
+        """Train and meta part of each update of W: both orders of the halves, or the batch and a meta batch."""
+        if self.scheme_args.meta_batch_size is None:
+            halves = halve(inputs)
+            return [halves, halves[::-1]]
+        with random_fork(self.args.device):  # a data loader draws a seed
+            if self._meta_batches is None:
+                self._meta_batches = meta_batches(self, self.meta_scheduler.last_epoch)
+            return [(inputs, self._prepare_inputs(next(self._meta_batches)))]
+
     def meta_gradient(self, train: dict, meta: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Look one step ahead on the train half, and evaluate this step on the meta half (`LookAhead.gradient`).
+        """Look one step ahead on the train part, and evaluate this step on the meta part (`LookAhead.gradient`).
 
         Args:
-            train: model inputs and labels of the train half.
-            meta: model inputs and labels of the meta half.
+            train: model inputs and labels of the train part.
+            meta: model inputs and labels of the meta part.
 
         Returns:
             w (samples, num_exits), the gradient of the meta loss with respect to w, and the meta loss.
@@ -234,7 +251,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
         num_updates = math.ceil(num_training_steps / self.scheme_args.meta_interval)
         schedule = self.scheme_args.meta_lr_scheduler_type
         self.meta_scheduler = get_scheduler(schedule, self.meta_optimizer, 0, num_updates)
-        self._looked_ahead_at = None
+        self._looked_ahead_at = self._meta_batches = None
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _meta_parts(self) -> dict:
@@ -273,6 +290,7 @@ class MetaWeightedExitTrainer(EarlyExitTrainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As in `Trainer`; writes a heat map of weight against loss to the output folder."""
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._meta_batches = None  # ends the workers of its data loader
         if self.is_world_process_zero():
             self.weight_record.write(self.args.output_dir)
         return output

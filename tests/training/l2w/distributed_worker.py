@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 from een_hf.models import ExitConfigurationError
+from een_hf.training.l2w.meta_batches import meta_batches
 
 
 def flat(network: torch.nn.Module) -> torch.Tensor:
@@ -90,6 +92,25 @@ def average(folder: str) -> None:
         assert (parameter.grad - part).norm() < 1e-3 * part.norm(), (parameter.grad - part).norm() / part.norm()
 
 
+def disjoint_meta_batches(folder: str) -> None:
+    """In a pass each row is at most in one meta batch of one process; a run may be resumed at any of them."""
+    rows = text_batch(40, seed=3)
+    rows["input_ids"][:, 1] = torch.arange(40)
+    rows = [{name: column[row] for name, column in rows.items()} for row in range(40)]
+    trainer = make_trainer(bert(), folder, scheme_args={"meta_batch_size": 6}, train_dataset=rows, max_steps=4)
+    mine = [batch["input_ids"][:, 1] for batch in islice(meta_batches(trainer, 0), 7)]
+    assert all(map(torch.equal, mine[4:], (batch["input_ids"][:, 1] for batch in meta_batches(trainer, 4))))
+    both = torch.empty(2, *torch.stack(mine).shape, dtype=torch.long)
+    dist.all_gather(list(both), torch.stack(mine))
+    for start in (0, 3):  # 36 rows in 3 batches of both
+        assert len(both[:, start : start + 3].unique()) == 36
+    assert not torch.equal(both[:, :3], both[:, 3:6])
+    callback, start = SameEverywhere([trainer.weight_network, trainer.model]), flat(trainer.weight_network)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.steps == 4 and not torch.equal(start, flat(trainer.weight_network))
+
+
 def refuse_shards(folder: str) -> None:
     """Really sharded parameters."""
     model = bert()
@@ -108,6 +129,7 @@ if __name__ == "__main__":
     method, folder = sys.argv[1:]
     if method == "directional":
         average(folder)
+        disjoint_meta_batches(folder)
         refuse_shards(folder)
     train(method, folder)
     print("passed")

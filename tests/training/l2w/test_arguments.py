@@ -21,6 +21,7 @@ from een_hf.training.l2w import (
         ("meta_weight_decay", -1.0),
         ("meta_lr_scheduler_type", "step"),
         ("meta_interval", 0),
+        ("meta_batch_size", 0),
         ("meta_epsilon", 1.5),
         ("meta_target_p", 0.0),
         ("meta_input", "labels"),

@@ -66,6 +66,12 @@ def test_the_gradient_is_exact_on_bert(tmp_path, optimizer, shared):
 
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_the_gradient_is_exact_for_parts_of_other_sizes_and_lengths(tmp_path, optimizer):
+    trainer = warmed_up(bert(), tmp_path, [text_batch(16, 100 + step) for step in range(25)], **optimizer)
+    assert_close_gradients(trainer, lambda seed: (text_batch(5, seed, length=7), text_batch(14, 50 + seed)))
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
 def test_the_gradient_is_exact_on_vit(tmp_path, optimizer):
     trainer = warmed_up(vit(), tmp_path, [image_batch(16, 100 + step) for step in range(25)], **optimizer)
     assert_close_gradients(trainer, lambda seed: (image_batch(8, seed), image_batch(8, 50 + seed)))
@@ -200,7 +206,8 @@ def test_the_look_ahead_of_central_differences_is_float32_under_mixed_precision(
 
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_exact_gradient_is_the_numerical_one(tmp_path, optimizer):
+@pytest.mark.parametrize("size, length", [(4, 10), (9, 7)])
+def test_exact_gradient_is_the_numerical_one(tmp_path, optimizer, size, length):
     batches = [text_batch(8, 100 + step) for step in range(5)]
     model = bert().double()
     # The meta half's rows leave where they are charged; where it draws all of its masks before that, they are those of
@@ -212,7 +219,7 @@ def test_exact_gradient_is_the_numerical_one(tmp_path, optimizer):
     trainer = warmed_up(
         model, tmp_path, batches, max_grad_norm=0.1, scheme_args={"meta_gradient": "exact"}, **optimizer
     )
-    train, meta = text_batch(4, 1), text_batch(4, 2)
+    train, meta = text_batch(4, 1), text_batch(size, 2, length=length)
     torch.manual_seed(0)
     weights, gradient, meta_loss = trainer.meta_gradient(train, meta)
     weights = weights.detach()

@@ -27,13 +27,12 @@ class Record(TrainerCallback):
 
 @pytest.mark.parametrize("constraint", ["exit", "sample", "batch"])
 @pytest.mark.parametrize("kwargs", [{}, {"gradient_accumulation_steps": 3, "exit_loss_weights": "linear"}])
-def test_epsilon_0_is_joint_to_the_last_bit(tmp_path, constraint, kwargs):
+@pytest.mark.parametrize("meta_batch_size", [None, 12])
+def test_epsilon_0_is_joint_to_the_last_bit(tmp_path, constraint, kwargs, meta_batch_size):
     # Any trace of the look-ahead would show: a random number drawn, a parameter or buffer not put back, a gradient.
     records, logs = [], []
-    for scheme, scheme_args in (
-        ("joint", None),
-        ("l2w", {"meta_epsilon": 0.0, "meta_constraint": constraint, "meta_input": "both"}),
-    ):
+    settings = {"meta_epsilon": 0.0, "meta_constraint": constraint, "meta_input": "both"}
+    for scheme, scheme_args in (("joint", None), ("l2w", {**settings, "meta_batch_size": meta_batch_size})):
         trainer = make_trainer(bert(), tmp_path, scheme, scheme_args, size=33, logging_steps=1, max_steps=7, **kwargs)
         records.append(Record())
         trainer.add_callback(records[-1])
@@ -56,12 +55,19 @@ def test_weights_change_the_training_and_w_learns(tmp_path):
     assert all(not torch.equal(before[name], value) for name, value in weighted.weight_network.state_dict().items())
 
 
-def test_resumed_is_uninterrupted(tmp_path):
+# At the checkpoint one of three meta batches of the second pass has been used, or two of three of the first one.
+@pytest.mark.parametrize(
+    "scheme_args",
+    [{"meta_interval": 2}, {"meta_batch_size": 12}, {"meta_interval": 2, "meta_batch_size": 12}],
+    ids=["halves", "second pass", "first pass"],
+)
+def test_resumed_is_uninterrupted(tmp_path, scheme_args):
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 9, "gradient_accumulation_steps": 2}
-    whole = make_trainer(bert(), tmp_path / "whole", scheme_args={"meta_interval": 2}, **settings)
+    settings["scheme_args"] = scheme_args
+    whole = make_trainer(bert(), tmp_path / "whole", **settings)
     torch.rand(3, generator=whole.meta_generator)  # no longer where its seed puts it
     whole.train()
-    resumed = make_trainer(bert(seed=9), tmp_path / "resumed", scheme_args={"meta_interval": 2}, **settings)
+    resumed = make_trainer(bert(seed=9), tmp_path / "resumed", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert resumed.state.global_step == 9
     for part in ("model", "weight_network", "meta_optimizer"):
