@@ -95,6 +95,11 @@ class ExitEngine:
         """
         return sum(map(len, self._waiting[stage].values()))
 
+    @property
+    def num_in_flight(self) -> int:
+        """The number of examples that have started and not exited."""
+        return self._slots.num_in_flight
+
     def _start(self, ids: list[int], inputs: dict) -> None:
         """Run the first stage."""
         model, main = self.model, inputs.get(self.model.main_input_name)

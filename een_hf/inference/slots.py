@@ -467,6 +467,11 @@ class SlotsByShape(dict):
         self[shape] = self._make()
         return self[shape]
 
+    @property
+    def num_in_flight(self) -> int:
+        """Examples that have a slot."""
+        return sum(slots.num_in_flight for slots in self.values())
+
 
 def _per_token(examples: Examples) -> list[torch.Tensor]:
     wide = (examples.hidden, examples.attention_mask, *examples.per_token.values())

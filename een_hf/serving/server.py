@@ -135,7 +135,6 @@ def create_app(engine: AsyncExitEngine, *, name: str = "", limits: ServerLimits 
         the application, for any ASGI server.
     """
     limits = limits or ServerLimits()
-    answerer = _Answerer(engine, limits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -143,6 +142,15 @@ def create_app(engine: AsyncExitEngine, *, name: str = "", limits: ServerLimits 
             yield
 
     app = FastAPI(title="een_hf", description="A classifier with early exits.", lifespan=lifespan)
+    _answer_requests(app, engine, limits)
+    _answer_questions(app, engine, name, limits)
+    _describe_requests(app)
+    return app
+
+
+def _answer_requests(app: "FastAPI", engine: AsyncExitEngine, limits: ServerLimits) -> None:
+    """`/predict`, and the same at `/`."""
+    answerer = _Answerer(engine, limits)
     errors = {status: {"model": ErrorResponse} for status in (400, 408, 413, 415, 422, 500, 503, 504)}
     schema = {"$ref": "#/components/schemas/PredictRequest"}
     body = {"application/json": {"schema": schema}, "image/*": {"schema": {"type": "string", "format": "binary"}}}
@@ -172,6 +180,10 @@ def create_app(engine: AsyncExitEngine, *, name: str = "", limits: ServerLimits 
     async def root(request: Request) -> Response:
         return await predict(request)
 
+
+def _answer_questions(app: "FastAPI", engine: AsyncExitEngine, name: str, limits: ServerLimits) -> None:
+    """`/health`, `/info` and `/metrics`."""
+
     @app.get("/health", responses={503: {"model": ErrorResponse}})
     async def health() -> Response:
         """Whether requests are answered."""
@@ -196,6 +208,9 @@ def create_app(engine: AsyncExitEngine, *, name: str = "", limits: ServerLimits 
             return Response(status_code=404)
         return Response(*engine.observer.exposition(engine.num_waiting))
 
+
+def _describe_requests(app: "FastAPI") -> None:
+    """Add the schema of requests, whose bodies `/predict` reads itself, to `/openapi.json`."""
     plain = app.openapi
 
     def openapi() -> dict:
@@ -206,7 +221,6 @@ def create_app(engine: AsyncExitEngine, *, name: str = "", limits: ServerLimits 
         return app.openapi_schema
 
     app.openapi = openapi
-    return app
 
 
 def _model_info(model: EarlyExitMixin) -> dict[str, Any]:

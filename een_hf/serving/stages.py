@@ -166,6 +166,11 @@ class Lane:
         slots = self._slots.get(_shape(size))
         return slots is None or slots.num_in_flight + slots.max_rows <= self.max_in_flight
 
+    @property
+    def num_in_flight(self) -> int:
+        """Rows that have started and not exited."""
+        return self._slots.num_in_flight
+
     def lists(self) -> Iterator[tuple[int, Hashable, deque[Row]]]:
         """(segment, size, rows) of each list; empty ones have been deleted."""
         for segment, by_size in enumerate(self.waiting):
@@ -230,6 +235,10 @@ class StageWorker:
     def num_waiting(self) -> int:
         """The number of rows that wait before any segment."""
         return sum(len(waiting) for lane in self._lanes.values() for _, _, waiting in lane.lists())
+
+    def num_in_flight(self) -> int:
+        """The number of rows that have started and not exited."""
+        return sum(lane.num_in_flight for lane in self._lanes.values())
 
     def step(self) -> bool:
         """Run one segment on rows that wait; `False` if none waits."""

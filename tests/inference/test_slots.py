@@ -5,7 +5,8 @@ import torch
 from recorded_graphs import record_graphs
 
 from een_hf import ExitPolicy
-from een_hf.inference import ExitEngine
+from een_hf.inference import ExitEngine, programs
+from een_hf.inference import slots as slots_module
 from een_hf.inference.slots import Slots
 
 from .test_runner import COUNTS, CRITERIA, DEVICES, TEXT, anytime, make_inputs, make_model, midway_policy, on
@@ -52,7 +53,7 @@ def test_static_programs_equal_anytime(kind, criterion, aggregation, device):
     seen = assert_as_anytime(engine, model, make_batches(model, (9, 1, 9, 2, 9, 9, 20, 1, 9)))
     seen |= assert_as_anytime(engine, model, make_batches(model, (2, 9)))
     assert aggregation == "boosted" or len(seen) >= (2 if criterion in COUNTS else 3)
-    assert all(slots.num_in_flight == 0 for slots in engine._slots.values())
+    assert engine.num_in_flight == 0
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit", "modernbert"])
@@ -97,9 +98,7 @@ def test_texts_share_a_step_with_longer_ones_and_slots_with_those_before():
     model.set_exit_policy(policy)
     for static in (False, True):
         slots = Slots(model, ExitPolicy("confidence", [1.0, 1.0, 0.0, 0.0]), 4, static=static)
-        broken = make_inputs(model, 2, 30, padding="none")
-        step = slots.start(broken)
-        slots._rows.hidden[step.slots] = float("nan")
+        step = slots.start({"inputs_embeds": torch.full((2, 30, model.config.hidden_size), float("nan"))})
         slots.release(step.slots)
         short = make_inputs(model, 2, 4, seed=1, padding="none")
         first = slots.start(short)
@@ -150,17 +149,23 @@ def test_a_start_that_fails_takes_no_slot():
     assert slots.num_in_flight == 0 and slots.num_slots == 8
 
 
-def test_a_deeper_stage_takes_as_many_as_pay():
+def test_a_deeper_stage_takes_as_many_as_pay(monkeypatch):
     """Each stage has a size of its own, measured once; what is measured must change nobody's answer."""
+    measured = []
+
+    def seconds_of(*of):
+        measured.append(programs.seconds_of(*of))
+        return measured[-1]
+
+    monkeypatch.setattr(slots_module, "seconds_of", seconds_of)
     model = make_model("vit")
     model.set_exit_policy(midway_policy(model, make_inputs(model, 70)))
     engine, batches = ExitEngine(model, 64, cuda_graphs=True), make_batches(model, (64, 64, 64))
     assert_as_anytime(engine, model, batches)
-    (slots,) = engine._slots.values()
-    assert slots._sizes and set(slots._sizes.values()) <= {32, 64}
-    sizes = dict(slots._sizes)
+    stages = 1 + sum(map(model.get_exit_policy().lets_exit, range(model.num_exits - 1)))
+    assert len(measured) == 2 * (stages - 1)  # 32 and 64 rows of each deeper stage
     assert_as_anytime(engine, model, batches)
-    assert slots._sizes == sizes
+    assert len(measured) == 2 * (stages - 1)
 
 
 def test_a_call_that_failed_leaves_nothing_to_the_next():
