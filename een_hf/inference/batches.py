@@ -100,8 +100,12 @@ class ExitBatchPredictor:
 
     def _answers(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         config = self._model.config
-        rows = self._texts(batch) if self._text else [self._image(image) for image in batch[self.column]]
-        found = predict(self._model, rows, self.batch_size, progress=False)
+        if self._text:
+            columns = [map(str, batch[name]) for name in filter(None, (self.column, self.pair_column))]
+            rows, settings = list(zip(*columns, strict=True)), {"tokenizer": self._tokenize}
+        else:
+            rows, settings = [self._image(image) for image in batch[self.column]], {}
+        found = predict(self._model, rows, self.batch_size, progress=False, **settings)
         scores = np.full(len(rows), np.nan, np.float32) if found.confidence is None else found.confidence.numpy()
         if found.confidence is None:
             labels = found.logits[:, 0].numpy()
@@ -113,13 +117,8 @@ class ExitBatchPredictor:
         layers = np.array(config.exit_layers)[found.exit_index.numpy()]
         return {"label": labels, "score": scores, "exit_layer": layers}
 
-    def _texts(self, batch: Mapping[str, Any]) -> list[dict]:
-        names = filter(None, (self.column, self.pair_column))
-        columns = [[str(text) for text in batch[name]] for name in names]
-        if not columns[0]:
-            return []
-        encoded = self._processor(*columns, truncation=self._longest is not None, max_length=self._longest)
-        return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    def _tokenize(self, *columns: list[str]) -> Mapping[str, list]:
+        return self._processor(*columns, truncation=self._longest is not None, max_length=self._longest)
 
     def _image(self, given) -> dict[str, torch.Tensor]:
         from PIL import Image

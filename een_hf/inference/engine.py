@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ..models import EarlyExitMixin
-from .programs import graphs_on, segments_of
+from .programs import graphs_on, main_input, segments_of
 from .runner import runs_graphs
 from .slots import Slots, SlotsByShape, Step, send
 
@@ -102,11 +102,11 @@ class ExitEngine:
 
     def _start(self, ids: list[int], inputs: dict) -> None:
         """Run the first stage."""
-        model, main = self.model, inputs.get(self.model.main_input_name)
+        model, main = self.model, main_input(inputs, self.model.main_input_name)
         shape = main.shape[1:] if model.main_input_name == "pixel_values" else None
         if shape is None:
             mask = inputs.get("attention_mask")
-            model.check_mask(mask, True, (inputs["inputs_embeds"] if main is None else main).shape[:2])
+            model.check_mask(mask, True, main.shape[:2])
             model.check_padding(mask)
         slots = self._slots[shape]
         self._running.append((shape, slots, 0, slots.start(inputs), ids))

@@ -34,7 +34,7 @@ class GraphCalibrator:
     def __init__(self, settings: GraphCalibration, model: EarlyExitMixin):
         self.settings, config = settings, model.config
         self.problem_type = resolve_problem_type(config.problem_type, config.num_labels)
-        own = config.exit_policy and model.get_exit_policy()
+        own = model.get_exit_policy()
         self.criterion, self.params = settings.exit_criterion, {}
         if self.criterion is None:
             fitting = fitting_criteria(self.problem_type)

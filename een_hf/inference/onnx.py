@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..errors import ExportError
 from ..extras import named_extras
 from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
+from ..models.criteria import decide
 from ..models.policies import NEVER
 from ..models.stages import Examples
 from .quantization import (
@@ -111,8 +112,7 @@ class DynamicExits(nn.Module):
         context = self.model.make_context(examples)
         hidden, logits = self.model.run_stage(exit_index, examples, context, examples.logits, after)
         temperature = self.temperatures[exit_index] if self.temperatures else None
-        scores, state = self.criterion.score(logits, examples.state, temperature)
-        exits = scores >= thresholds[exit_index]
+        exits, state = decide(self.criterion, logits, examples.state, thresholds[exit_index], temperature)
         # A view of the logits, as a regression keeps it, may not be returned beside them.
         state = [tensor.clone() for tensor in state]
         return logits, torch.full_like(exits, exit_index, dtype=torch.int64), exits, hidden, *state

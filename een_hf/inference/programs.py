@@ -19,7 +19,8 @@ from itertools import chain
 
 import torch
 
-from ..models.policies import ExitPolicy, decide
+from ..models.criteria import decide
+from ..models.policies import ExitPolicy
 from ..models.stages import Examples
 
 
@@ -37,6 +38,22 @@ def rounded_length(length: int, longest: int | None) -> int:
     """
     rounded = -(-length // LENGTH_STEP) * LENGTH_STEP
     return rounded if longest is None else min(rounded, longest)
+
+
+def main_input(inputs: dict, name: str) -> torch.Tensor:
+    """The main model input, by its name; of texts perhaps their embeddings instead."""
+    found = inputs.get(name)
+    return inputs["inputs_embeds"] if found is None else found
+
+
+def on_device(inputs: dict, device: torch.device) -> dict:
+    """Model inputs on a device, and the constants among them."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def padding_token(config) -> int:
+    """The token id that fills up texts; 0 if the config names none."""
+    return getattr(config, "pad_token_id", None) or 0
 
 
 def graphs_on(device: torch.device) -> tuple | None:
@@ -303,6 +320,11 @@ class Lane:
         return sum(tensor.nbytes for tensor in tensors)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type of autocast that holds now; `None`: it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def autocast_here(device: torch.device) -> Callable[[], torch.autocast]:
     """Makes the autocast context that holds now, but without its cache: graphs would read casts that were freed."""
     enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
@@ -422,8 +444,7 @@ def fill_inputs(static: dict, inputs: dict, count: int, config) -> None:
             continue
         target = static[name][:count]
         if target.shape != value.shape:
-            padding = getattr(config, "pad_token_id", 0) or 0 if name == "input_ids" else 0
-            target[:, value.shape[1] :].fill_(padding)
+            target[:, value.shape[1] :].fill_(padding_token(config) if name == "input_ids" else 0)
             target = target[:, : value.shape[1]]
         target.copy_(value, non_blocking=True)
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..models import EarlyExitMixin, ExitConfigurationError
+from .programs import on_device, padding_token
 from .runner import input_names
 
 
@@ -131,11 +132,7 @@ def batches_of(
             if "input_ids" in inputs:
                 where = f"The batch of row {ids[0]} (counted from 0)"
                 model.config.check_input_length(inputs["input_ids"].shape[1], where)
-            if send:
-                inputs = {
-                    n: value.to(model.device) if torch.is_tensor(value) else value for n, value in inputs.items()
-                }
-            yield torch.tensor(ids), inputs
+            yield torch.tensor(ids), on_device(inputs, model.device) if send else inputs
         start += len(chunk)
 
 
@@ -183,7 +180,7 @@ def pad_rows(rows: list[dict], config) -> dict[str, torch.Tensor]:
         return torch.full_like(ids, value) if isinstance(ids, torch.Tensor) else np.full(len(ids), value)
 
     columns = {name: [value_of(row, name) for row in rows] for name in names}
-    padding = {"input_ids": getattr(config, "pad_token_id", 0) or 0}
+    padding = {"input_ids": padding_token(config)}
     return {
         name: _pad(values, padding.get(name, 0)) if text else torch.stack(values) for name, values in columns.items()
     }

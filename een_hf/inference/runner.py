@@ -14,10 +14,13 @@ from .programs import (
     Decisions,
     Lane,
     ModelTensors,
+    autocast_dtype,
     fastest_size,
     fill_inputs,
     graphs_on,
     input_shapes,
+    main_input,
+    on_device,
     rounded_length,
     row_bucket,
     seconds_of,
@@ -63,7 +66,7 @@ class ExitRunner:
         cuda_graphs: bool | None = None,
         compile: bool = False,
     ):
-        self.model, self.policy = model, _checked(policy, model)
+        self.model, self.policy = model, None if policy is None else model.checked_policy(policy)
         self.cuda_graphs = cuda_graphs is not False
         self._turn, self._is_text = _Turn(), model.main_input_name == "input_ids"
         self._names = frozenset(input_names(model))
@@ -88,7 +91,7 @@ class ExitRunner:
         """
         other = object.__new__(type(self))
         vars(other).update(vars(self))
-        other.policy, other._decisions = _checked(policy, self.model), None
+        other.policy, other._decisions = None if policy is None else self.model.checked_policy(policy), None
         other._kinds, other._lanes = {}, OrderedDict()
         return other
 
@@ -193,9 +196,7 @@ class ExitRunner:
         """Copy these inputs into their lane; returns the lane and the size of the batch."""
         inputs = {n: v for n, v in inputs.items() if v is not None and n in self._names}
         text, padded = self._is_text, False
-        main = inputs.get(self.model.main_input_name)
-        main = inputs["inputs_embeds"] if main is None else main
-        batch, length = main.shape[:2]
+        batch, length = main_input(inputs, self.model.main_input_name).shape[:2]
         wanted = length
         if text:
             self.model.config.check_input_length(length, "A text, or one beside it,")
@@ -239,8 +240,7 @@ class ExitRunner:
 
     def _lane(self, batch: int, shapes: tuple, padded: bool) -> Lane:
         capacity = 1 << (batch - 1).bit_length()
-        autocast = torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type)
-        key = (capacity, shapes, padded, id(self._decisions), autocast)
+        key = (capacity, shapes, padded, id(self._decisions), autocast_dtype(self.device))
         lane = self._lanes.get(key)
         if lane is None:
             graphs = self._graphs if self._tensors.can_capture(padded) else None
@@ -264,11 +264,8 @@ class ExitRunner:
         """
         model = self.model
         with self._turn.lock, torch.inference_mode(False), torch.no_grad(), self._on_device():
-            inputs = {
-                n: v.to(model.device) if isinstance(v, torch.Tensor) else v
-                for n, v in inputs.items() if n not in ("labels", "attention_mask")
-            }  # fmt: skip
-            example = model.embed(**inputs)
+            inputs = {name: value for name, value in inputs.items() if name not in ("labels", "attention_mask")}
+            example = model.embed(**on_device(inputs, model.device))
             length = rounded_length(example.hidden.shape[1], None)
             if length not in self._sizes:
                 self._sizes[length] = fastest_size(lambda size: self._layer_seconds(example, size), MAX_ROWS)
@@ -305,13 +302,6 @@ class _Turn:
     def __init__(self):
         self.lock = threading.Lock()
         self.stream: torch.cuda.Stream | None = None  # where the last one ran
-
-
-def _checked(policy: ExitPolicy | dict | None, model: EarlyExitMixin) -> ExitPolicy | None:
-    policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
-    if policy is not None:
-        policy.validate(model.num_exits, model.config.problem_type, model.config.num_labels)
-    return policy
 
 
 def runner_of(model: EarlyExitMixin) -> ExitRunner:

@@ -15,12 +15,15 @@ from .programs import (
     MAX_LANES,
     Decisions,
     ModelTensors,
+    autocast_dtype,
     autocast_here,
     capture,
     fastest_size,
     fill_inputs,
     first_rows,
     input_shapes,
+    main_input,
+    on_device,
     padded_shape,
     rounded_length,
     row_bucket,
@@ -172,8 +175,7 @@ class Slots:
             policies: one per example, all of the kind of `policy`; default: that one.
         """
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        main = inputs.get(self.model.main_input_name)
-        main = inputs["inputs_embeds"] if main is None else main
+        main = main_input(inputs, self.model.main_input_name)
         count, width, padded = len(main), None, False
         if self._text:
             mask = inputs.setdefault("attention_mask", torch.ones(main.shape[:2], dtype=torch.int64))
@@ -311,8 +313,7 @@ class Slots:
             fill_inputs(program.inputs, inputs, count, self.model.config)
         else:
             self._indices = torch.tensor(slots, device=self.device)
-            inputs = {n: v.to(self.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-            program = _Program(segment, count, width, padded, inputs)
+            program = _Program(segment, count, width, padded, on_device(inputs, self.device))
         if segment == 0 and self._text and len(self.exits) > 1:
             self._clear(slots, width)
         if program.graph is not None:
@@ -336,9 +337,8 @@ class Slots:
         if not self._tensors.are_current():
             self._tensors, self._programs = ModelTensors(self.model), OrderedDict()
         length = inputs["attention_mask"].shape[1] if "attention_mask" in inputs else 0
-        shapes, device = input_shapes(inputs, length, width), self.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key = (segment, rows, width, padded, autocast, shapes)
+        shapes = input_shapes(inputs, length, width)
+        key = (segment, rows, width, padded, autocast_dtype(self.device), shapes)
         program = self._programs.get(key)
         if program is None:
             program = _Program(segment, rows, width, padded, self._static_inputs(shapes))

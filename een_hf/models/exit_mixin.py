@@ -235,10 +235,24 @@ class EarlyExitMixin(CheckpointLoadingMixin, StagedForwardMixin):
                     f"set_exit_policy takes an ExitPolicy, its dict, or None for no early exit, not {policy!r}. "
                     "ExitPolicy.from_results(path, target_cost=0.5) reads the policy of a budget."
                 )
-            policy = ExitPolicy.from_dict(values)
-            policy.validate(self.num_exits, self.config.problem_type, self.config.num_labels)
-            policy = policy.to_dict()
+            policy = self.checked_policy(values).to_dict()
         self.config.exit_policy = policy
+
+    def checked_policy(self, policy: "ExitPolicy | dict") -> ExitPolicy:
+        """Check that a policy fits the model, whose own is not changed.
+
+        Args:
+            policy: an exit policy or its dict.
+
+        Returns:
+            the policy.
+
+        Raises:
+            ExitConfigurationError: the policy does not fit the number of exits or the problem.
+        """
+        policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
+        policy.validate(self.num_exits, self.config.problem_type, self.config.num_labels)
+        return policy
 
     def get_exit_policy(self) -> ExitPolicy | None:
         """The policy of the config, after checking that it fits.
@@ -254,7 +268,6 @@ class EarlyExitMixin(CheckpointLoadingMixin, StagedForwardMixin):
             return None
         said = (config.exit_policy, config.problem_type, config.num_labels, self.num_exits)
         if said != self._policy[0]:
-            policy = ExitPolicy.from_dict(config.exit_policy)
-            policy.validate(self.num_exits, config.problem_type, config.num_labels)
-            self._policy = copy.deepcopy(said), policy
+            policy = ExitPolicy.from_dict(config.exit_policy)  # refuses what is no dict
+            self._policy = copy.deepcopy(said), self.checked_policy(policy)
         return self._policy[1]

@@ -160,16 +160,15 @@ class StagedForwardMixin:
         )
 
     def _policy_of_call(self, early_exit: bool | ExitPolicy | dict) -> ExitPolicy | None:
-        policy = ExitPolicy.from_dict(early_exit) if isinstance(early_exit, dict) else early_exit
-        if isinstance(policy, ExitPolicy):
-            policy.validate(self.num_exits, self.config.problem_type, self.config.num_labels)
-        elif not hasattr(policy, "decide"):
-            if not isinstance(early_exit, bool | None):
-                raise ExitConfigurationError(
-                    f"early_exit is True, False, or for this call an ExitPolicy or its dict, not {early_exit!r}."
-                )
-            policy = self.get_exit_policy() if early_exit and not self.training else None
-        return policy
+        if isinstance(early_exit, ExitPolicy | dict):
+            return self.checked_policy(early_exit)
+        if hasattr(early_exit, "decide"):
+            return early_exit
+        if not isinstance(early_exit, bool | None):
+            raise ExitConfigurationError(
+                f"early_exit is True, False, or for this call an ExitPolicy or its dict, not {early_exit!r}."
+            )
+        return self.get_exit_policy() if early_exit and not self.training else None
 
     def check_mask(
         self, attention_mask: torch.Tensor | None, dynamic: bool, shape: tuple[int, ...] | None = None

@@ -21,7 +21,7 @@ from ..evaluation import (
 )
 from ..hub import refresh_model_card
 from ..models import ExitConfigurationError
-from ..models.criteria import find_criterion
+from ..models.criteria import find_criterion, resolve_problem_type
 from ..models.exit_config import is_early_exit_config
 from ..training.arguments import CalibrationArguments
 from ..training.history import read_run
@@ -84,7 +84,7 @@ def calibrate_run(
     folder = Path(run)
     results, config = read_exit_results(folder), _load_config(folder)
     settings = (read_run(folder) or {}).get("settings", {})
-    problem_type = config.problem_type or "single_label_classification"
+    problem_type = resolve_problem_type(config.problem_type, config.num_labels)
     criterion = settings.get("exit_criterion", CalibrationArguments.exit_criterion)
     given = exit_criterion and find_criterion(exit_criterion)
     wanted = CalibrationArguments(

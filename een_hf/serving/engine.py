@@ -222,9 +222,8 @@ class AsyncExitEngine:
             return self.model.get_exit_policy(), True
         if policy is False:
             return None, False
-        policy = ExitPolicy.from_dict(policy.to_dict() if isinstance(policy, ExitPolicy) else policy)
-        policy.validate(self.model.num_exits, self.model.config.problem_type, self.model.config.num_labels)
-        return policy, False
+        values = policy.to_dict() if isinstance(policy, ExitPolicy) else policy
+        return self.model.checked_policy(ExitPolicy.from_dict(values)), False
 
     def _seconds_to_room(self) -> float:
         return max(1.0, math.ceil(self._num_waiting / self._rate)) if self._rate else 1.0

@@ -12,9 +12,10 @@ from transformers.trainer_utils import PredictionOutput
 from .._deprecated import renamed_argument
 from ..inference import ExitPredictions, predict
 from ..models import EarlyExitMixin
+from ..models.criteria import resolve_problem_type
 from ..sharding import is_sharded, whole_copy
 from .arguments import CostUnit
-from .losses import LABEL_COLUMNS
+from .losses import COLLATED_LABELS
 
 
 class EvaluationMixin:
@@ -54,7 +55,7 @@ class EvaluationMixin:
         """
         answers, kept = self._answer_rows(test_dataset)
         logits, labels, metrics = answers.logits.numpy(), None, {}
-        label_column = next((name for name in LABEL_COLUMNS if kept and name in kept[0]), None)
+        label_column = next((name for name in COLLATED_LABELS if kept and name in kept[0]), None)
         if label_column is not None:
             labels = np.array([np.asarray(row[label_column]) for row in kept])
             if self.task_metrics is not None:
@@ -95,7 +96,7 @@ class EvaluationMixin:
         ids = range(first, len(dataset), step) if sized else None
         rows = ((row, dataset[row]) for row in ids) if sized else islice(enumerate(dataset), first, None, step)
         names = [
-            *LABEL_COLUMNS,
+            *COLLATED_LABELS,
             *([self.network.main_input_name] if "inputs" in self.args.include_for_metrics else []),
         ]
         kept = []
@@ -149,7 +150,8 @@ class EvaluationMixin:
         unit, size = CostUnit(cost), cost_inputs(calibration_dataset)
         prediction = self.predict_exits(calibration_dataset, "calibration")
         network = self.network
-        settings.setdefault("problem_type", network.config.problem_type or "single_label_classification")
+        config = network.config
+        settings.setdefault("problem_type", resolve_problem_type(config.problem_type, config.num_labels))
         if unit == CostUnit.OPERATIONS:
             costs = relative_costs(network, **size)
         else:

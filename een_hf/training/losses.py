@@ -6,7 +6,7 @@ import torch
 from ..models import ExitConfigurationError
 
 
-LABEL_COLUMNS = ("labels", "label", "label_ids")  # the collators of transformers rename these to `labels`
+COLLATED_LABELS = ("labels", "label", "label_ids")  # the collators of transformers rename these to `labels`
 
 
 def exit_loss_weights(weights: list[str] | str, num_exits: int) -> torch.Tensor:
@@ -23,17 +23,7 @@ def exit_loss_weights(weights: list[str] | str, num_exits: int) -> torch.Tensor:
         return torch.ones(num_exits)
     if given == ["linear"]:
         return torch.arange(1, num_exits + 1) / num_exits
-    try:
-        numbers = [float(number) for number in given]
-    except ValueError:
-        raise ExitConfigurationError(
-            f"--exit_loss_weights takes `uniform`, `linear` or {num_exits} numbers, not {' '.join(given)!r}."
-        ) from None
-    if len(numbers) != num_exits:
-        raise ExitConfigurationError(
-            f"--exit_loss_weights has {len(numbers)} numbers, but the model has {num_exits} exits; give one per exit."
-        )
-    return _checked_weights("exit_loss_weights", numbers)
+    return _given_weights("exit_loss_weights", given, "`uniform`, `linear`", "exit", num_exits)
 
 
 def class_weights(weights: list[str] | str, num_labels: int, rows) -> torch.Tensor:
@@ -54,21 +44,19 @@ def class_weights(weights: list[str] | str, num_labels: int, rows) -> torch.Tens
         counts = torch.bincount(_labels_of(rows), minlength=num_labels)
         present = counts > 0
         return torch.where(present, counts.sum() / (present.sum() * counts.clamp(min=1)), 1.0)
+    return _given_weights("class_weights", given, "`balanced`", "label", num_labels)
+
+
+def _given_weights(flag: str, given: list[str], names: str, of: str, count: int) -> torch.Tensor:
+    """One number per exit or label, in float32, in which they must be weights too: 1e39 is infinite, 1e-50 is zero."""
     try:
         numbers = [float(number) for number in given]
     except ValueError:
+        raise ExitConfigurationError(f"--{flag} takes {names} or {count} numbers, not {' '.join(given)!r}.") from None
+    if len(numbers) != count:
         raise ExitConfigurationError(
-            f"--class_weights takes `balanced` or {num_labels} numbers, not {' '.join(given)!r}."
-        ) from None
-    if len(numbers) != num_labels:
-        raise ExitConfigurationError(
-            f"--class_weights has {len(numbers)} numbers, but there are {num_labels} labels; give one per label."
+            f"--{flag} has {len(numbers)} numbers, but the model has {count} {of}s; give one per {of}."
         )
-    return _checked_weights("class_weights", numbers)
-
-
-def _checked_weights(flag: str, numbers: list[float]) -> torch.Tensor:
-    """Numbers in float32, where they are weights there too: 1e39 is infinite, 1e-50 is zero."""
     weights = torch.tensor(numbers, dtype=torch.float32)
     if not ((weights >= 0) & weights.isfinite()).all() or not weights.any():
         raise ExitConfigurationError(f"--{flag} must be finite, not negative, and not all zero (in float32).")
@@ -79,7 +67,7 @@ def _labels_of(rows) -> torch.Tensor:
     """The class ids of training rows, int64 of shape (num_rows,)."""
     columns = getattr(rows, "column_names", None)
     held = isinstance(rows, (list, tuple)) and bool(rows)
-    name = next((name for name in LABEL_COLUMNS if name in (columns or (rows[0] if held else ()))), None)
+    name = next((name for name in COLLATED_LABELS if name in (columns or (rows[0] if held else ()))), None)
     if name is None or not hasattr(rows, "__len__"):
         raise ExitConfigurationError(
             "--class_weights balanced needs the labels of all rows before training, as a column of a datasets.Dataset "
