@@ -125,8 +125,8 @@ def loading(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except ExitConfigurationError:
-        raise
+    except ExitConfigurationError as error:  # it may not say of which model
+        raise ExitConfigurationError(f"{what} cannot be loaded: {error}") from error
     except Exception as error:
         shapes = isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
         cause = "weights have other shapes than its config.json says" if shapes else in_one_line(error)

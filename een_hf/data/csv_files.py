@@ -75,13 +75,15 @@ def _long_fields() -> Iterator[None]:
 
 
 def check_text_file(path: str, source: str, *, to_the_end: bool) -> None:
-    """Raise DataError for a file, csv or json, that is empty, in UTF-16 or, read to the end, not in UTF-8."""
+    """Raise DataError for a file, csv or json, that is empty, no text, or in UTF-16 or, read to the end, not UTF-8."""
     with open(path, "rb") as file:
-        start = file.read(2)
-    if not start:
+        start = file.read(1024)
+    if not start.strip():
         raise DataError(f"{source} is empty: give a file with rows.")
-    if start in (b"\xff\xfe", b"\xfe\xff"):
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{source} is encoded in UTF-16: {_remedy(path, 'UTF-16')}")
+    if b"\0" in start:
+        raise DataError(f"{source} is no text file: it contains bytes of value 0.")
     if to_the_end:
         try:
             with open(path, encoding="utf-8") as file:

@@ -7,6 +7,7 @@ import datasets
 from transformers import AutoImageProcessor, ViTImageProcessor
 
 from .._deprecated import moved_names
+from ..errors import in_one_line
 from .arguments import LIMITS
 from .decoding import whole_images
 from .image_arguments import ImageDataArguments
@@ -123,11 +124,14 @@ def _load_processor(name: str | None, args: ImageDataArguments, config: Any, **h
         return ViTImageProcessor(size={"height": size, "width": size})
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name} has no image processor ({error}): give --image_processor_name.") from error
+    except Exception as error:  # there is none, it is code of its own, or damaged
+        raise DataError(
+            f"{name} has no image processor ({in_one_line(error)}): give --image_processor_name."
+        ) from error
     if getattr(processor, "do_center_crop", False):
-        before = processor.size["shortest_edge"] / processor.crop_size["height"]
-        processor.size, processor.crop_size = {"shortest_edge": round(size * before)}, {"height": size, "width": size}
+        ratio = size / processor.crop_size["height"]
+        processor.size = {side: round(ratio * pixels) for side, pixels in dict(processor.size).items() if pixels}
+        processor.crop_size = {"height": size, "width": size}
     else:
         processor.size = {"height": size, "width": size}
     return processor

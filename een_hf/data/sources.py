@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetsError
 
+from ..errors import in_one_line
 from .csv_files import check_text_file, csv_settings
 from .samples import load_bbc_news, load_digits
 from .task import DataError
@@ -135,8 +136,8 @@ def load_hub(
         return dict(datasets.load_dataset(name, config, cache_dir=cache_dir, token=token, streaming=streaming))
     except _LOAD_ERRORS as error:
         raise DataError(
-            f"{source} cannot be loaded from the Hub ({error}). Without network give --dataset_name a local folder of "
-            "parquet files, or the rows themselves: --train_file for text, --train_dir for images."
+            f"{source} cannot be loaded from the Hub ({in_one_line(error)}). Without network give --dataset_name a "
+            "local folder of parquet files, or the rows themselves: --train_file for text, --train_dir for images."
         ) from error
 
 
@@ -175,7 +176,7 @@ def load_files(
         except _LOAD_ERRORS as error:
             if "corresponds to no data" in str(error):
                 raise DataError(f"{source} has no rows: give a file with rows.") from error
-            raise DataError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
+            raise DataError(f"{source} cannot be read as {kind}: {in_one_line(error.__cause__ or error)}") from error
     return splits
 
 
@@ -192,7 +193,9 @@ def load_image_folder(
     try:
         return dict(datasets.load_dataset("imagefolder", data_dir=glob.escape(path), **settings))
     except _LOAD_ERRORS as error:
-        raise DataError(f"{source} cannot be read as images in folders: {error.__cause__ or error}") from error
+        raise DataError(
+            f"{source} cannot be read as images in folders: {in_one_line(error.__cause__ or error)}"
+        ) from error
 
 
 def check_columns(rows: datasets.Dataset, columns: Sequence[str], flag: str, where: str) -> None:

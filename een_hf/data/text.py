@@ -226,6 +226,10 @@ def _load_tokenizer(name: str | None, args: TextDataArguments, config: Any, **hu
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # made from nothing: every text would be the same
         raise DataError(f"{name} holds no tokenizer: give --tokenizer_name.")
+    if tokenizer.pad_token is None:
+        raise DataError(
+            f"The tokenizer {name} has no padding token: its tokenizer_config.json must name the pad_token."
+        )
     if len(tokenizer) > config.vocab_size:
         raise DataError(
             f"The tokenizer {name} has {len(tokenizer)} tokens, the model {config.vocab_size}: give "

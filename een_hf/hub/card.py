@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from ..files import replacing
 from . import sections
 from .examples import SHARED_EXAMPLES, example_sections
 from .header import CARD_NAME, TAG, is_run_card
@@ -84,7 +85,8 @@ def write_model_card(
         *sections.paper(results["method"]),
     ]
     path = folder / CARD_NAME
-    path.write_text(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
     return path
 
 

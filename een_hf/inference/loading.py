@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from ..errors import loading
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
+from ..models.checkpoint_loading import checkpoint_config
 
 
 def load_early_exit_model(
@@ -24,11 +25,12 @@ def load_early_exit_model(
         the model in eval mode.
 
     Raises:
-        ExitConfigurationError: no such model, one without exits, weights that are missing, or no such device.
+        ExitConfigurationError: no such model, one without exits, weights that are missing, a policy that does not fit,
+            or no such device.
     """
     what = f"{what} {name}"
     with loading(what):
-        config, _ = PreTrainedConfig.get_config_dict(name)
+        config = checkpoint_config(name, {})
     if not config:
         raise ExitConfigurationError(f"{what} cannot be loaded: it holds no config.json.")
     found = config.get("model_type")
@@ -39,6 +41,7 @@ def load_early_exit_model(
         )
     with loading(what):
         model = model_class.from_pretrained(name, dtype=getattr(torch, dtype) if dtype else "auto").eval()
+        model.get_exit_policy()
     if model.newly_initialized:
         raise ExitConfigurationError(f"{what} lacks weights, for example {min(model.newly_initialized)}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,8 +61,14 @@ def load_processor(name: str, model: EarlyExitMixin, *, what: str = "MODEL") -> 
         the tokenizer or image processor.
 
     Raises:
-        ExitConfigurationError: there is none.
+        ExitConfigurationError: there is none, or it does not work.
     """
-    kind = AutoTokenizer if model.main_input_name == "input_ids" else AutoImageProcessor
-    with loading(f"The {'tokenizer' if kind is AutoTokenizer else 'image processor'} of {what} {name}"):
-        return kind.from_pretrained(name, trust_remote_code=False)
+    if model.main_input_name != "input_ids":
+        with loading(f"The image processor of {what} {name}"):
+            return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    with loading(f"The tokenizer of {what} {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("a")  # some damage shows only in use
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # made from nothing: every text would be the same
+            raise ExitConfigurationError("it has no vocabulary.")
+    return tokenizer

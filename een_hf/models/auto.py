@@ -99,6 +99,7 @@ def model_class_of(config_dict: dict, what: str, main_input_name: str | None = N
         ExitConfigurationError: no class is registered for its type; the message lists the types, and how to add one.
     """
     found = config_dict.get("model_type")
+    found = found if isinstance(found, str) else None
     stock = getattr(CONFIG_MAPPING[found], "stock_model_type", found) if found in CONFIG_MAPPING else found
     model_class = MODEL_CLASSES.get(stock)
     if model_class is not None and main_input_name in (None, model_class.main_input_name):

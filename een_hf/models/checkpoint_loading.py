@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
@@ -26,11 +27,21 @@ def checkpoint_config(source: str, kwargs: dict) -> dict:
         kwargs: keywords of `from_pretrained`, of which those of the Hub (`revision`, `token`, ...) are used.
 
     Returns:
-        its content.
+        its content; empty if there is no such file.
+
+    Raises:
+        ExitConfigurationError: the file holds something else than fields.
+        OSError: from transformers, for a file that is no JSON, or a model that does not exist.
     """
     hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-    return PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0]
+    try:
+        found = PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0]
+    except (RecursionError, TypeError):  # lists in lists in lists; a number, or null
+        found = None
+    if not isinstance(found, dict):
+        raise ExitConfigurationError(f"The config.json of {source} holds no fields.")
+    return found
 
 
 class CheckpointLoadingMixin:
@@ -61,7 +72,8 @@ class CheckpointLoadingMixin:
             the model in eval mode, or model and loading info.
 
         Raises:
-            ExitConfigurationError: a checkpoint of another architecture, or an exit field that does not fit.
+            ExitConfigurationError: a checkpoint of another architecture, an exit field that does not fit, or damaged
+                weights.
         """
         if not isinstance(config, cls.config_class) or cls._config_fields() & kwargs.keys():
             config = cls._exit_config(config or pretrained_model_name_or_path, kwargs)
@@ -69,9 +81,14 @@ class CheckpointLoadingMixin:
         architectures = config.architectures
         if architectures is None and pretrained_model_name_or_path is not None:  # the user has built the config
             architectures = checkpoint_config(pretrained_model_name_or_path, kwargs).get("architectures")
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ExitConfigurationError(
+                f"The weights of {pretrained_model_name_or_path} (safetensors) cannot be read: {error}"
+            ) from error
         missing = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
         if not is_classifier(architectures, cls.__name__):
             classifier = {id(parameter) for parameter in model.last_head_modules[-1].parameters()}

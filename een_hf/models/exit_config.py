@@ -263,7 +263,8 @@ def is_classifier(architectures: list[str] | None, *names: str) -> bool:
         whether they name a classifier of sequences or images, or one of `names`.
     """
     endings = ("ForSequenceClassification", "ForImageClassification", "ForImageClassificationWithTeacher")
-    return any(str(name).endswith(endings) or name in names for name in architectures or ())
+    given = architectures if isinstance(architectures, list) else ()  # what a config.json holds there is not checked
+    return any(str(name).endswith(endings) or name in names for name in given)
 
 
 def is_early_exit_config(config: PreTrainedConfig) -> bool:

@@ -4,7 +4,7 @@ import copy
 import os
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.label_values import SINGLE_LABEL
@@ -12,6 +12,7 @@ from ..data.samples import model_source
 from ..errors import loading
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.auto import model_class_of
+from ..models.checkpoint_loading import checkpoint_config
 from ..models.exit_config import is_classifier
 
 
@@ -57,7 +58,7 @@ def load_model(
     else:
         name, source, settings = os.fspath(given), model_source(os.fspath(given)), {}
         with loading(f"MODEL {name}"):
-            found, _ = PreTrainedConfig.get_config_dict(source)
+            found = checkpoint_config(source, {})
     model_class = model_class_of(found, f"MODEL {name}")
     if not is_classifier(found.get("architectures"), model_class.__name__):
         raise ExitConfigurationError(

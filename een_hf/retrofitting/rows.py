@@ -22,6 +22,7 @@ from ..data.text import TEXT, encode_text_data
 from ..data.text_arguments import TextDataArguments
 from ..data.text_rows import prepare_rows, text_columns
 from ..data.transforms import EvaluationTransform
+from ..errors import loading
 from ..evaluation import cost_inputs, stock_model, text_functions
 from ..inference import pad_rows, predict
 from ..models import EarlyExitMixin
@@ -211,10 +212,8 @@ def refuse_training_rows(args: RowArguments, history: list[dict | None]) -> None
 
 
 def _load_image_processor(model: str) -> Any:
-    try:
+    with loading(f"The image processor of MODEL {model}"):
         return AutoImageProcessor.from_pretrained(model_source(model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"MODEL {model} has no image processor: {error}") from error
 
 
 def _image_fingerprint(image: dict) -> bytes:

@@ -14,6 +14,7 @@ from ..data.task import Modality, TaskData
 from ..errors import in_one_line, loading
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.auto import model_class_of
+from ..models.checkpoint_loading import checkpoint_config
 from ..models.criteria import resolve_problem_type
 from ..models.exit_config import is_classifier
 from ..training.arguments import ModelArguments
@@ -151,11 +152,13 @@ def _read_config(modality: Modality, args: ModelArguments, **given) -> tuple[typ
     """The class for a checkpoint, its config with what is `given`, and whether it is a fine-tuned classifier."""
     name = args.model_name_or_path
     with loading(f"--model_name_or_path {name}"):
-        found, _ = PreTrainedConfig.get_config_dict(model_source(name), **_hub(args))
+        found = checkpoint_config(model_source(name), _hub(args))
     model_class = model_class_of(found, f"--model_name_or_path {name}", modality.main_input_name)
     config_class = model_class.config_class
     if found.get("model_type") != config_class.model_type:  # a stock checkpoint, for which the defaults hold
         found = {name: value for name, value in found.items() if name != "model_type"}
+    with loading(f"--model_name_or_path {name}"):
+        config_class.from_dict(found)  # what is wrong in the file, before what does not fit in the flags
     config = config_class.from_dict(found, **given)
     return model_class, config, is_classifier(found.get("architectures"), model_class.__name__)
 

@@ -106,6 +106,8 @@ def test_types_of_labels(load, tmp_path, column, names):
         ("text,label\n", "utf-8", r"a header \(text, label\) but no rows"),
         ("text,label", "utf-8", "but no rows"),
         ("", "utf-8", "is empty"),
+        ("\0" * 4000, "utf-8", "is no text file"),
+        ("text,label\na,1\n", "utf-16-le", "is no text file"),
         ("text,label\na,1\nb, c,0\n", "utf-8", "line 3, has 3 fields, but the header has 2.*double quotes"),
         ("text,label\na,1,\nb,0,\n", "utf-8", "line 2, has 3 fields, but the header has 2"),
         ("text,label\na,1\nb\n", "utf-8", "line 3, has 1 fields, but the header has 2"),
@@ -128,6 +130,8 @@ def test_what_is_no_such_file_is_said_with_its_remedy(load, tmp_path, content, e
         ('{"text": "a", "label": 1}\n{"text": "é", "label": 0}\n', "latin-1", "line 2, is not UTF-8.*iconv -f LATIN1"),
         ('{"text": "a", "label": 1}\n', "utf-16", "UTF-16.*iconv"),
         ("", "utf-8", "is empty"),
+        (" \n\n", "utf-8", "is empty"),
+        ("\0" * 4000, "utf-8", "is no text file"),
         ("[]", "utf-8", "has no rows"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n', "utf-8", "mixes strings, numbers or lists"),
     ],
@@ -135,6 +139,17 @@ def test_what_is_no_such_file_is_said_with_its_remedy(load, tmp_path, content, e
 def test_json_is_said_the_same(load, tmp_path, content, encoding, message):
     with pytest.raises(DataError, match=f"--train_file .*rows.json.*{message}"):
         load(train_file=write(tmp_path / "rows.json", content, encoding))
+
+
+def test_a_damaged_parquet_file_is_named_in_one_line(load, tmp_path):
+    """What breaks: the reader's own message has several lines."""
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}).to_parquet(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40] + b"\x0f" * 32 + whole[-8:])
+    with pytest.raises(DataError, match="--train_file .*rows.parquet cannot be read as parquet") as refused:
+        load(train_file=path)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_gap_is_no_label(load, tmp_path):

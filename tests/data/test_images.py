@@ -8,7 +8,7 @@ import pytest
 import torch
 from factory import tiny_model
 from PIL import Image
-from transformers import ViTForImageClassification, ViTImageProcessor
+from transformers import DeiTImageProcessor, ViTForImageClassification, ViTImageProcessor
 
 from een_hf.commands import main as commands_main
 from een_hf.data import DataError, TextDataArguments, load_digits, load_partition, load_text_data
@@ -199,6 +199,17 @@ def test_the_processor_gives_the_models_size(tmp_path, model):
         loaded = IMAGES.load_processor(str(tmp_path), ImageDataArguments(dataset_name="digits"), model.config)
         pixels = loaded(Image.fromarray(PIXELS[0]), return_tensors="pt")["pixel_values"]
         assert pixels.shape == (1, 3, 12, 12)
+
+
+def test_a_processor_that_crops_keeps_the_share_that_it_crops(tmp_path, model):
+    """What breaks: the processor of DeiT, whose size is a height and a width, ended in a TypeError."""
+    image = Image.fromarray(PIXELS[0])
+    for sides in (("height", "width"), ("shortest_edge",)):
+        DeiTImageProcessor(size=dict.fromkeys(sides, 256)).save_pretrained(tmp_path)  # it crops 256 pixels to 224
+        loaded = IMAGES.load_processor(str(tmp_path), ImageDataArguments(dataset_name="digits"), model.config)
+        wanted = DeiTImageProcessor(size=dict.fromkeys(sides, 14), crop_size={"height": 12, "width": 12})
+        found = loaded(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, wanted(image, return_tensors="pt")["pixel_values"])
 
 
 # Bad input

@@ -7,7 +7,7 @@ import math
 import datasets
 import numpy as np
 import pytest
-from factory import tiny_config
+from factory import tiny_config, tiny_processor
 from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser
 
 from een_hf.data import DataError, TextDataArguments, encode_text_data, load_text_data
@@ -565,6 +565,15 @@ def test_rows_to_predict_without_labels(load, write):
     for like in (data, load(train_file=write("s.csv", rows_of([0.5, 1.5])))):
         found = load_text_data(args, splits_needed=["test"], seed=0, like=like)
         assert (found.problem_type, found.label_names) == (like.problem_type, like.label_names)
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
+    """What breaks: without its tokenizer_config.json it loads, and ends in a traceback at the first batch."""
+    tiny_processor().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    args = TextDataArguments(task_name="sst2", tokenizer_name=str(tmp_path))
+    with pytest.raises(DataError, match=f"{tmp_path} has no padding token: its tokenizer_config.json"):
+        TEXT.load_processor(None, args, tiny_config())
 
 
 def test_unreadable_sources(load, tmp_path):
