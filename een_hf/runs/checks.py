@@ -1,5 +1,6 @@
 """Checks of a run before any work, and the checkpoint from which it starts."""
 
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from ..calibration import check_risk, rows_in_words, rows_needed
@@ -21,6 +22,13 @@ def check_flags(modality: Modality, args: RunArguments) -> None:
     training, wanted = args.training, args.calibration
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ExitConfigurationError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+    trackers = get_available_reporting_integrations()
+    for tracker in training.report_to:
+        if tracker not in trackers:
+            raise ExitConfigurationError(
+                f"--report_to {tracker} is not installed, or unknown to transformers; installed here: "
+                f"{', '.join(sorted(trackers)) or 'none'}. The extras wandb and tensorboard of een_hf install these two."
+            )
     if wanted.measure_speed and modality.main_input_name != "input_ids":
         raise ExitConfigurationError("--measure_speed is for text; benchmarks/inference.py times images.")
     if wanted.measure_speed and not training.do_eval:
