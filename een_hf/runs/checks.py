@@ -27,7 +27,7 @@ def check_flags(modality: Modality, args: RunArguments) -> None:
         if tracker not in trackers:
             raise ExitConfigurationError(
                 f"--report_to {tracker} is not installed, or unknown to transformers; installed here: "
-                f"{', '.join(sorted(trackers)) or 'none'}. The extras wandb and tensorboard of een_hf install these two."
+                f"{', '.join(sorted(trackers)) or 'none'}. The extras wandb and tensorboard install these two."
             )
     if wanted.measure_speed and modality.main_input_name != "input_ids":
         raise ExitConfigurationError("--measure_speed is for text; benchmarks/inference.py times images.")
