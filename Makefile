@@ -31,11 +31,13 @@ demo: $(INSTALLED)
 	@rm -rf runs/demo
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(PYTHON) run_glue_een.py recipes/best_text.yaml --output_dir runs/demo
 
+# Two processes, each file in one of them, in the order of tests/conftest.py.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest $(TWO)
 
 test-slow: $(INSTALLED)
-	$(PYTHON) -m pytest -m slow -n 2 --dist loadfile
+	$(PYTHON) -m pytest -m slow $(TWO)
 
 LOWEST := .venv-lowest
 LOWEST_PYTHON ?= python3
@@ -47,7 +49,7 @@ $(LOWEST)/.installed: pyproject.toml
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
+	$(LOWEST)/bin/python -m pytest $(TWO)
 
 quality: $(INSTALLED)
 	$(PYTHON) -m ruff check .

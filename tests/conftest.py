@@ -13,6 +13,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
+# Files that take long. They come first, so that two processes end at the same time.
+LONG = {
+    "test_benchmarks.py",
+    "test_callbacks.py",
+    "test_distributed.py",
+    "test_docs.py",
+    "test_docstrings.py",
+    "test_gpu_benchmark.py",
+    "test_load.py",
+    "test_onnx.py",
+    "test_pushing.py",
+    "test_quantization.py",
+    "test_ray.py",
+    "test_recipes.py",
+    "test_resume.py",
+    "test_run_cifar_een.py",
+    "test_scripts_distributed.py",
+    "test_trained_models.py",
+    "test_trainer.py",
+    "test_transformers_common.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_collection_finish():
     """`Trainer.train` collects garbage; what the imports made, by far the most objects, need not be visited."""
     gc.collect()

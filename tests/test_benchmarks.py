@@ -24,9 +24,7 @@ def run_page(*words):
 
 def test_the_committed_page_is_up_to_date():
     """What breaks: figures on the page that no file in the repository holds any more."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "page.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_page("--check")
 
 
 # What schemes and baselines got, by seed: at the budgets 0.25 and 0.5, at exit 1 and at the last exit.
