@@ -4,6 +4,7 @@
 - `network`: the weight prediction network W.
 - `look_ahead`: the meta gradient, with `step` (the optimizer's step), `charging` (the exit at which each sample is
   charged), `forward_mode`, `programs` (CUDA graphs), `token_table`, `scopes` and `devices`.
+- `meta_batches`: the rows of `--meta_batch_size`.
 - `trainer`: the scheme.
 - `report`: the learned weights, in the log and as a heat map.
 """
