@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from factory import tiny_model, tiny_rows
 from models.comparing import watch_layers
 from models.criteria_by_hand import (
     EXIT_LAYERS,
@@ -44,6 +45,19 @@ def test_only_the_needed_rows_and_columns_run(architecture, load_exits, aggregat
                     (layer, len(survivors), width) for layer in range(first_layers[block], last_layers[block])
                 ]
             assert seen == expected
+
+
+def test_what_a_head_returned_is_not_written_to():
+    """What breaks: hooks, and whoever keeps a head's logits, see those of later exits among them."""
+    model, kept = tiny_model(noise=0.3).eval(), []
+    inputs = {"input_ids": torch.stack([row["input_ids"] for row in tiny_rows()])}
+    with torch.no_grad():
+        scores = model(**inputs).exit_logits.softmax(-1).amax(-1)
+        for head in model.exit_heads.values():
+            head.register_forward_hook(lambda _, __, logits: kept.append((logits, logits.clone())))
+        outputs = model(**inputs, early_exit=policy_of("confidence", scores.median(0).values.tolist()))
+    assert len(outputs.exit_index.unique()) == 3 and len(kept) == 2
+    assert all(now.equal(then) for now, then in kept)
 
 
 def test_a_decision_costs_few_operations(architecture, load_exits):

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from factory import QUIET, make_trainer, tiny_model, tiny_rows, tiny_stock_model
+from factory import QUIET, assert_same_weights, make_trainer, tiny_model, tiny_rows, tiny_stock_model
 from sklearn.metrics import accuracy_score
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -106,6 +106,21 @@ def test_new_heads_learn_faster_on_a_pretrained_backbone(fine_tuned, tmp_path, s
     for name in found.keys() - rates(stock).keys():
         assert name.startswith("exit_heads.")
         assert found[name] == (pytest.approx(rate), 0.0 if "bias" in name else 0.1)
+
+
+def test_heads_that_were_new_stay_so_where_a_checkpoint_is_resumed(fine_tuned, tmp_path):
+    """What breaks: the weights of a checkpoint are complete, so that its heads go on at the backbone's rate."""
+    model = EarlyExitBertForSequenceClassification.from_pretrained(fine_tuned)
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
+    trainer = make_trainer(tmp_path / "run", model, **settings)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    resumed = make_trainer(
+        tmp_path / "run", EarlyExitBertForSequenceClassification.from_pretrained(checkpoint), **settings
+    )
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert rates(resumed) == rates(trainer) and len({rate for rate, _ in rates(resumed).values()}) == 2
+    assert_same_weights(resumed.model, model)
 
 
 def test_one_rate_for_a_model_from_tiny_model(tmp_path):
