@@ -23,6 +23,13 @@ COMMANDS = {
 }
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Writes values as the help of a training run does: N for whole numbers, X for numbers."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, "NAME")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `een-hf` and `python -m een_hf`."""
     argv = sys.argv[1:] if argv is None else argv
@@ -42,9 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     name = parser.parse_args(argv[:1]).command
     with one_line_errors(), named_extras():
         command = importlib.import_module(f"{__name__}.{name}")
-    parser = argparse.ArgumentParser(
-        f"een-hf {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(f"een-hf {name}", description=command.__doc__, formatter_class=_HelpFormatter)
     command.add_arguments(parser)
     with one_line_errors():
         args = parser.parse_args(argv[1:])

@@ -10,20 +10,21 @@ not for the best of several attempts.
 
 from ..evaluation import format_exit_table
 from ..hub import guarantee_in_words
+from ..hub.sections import thresholds_in_words
 from ..runs.recalibrate import calibrate_run
 from ..training.arguments import CalibrationArguments
 from .flags import add_flags
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("run", metavar="RUN", help="output folder of a training run with --do_eval")
+    parser.add_argument("run", metavar="RUN", help="Output folder of a training run with --do_eval.")
     names = ("target_cost", "max_risk", "risk", "risk_confidence", "exit_criterion")
     add_flags(parser, CalibrationArguments, names, exit_criterion=None)
     parser.add_argument(
-        "--seed", type=int, help="seed of the choice of the rows that certify a risk; default: the run's"
+        "--seed", type=int, help="Seed of the choice of the rows that certify a risk. Default: the run's."
     )
     parser.add_argument(
-        "--save", action="store_true", help="write the policy into RUN: config, results, plot and card"
+        "--save", action="store_true", help="Write the policy into RUN: config, results, plot and card."
     )
 
 
@@ -35,7 +36,7 @@ def run(args) -> None:
         print(f"There is nothing to save: {args.run} is not changed.")
         return
     print(format_exit_table(found.results))
-    print(f"thresholds: {', '.join(f'{threshold:.4g}' for threshold in policy.thresholds[:-1])}")
+    print(f"thresholds by exit: {thresholds_in_words(policy.thresholds)}")
     if policy.guarantee:
         print(guarantee_in_words(policy.guarantee))
     if args.save:

@@ -15,8 +15,8 @@ from ..evaluation import compare
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="output folders of runs, or their exit_results.json")
-    parser.add_argument("--output", metavar="PNG", help="file for a plot of the curves")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="Output folders of runs, or their exit_results.json.")
+    parser.add_argument("--output", metavar="PNG", help="File for a plot of the curves.")
 
 
 def run(args) -> None:

@@ -33,25 +33,30 @@ from ..models.criteria import find_criterion
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of an early-exit model")
-    parser.add_argument("--output", required=True, help="file to write, ending in .onnx")
-    parser.add_argument("--no_dynamic", action="store_true", help="write a graph that evaluates every exit")
-    parser.add_argument("--quantize", choices=FORMATS, help="weights of 8 bits; default: float32")
+    parser.add_argument("model", metavar="MODEL", help="Folder or Hub name of an early-exit model.")
+    parser.add_argument("--output", required=True, help="File to write, ending in .onnx.")
+    parser.add_argument("--no_dynamic", action="store_true", help="Write a graph that evaluates every exit.")
+    parser.add_argument("--quantize", choices=FORMATS, help="Weights of 8 bits. Default: float32.")
     rows = parser.add_argument_group("calibration of the int8 graph (no labels are read)")
-    rows.add_argument("--calibration_file", help="texts: csv, json, jsonl or parquet file; images: folder")
-    rows.add_argument("--target_cost", type=float, help="the policy that agrees most at this average relative cost")
-    rows.add_argument("--max_risk", type=float, help="the cheapest policy certified to differ on at most this share")
+    rows.add_argument("--calibration_file", help="Texts: csv, json, jsonl or parquet file; images: folder.")
+    rows.add_argument("--target_cost", type=float, help="The policy that agrees most at this average relative cost.")
+    rows.add_argument("--max_risk", type=float, help="The cheapest policy certified to differ on at most this share.")
     rows.add_argument(
-        "--risk_confidence", type=float, default=0.9, help="probability with which --max_risk holds; default: 0.9"
+        "--risk_confidence", type=float, default=0.9, help="Probability with which --max_risk holds. Default: 0.9."
     )
-    rows.add_argument("--exit_criterion", help="default: that of the model's policy, else confidence")
     rows.add_argument(
-        "--text_column_names", nargs="+", help="one text column, or two for pairs; default: the only one"
+        "--exit_criterion",
+        help="Score that decides whether an example exits. Default: that of the model's policy, else confidence.",
     )
-    rows.add_argument("--max_seq_length", type=int, default=128, help="texts are cut to this length; default: 128")
-    rows.add_argument("--skip_empty", action="store_true", help="leave out rows without text")
-    rows.add_argument("--skip_corrupt", action="store_true", help="leave out images that cannot be decoded")
-    rows.add_argument("--seed", type=int, default=42, help="parts searching from certifying rows; default: 42")
+    rows.add_argument(
+        "--text_column_names", nargs="+", help="One text column, or two for pairs. Default: the only one."
+    )
+    rows.add_argument(
+        "--max_seq_length", type=int, default=128, help="Number of tokens to which texts are truncated. Default: 128."
+    )
+    rows.add_argument("--skip_empty", action="store_true", help="Skip rows without text.")
+    rows.add_argument("--skip_corrupt", action="store_true", help="Skip images that cannot be decoded.")
+    rows.add_argument("--seed", type=int, default=42, help="Seed of the choice of the rows that certify. Default: 42.")
 
 
 def run(args) -> None:

@@ -20,37 +20,43 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--dataset_name",
         help="cifar100, cifar10, Hub name, local folder of parquet files or of one folder of images per class, or an "
-        "installed sample: digits, bbc_news",
+        "installed sample: digits, bbc_news.",
     )
-    parser.add_argument("--dataset_config_name", help="configuration of --dataset_name")
-    parser.add_argument("--train_file", help="instead of --dataset_name: rows as csv, json, jsonl or parquet")
-    parser.add_argument("--train_dir", help="instead of --dataset_name: images, one folder per class")
-    parser.add_argument("--label_column_name", help=f"default: the first of {', '.join(LABEL_COLUMNS)}")
+    parser.add_argument("--dataset_config_name", help="Configuration of --dataset_name.")
+    parser.add_argument("--train_file", help="Instead of --dataset_name: rows as csv, json, jsonl or parquet.")
+    parser.add_argument("--train_dir", help="Instead of --dataset_name: images, one folder per class.")
+    parser.add_argument(
+        "--label_column_name", help=f"Column of the labels. Default: the first of {', '.join(LABEL_COLUMNS)}."
+    )
     parser.add_argument(
         "--input_column_names",
         nargs="+",
-        help="for --format npz: one image column, or one or two text columns; default: the only ones",
+        help="For --format npz: one image column, or one or two text columns. Default: the only ones.",
     )
-    parser.add_argument("--num_partitions", type=int, required=True, help="number of parts")
-    parser.add_argument("--scheme", choices=SCHEMES, required=True, help="how rows are assigned to parts")
-    parser.add_argument("--alpha", type=float, help="for --scheme dir: the smaller, the fewer classes; default: 0.1")
-    parser.add_argument("--classes_per_partition", type=int, help="for --scheme pat: classes of each part; default: 2")
+    parser.add_argument("--num_partitions", type=int, required=True, help="Number of parts.")
+    parser.add_argument("--scheme", choices=SCHEMES, required=True, help="How rows are assigned to parts.")
     parser.add_argument(
-        "--balance", action="store_true", help="parts of equal size; with pat only if the classes have equal size"
+        "--alpha", type=float, help="For --scheme dir: the smaller, the fewer classes a part has. Default: 0.1."
     )
     parser.add_argument(
-        "--min_size", type=int, help="fewest rows of a part; default: as many as are needed for one validation row"
+        "--classes_per_partition", type=int, help="For --scheme pat: classes of each part. Default: 2."
     )
     parser.add_argument(
-        "--valid_fraction", type=float, default=0.25, help="validation share of each part; 0: none; default: 0.25"
+        "--balance", action="store_true", help="Parts of equal size; with pat only if the classes have equal size."
     )
     parser.add_argument(
-        "--format", choices=FORMATS, default="parquet", help="all columns (default), or NumPy arrays x and y"
+        "--min_size", type=int, help="Fewest rows of a part. Default: as many as are needed for one validation row."
     )
-    parser.add_argument("--seed", type=int, default=42, help="seed of all random draws; default: 42")
-    parser.add_argument("--output_dir", required=True, help="a folder that is empty or does not exist")
-    parser.add_argument("--cache_dir", help="folder for downloads")
-    parser.add_argument("--token", help="token for private Hub repositories")
+    parser.add_argument(
+        "--valid_fraction", type=float, default=0.25, help="Validation share of each part; 0: none. Default: 0.25."
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="parquet", help="All columns (default), or NumPy arrays x and y."
+    )
+    parser.add_argument("--seed", type=int, default=42, help="Seed of all random draws. Default: 42.")
+    parser.add_argument("--output_dir", required=True, help="A folder that is empty or does not exist.")
+    parser.add_argument("--cache_dir", help="Folder for downloads.")
+    parser.add_argument("--token", help="Token for private Hub repositories.")
 
 
 def run(args) -> None:

@@ -20,49 +20,54 @@ from .flags import add_flags
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a fine-tuned classifier")
+    parser.add_argument("model", metavar="MODEL", help="Folder or Hub name of a fine-tuned classifier.")
     data = parser.add_argument_group("data (new to the model; no labels are read)")
-    data.add_argument("--train_file", help="texts: csv, json, jsonl or parquet file")
-    data.add_argument("--train_dir", help="images: folder of image files, including sub-folders")
-    data.add_argument("--skip_corrupt", action="store_true", help="skip images that cannot be decoded")
+    data.add_argument("--train_file", help="Texts: csv, json, jsonl or parquet file.")
+    data.add_argument("--train_dir", help="Images: folder of image files, including sub-folders.")
+    data.add_argument("--skip_corrupt", action="store_true", help="Skip images that cannot be decoded.")
     data.add_argument(
-        "--text_column_names", nargs="+", help="one text column, or two for pairs; default: the only one"
+        "--text_column_names", nargs="+", help="One text column, or two for pairs. Default: the only one."
     )
-    data.add_argument("--skip_empty", action="store_true", help="skip rows without text")
-    data.add_argument("--tokenizer_name", help="folder or Hub name; default: the model's own")
-    data.add_argument("--max_seq_length", type=int, default=128, help="tokens of a text; default: 128")
-    data.add_argument("--max_train_samples", type=int, help="use only the first N rows")
+    data.add_argument("--skip_empty", action="store_true", help="Skip rows without text.")
+    data.add_argument("--tokenizer_name", help="Folder or Hub name. Default: the model's own.")
+    data.add_argument(
+        "--max_seq_length", type=int, default=128, help="Number of tokens to which texts are truncated. Default: 128."
+    )
+    data.add_argument("--max_train_samples", type=int, help="Use only the first N rows.")
     risk = parser.add_argument_group("risk")
     add_flags(risk, CalibrationArguments, ["max_risk"], max_risk=RetrofitArguments.max_risk)
-    risk.add_argument("--risk", choices=["consistency"], default="consistency", help="the risk that needs no labels")
+    risk.add_argument("--risk", choices=["consistency"], default="consistency", help="The risk that needs no labels.")
     add_flags(risk, CalibrationArguments, ["risk_confidence", "exit_criterion"])
     risk.add_argument(
         "--calibration_share",
         type=float,
-        help="share of the rows that certify the policy instead of training exits; default: a third, or what the risk "
-        "needs",
+        help="Share of the rows that certify the policy instead of training exits. Default: a third, or what the risk "
+        "needs.",
     )
     add_flags(risk, CalibrationArguments, ["cost", "latency_batch_size"])
     exits = parser.add_argument_group("exits")
     add_flags(exits, ModelArguments, ["exit_layers", "exit_pooling", "exit_head"])
-    exits.add_argument("--num_train_epochs", type=int, default=20, help="epochs of the exits; default: 20")
+    exits.add_argument("--num_train_epochs", type=int, default=20, help="Epochs of the exits. Default: 20.")
     exits.add_argument(
-        "--head_learning_rate", type=float, default=1e-3, help="learning rate (AdamW, cosine to zero); default: 0.001"
+        "--head_learning_rate", type=float, default=1e-3, help="Learning rate (AdamW, cosine to zero). Default: 0.001."
     )
-    exits.add_argument("--train_batch_size", type=int, default=32, help="rows per step of the exits; default: 32")
+    exits.add_argument("--train_batch_size", type=int, default=32, help="Rows per step of the exits. Default: 32.")
     where = parser.add_argument_group("running")
-    where.add_argument("--output_dir", required=True, help="folder of the cheaper model")
-    where.add_argument("--batch_size", type=int, default=32, help="rows per pass of the model; default: 32")
-    where.add_argument("--no_cuda_graphs", action="store_true", help="on CUDA, measure without captured programs")
-    where.add_argument("--chunk_size", type=int, default=512, help="rows per file of features; default: 512")
+    where.add_argument("--output_dir", required=True, help="Folder of the cheaper model.")
+    where.add_argument("--batch_size", type=int, default=32, help="Rows per pass of the model. Default: 32.")
+    where.add_argument("--no_cuda_graphs", action="store_true", help="On CUDA, measure without captured programs.")
+    where.add_argument("--chunk_size", type=int, default=512, help="Rows per file of features. Default: 512.")
     where.add_argument(
-        "--feature_dtype", choices=["float32", "float16"], default="float32", help="precision of the features on disk"
+        "--feature_dtype", choices=["float32", "float16"], default="float32", help="Precision of the features on disk."
     )
     where.add_argument(
-        "--speed_samples", type=int, default=256, help="rows whose time is measured; 0: none; default: 256"
+        "--speed_samples", type=int, default=256, help="Rows whose time is measured; 0: none. Default: 256."
     )
     where.add_argument(
-        "--seed", type=int, default=42, help="seed of training and of the choice of the rows that certify; default: 42"
+        "--seed",
+        type=int,
+        default=42,
+        help="Seed of training and of the choice of the rows that certify. Default: 42.",
     )
 
 

@@ -20,40 +20,55 @@ from ..serving import AsyncExitEngine, Auditor, PrometheusObserver, ServerLimits
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="an early-exit model: a folder or a Hub name")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: only this machine")
-    parser.add_argument("--port", type=int, default=8000, help="port; 0: any free one; default: 8000")
-    parser.add_argument("--reuse_port", action="store_true", help="let several servers listen on one port (Linux)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda if there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
-    parser.add_argument("--no_cuda_graphs", action="store_true", help="on CUDA, run the stages without CUDA graphs")
-    parser.add_argument("--threads", type=int, help="number of torch's threads on the CPU; default: torch's own")
-    parser.add_argument("--max_rows", type=int, help="most rows that run together; default: 64 on CUDA, else 8")
+    parser.add_argument("model", metavar="MODEL", help="An early-exit model: a folder or a Hub name.")
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: only this machine.")
+    parser.add_argument("--port", type=int, default=8000, help="Port; 0: any free one. Default: 8000.")
+    parser.add_argument("--reuse_port", action="store_true", help="Let several servers listen on one port (Linux).")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1. Default: cuda if there is one.")
     parser.add_argument(
-        "--max_wait_ms", type=float, default=5.0, help="milliseconds that rows wait before a deeper stage; default: 5"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="Precision of the weights. Default: the checkpoint's.",
+    )
+    parser.add_argument("--no_cuda_graphs", action="store_true", help="On CUDA, run the stages without CUDA graphs.")
+    parser.add_argument("--threads", type=int, help="Number of torch's threads on the CPU. Default: torch's own.")
+    parser.add_argument(
+        "--max_rows", type=int, help="Largest number of rows that run together. Default: 64 on CUDA, else 8."
     )
     parser.add_argument(
-        "--max_waiting", type=int, default=1024, help="most rows that are not answered, beyond it 503; default: 1024"
+        "--max_wait_ms", type=float, default=5.0, help="Milliseconds that rows wait before a deeper stage. Default: 5."
     )
-    parser.add_argument("--max_length", type=int, help="tokens of a text; default: what the model takes")
-    parser.add_argument("--max_inputs", type=int, default=64, help="most inputs of one request; default: 64")
-    parser.add_argument("--max_body_bytes", type=int, default=2 << 20, help="largest request; default: 2 MiB")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds that a request may take; default: 30")
+    parser.add_argument(
+        "--max_waiting",
+        type=int,
+        default=1024,
+        help="Largest number of rows without an answer; beyond it, 503. Default: 1024.",
+    )
+    parser.add_argument(
+        "--max_length", type=int, help="Number of tokens to which texts are truncated. Default: what the model takes."
+    )
+    parser.add_argument(
+        "--max_inputs", type=int, default=64, help="Largest number of inputs of one request. Default: 64."
+    )
+    parser.add_argument(
+        "--max_body_bytes", type=int, default=2 << 20, help="Largest size of a request. Default: 2 MiB."
+    )
+    parser.add_argument("--timeout", type=float, default=30.0, help="Seconds that a request may take. Default: 30.")
     parser.add_argument(
         "--audit_rate",
         type=float,
-        help="share of the inputs that continue to the last exit after their answer, to monitor the policy's risk",
+        help="Share of the inputs that continue to the last exit after their answer, to monitor the policy's risk.",
     )
     parser.add_argument(
         "--audit_limit",
         type=float,
-        help="largest share of answers that may differ from the last exit's; default: the certified limit",
+        help="Largest share of answers that may differ from the last exit's. Default: the certified limit.",
     )
     parser.add_argument(
-        "--audit_confidence", type=float, default=0.95, help="probability of no false alarm; default: 0.95"
+        "--audit_confidence", type=float, default=0.95, help="Probability of no false alarm. Default: 0.95."
     )
     parser.add_argument(
-        "--on_alarm", choices=["log", "full"], default="log", help="full: no early exit after an alarm; default: log"
+        "--on_alarm", choices=["log", "full"], default="log", help="full: no early exit after an alarm. Default: log."
     )
 
 

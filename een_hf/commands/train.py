@@ -24,8 +24,8 @@ MODALITIES = {"text": TEXT, "images": IMAGES}
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("modality", choices=MODALITIES, help="what the model reads")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="a recipe, or flags of the run")
+    parser.add_argument("modality", choices=MODALITIES, help="What the model reads.")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="A recipe, or flags of the run.")
 
 
 def run(args) -> None:

@@ -139,7 +139,7 @@ def exit_policy(results: dict, config: PreTrainedConfig) -> str:
     reasons = [goal[name].format(value) for name, value in (policy["calibrated_for"] or {}).items() if name in goal]
     chosen = f" The policy is {reasons[0]}, chosen on {results['num_calibration_samples']} rows." if reasons else ""
     scores = ", ".join(f"{escaped(name)} {figure(value)}" for name, value in policy["metrics"].items())
-    thresholds = ", ".join(map(_threshold, policy["thresholds"][:-1]))
+    thresholds = thresholds_in_words(policy["thresholds"])
     lines = [
         f"An input exits at the first exit whose {code_span(policy['criterion'])} is at least that exit's threshold "
         f"({thresholds}); the last exit answers all that remain.{chosen}",
@@ -151,9 +151,11 @@ def exit_policy(results: dict, config: PreTrainedConfig) -> str:
     return "\n\n".join(lines)
 
 
-def _threshold(value: float) -> str:
-    # Calibration writes numbers outside the range of scores if no example exits, or if all do.
-    return figure(value) if abs(value) < 1e9 else "none exit" if value > 0 else "all exit"
+def thresholds_in_words(thresholds: list[float]) -> str:
+    """The thresholds of the exits before the last; calibration's numbers outside the range of scores as words."""
+    return ", ".join(
+        figure(value) if abs(value) < 1e9 else "none exit" if value > 0 else "all exit" for value in thresholds[:-1]
+    )
 
 
 def guarantee_in_words(guarantee: dict) -> str:

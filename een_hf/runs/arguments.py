@@ -107,7 +107,9 @@ def parse_arguments(modality: Modality, argv: list[str], prog: str | None = None
     }
     names = {get_scheme(name).arguments_class: name for name in reversed(scheme_names())}
     schemes = {f"--method {names[kind]}": kind for kind in scheme_arguments()}
-    parser = RunParser({**common, **schemes}, prog)
+    known = ", ".join(f"`{name}`" for name in scheme_names())
+    texts = {"method": f"Scheme by which exits are trained: {known}, or package.module:TrainerClass."}
+    parser = RunParser({**common, **schemes}, prog, texts)
     _refuse_unknown(parser, given, argv, recipe)
     try:
         parsed = parser.parse_args_into_dataclasses(given)

@@ -1,5 +1,6 @@
 """The parser of a run's flags, and its `--help`: our flags in groups, then those of transformers."""
 
+import textwrap
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Mapping
 from dataclasses import fields
@@ -23,13 +24,16 @@ class RunParser(HfArgumentParser):
     Args:
         groups: the dataclasses, by the title under which `--help` shows their flags.
         prog: name of the program; `None`: that of the process.
+        texts: the help of flags for which the dataclasses do not know it, by name.
     """
 
-    def __init__(self, groups: Mapping[str, type], prog: str | None = None):
+    def __init__(self, groups: Mapping[str, type], prog: str | None = None, texts: Mapping[str, str] | None = None):
         super().__init__(groups.values(), prog=prog, usage="%(prog)s [RECIPE] [--flag value ...]", add_help=False)
         self.formatter_class = _FlagFormatter
         self.shows_all = False
         stock = {field.name for field in fields(TrainingArguments)}
+        for action in self._actions:
+            action.help = (texts or {}).get(action.dest, action.help)
         self.groups = {title: [f.name for f in fields(kind) if f.name not in stock] for title, kind in groups.items()}
         self.add_argument("--help", "-h", action=_Help, help="show these flags")
         self.add_argument("--help_all", action=_Help, help="show also all flags of transformers' TrainingArguments")
@@ -81,6 +85,9 @@ class _FlagFormatter(ArgumentDefaultsHelpFormatter):
         if action.choices is not None and len(action.choices) > 6:
             return f"{name} NAME"
         return f"{name} {self._format_args(action, self._METAVARS.get(action.type, 'NAME'))}"
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # names stay whole
 
     def _get_help_string(self, action):
         text, default = action.help or "", action.default

@@ -114,7 +114,7 @@ class EarlyExitTrainingArguments(TrainingArguments):
 
     method: str = field(
         default="joint",
-        metadata={"help": "Scheme: a registered name (`joint`, alias `base`, ...) or `package.module:TrainerClass`."},
+        metadata={"help": "Scheme: a registered name, or package.module:TrainerClass."},
     )
     exit_loss_weights: list[str] = field(
         default_factory=lambda: ["uniform"],

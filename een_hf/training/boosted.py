@@ -15,13 +15,11 @@ logger = logging.getLogger(__name__)
 class BoostedArguments:
     """Settings of `--method boosted`; they are saved in the model's config."""
 
-    boost_temperature: float = field(
-        default=0.5, metadata={"help": "boosted: t in F_k = f_k + t * stop_gradient(F_{k-1})."}
-    )
+    boost_temperature: float = field(default=0.5, metadata={"help": "t in F_k = f_k + t * stop_gradient(F_{k-1})."})
     gradient_rescale: bool = field(
         default=True,
         metadata={
-            "help": "boosted: each block receives the mean of the gradients of the exits after it. It has an effect "
+            "help": "Each block receives the mean of the gradients of the exits after it. It has an effect "
             "with SGD; the steps of AdamW do not depend on a constant factor of a block's gradient."
         },
     )

@@ -121,17 +121,21 @@ def exit_curves(log_history: list[dict]) -> dict[str, dict[str, list]]:
         log_history: `trainer.state.log_history`.
 
     Returns:
-        by `train_loss`, `eval_loss`, `eval_<metric>`, ...: a dict of columns `step`, `exit 1`, `exit 2`, ...
+        by `train_loss`, `eval_loss`, `eval_<metric>`, ...: a dict of columns `step`, `exit 1`, `exit 2`, ...; `None`
+        where an exit was not trained (warm start).
     """
-    curves = {}
+    points = {}
     for logs in log_history:
         for split in ("", "eval"):
             exits = metrics_by_exit(logs, split)
             for name in dict.fromkeys(name for values in exits.values() for name in values):
-                curve = curves.setdefault(f"{split or 'train'}_{name}", {"step": []})
-                curve["step"].append(logs["step"])
-                for k, values in exits.items():
-                    curve.setdefault(f"exit {k}", []).append(values.get(name))
+                found = {k: values.get(name) for k, values in exits.items()}
+                points.setdefault(f"{split or 'train'}_{name}", []).append((logs["step"], found))
+    curves = {}
+    for name, curve in points.items():
+        exits = sorted({k for _, found in curve for k in found})
+        columns = {f"exit {k}": [found.get(k) for _, found in curve] for k in exits}
+        curves[name] = {"step": [step for step, _ in curve], **columns}
     return curves
 
 

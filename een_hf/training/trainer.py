@@ -291,6 +291,8 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         if model.training:
             means = losses.detach().mean(0)
             means = means if num_micro_batches == 1 else means * num_micro_batches
+            if self.in_warm_start():
+                means[:-1] = math.nan  # not logged
             self._summed_losses = self._summed_losses + means
             self._num_summed += 1
         if model.training and self.in_warm_start():
@@ -351,11 +353,12 @@ class EarlyExitTrainer(ResumingMixin, EvaluationMixin, SamplingMixin, Optimizati
         return (self.state.epoch or 0.0) < self.args.warm_start_epochs
 
     def log(self, logs, start_time=None):
-        """As in `Trainer`, and the loss of each exit (mean over the batches of this process)."""
+        """As in `Trainer`, and the loss of each exit that is trained (mean over the batches of this process)."""
         if "loss" in logs and self._num_summed:
             means = (self._summed_losses / self._num_summed).tolist()
             self._summed_losses, self._num_summed = 0.0, 0
-            logs = {**logs, **{f"exit{k}_loss": mean for k, mean in enumerate(means, 1)}}
+            trained = {f"exit{k}_loss": mean for k, mean in enumerate(means, 1) if not math.isnan(mean)}
+            logs = {**logs, **trained}
         super().log(logs, start_time)
 
     def report_results(self, results: dict) -> None:

@@ -19,16 +19,16 @@ class TwoStageArguments:
     """Settings of `--method two_stage`."""
 
     second_stage_epochs: int = field(
-        default=20, metadata={"help": "two_stage: epochs of the early exits over the stored inputs of their heads."}
+        default=20, metadata={"help": "Epochs of the early exits over the stored inputs of their heads."}
     )
     second_stage_learning_rate: float = field(
-        default=1e-3, metadata={"help": "two_stage: learning rate of the early exits (AdamW, cosine to zero)."}
+        default=1e-3, metadata={"help": "Learning rate of the early exits (AdamW, cosine to zero)."}
     )
-    second_stage_batch_size: int = field(default=32, metadata={"help": "two_stage: rows per step of the early exits."})
+    second_stage_batch_size: int = field(default=32, metadata={"help": "Rows per step of the early exits."})
     second_stage_samples: int = field(
         default=50_000,
         metadata={
-            "help": "two_stage: largest number of training rows, drawn at random, for the early exits; each needs "
+            "help": "Largest number of training rows, drawn at random, for the early exits; each needs "
             "4 * (exits - 1) * hidden size bytes of memory."
         },
     )

@@ -166,6 +166,13 @@ def test_too_few_rows_change_nothing(run, capsys):
     assert "No early exit" in capsys.readouterr().out
 
 
+def test_exits_that_nobody_uses_are_named(run, capsys):
+    """Fails if a reader has to know that 1e+30 is a threshold that no score reaches."""
+    main(["calibrate", str(run), "--target_cost", "5"])
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("thresholds"))
+    assert set(said.split(": ")[1].split(", ")) == {"none exit"}
+
+
 def test_the_guarantee_in_words():
     """Fails if the sentence turns limit and confidence round, or names the other risk."""
     certified = {"risk": "consistency", "limit": 0.02, "confidence": 0.9, "num_rows": 290, "errors": 1.0}

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from een_hf.commands import main
 from een_hf.commands.train import MODALITIES
 from een_hf.training.arguments import CalibrationArguments, EarlyExitTrainingArguments, ModelArguments
-from een_hf.training.registry import scheme_arguments
+from een_hf.training.registry import scheme_arguments, scheme_names
 
 
 STOCK = {field.name for field in fields(TrainingArguments)}
@@ -57,3 +57,6 @@ def test_defaults_are_shown_once(capsys):
     text = " ".join(show(["train", "text", "--help"], capsys).split())
     assert "truncated. Default: 128." in text and "Default: None" not in text
     assert "Turns --standardize_heads off." in text
+    assert all(
+        f"`{name}`" in text.split("--method NAME")[1].split("--exit_loss_weights")[0] for name in scheme_names()
+    )

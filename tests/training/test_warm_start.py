@@ -7,6 +7,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from een_hf.models import EarlyExitBertForSequenceClassification, ExitConfigurationError
 from een_hf.training import EarlyExitTrainingArguments
+from een_hf.training.callbacks import exit_curves
 
 
 COMMON = {
@@ -52,6 +53,23 @@ def test_the_first_epoch_is_plain_fine_tuning_and_the_second_is_not(plain_folder
     assert any("encoder.layer.0" in name for name in moved)
     heads = [name for name in warm.epochs[0] if name.startswith("exit_heads")]
     assert any((warm.epochs[1][name] - warm.epochs[0][name]).abs().max() > 1e-3 for name in heads)
+
+
+def test_losses_of_exits_are_logged_once_they_are_trained(tmp_path):
+    """What breaks: losses that do not fall, of heads that are not trained yet, look like a training that fails."""
+    settings = {"train_dataset": tiny_rows(count=32), "warm_start_epochs": 1, "logging_strategy": "epoch", **COMMON}
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.train()
+    warm, after = (logs for logs in trainer.state.log_history if "loss" in logs)
+    assert [name for name in warm if name.startswith("exit")] == ["exit3_loss"]
+    assert warm["exit3_loss"] == pytest.approx(warm["loss"], abs=2e-4)
+    curve = exit_curves(trainer.state.log_history)["train_loss"]
+    assert curve == {
+        "step": [4, 8],
+        "exit 1": [None, after["exit1_loss"]],
+        "exit 2": [None, after["exit2_loss"]],
+        "exit 3": [warm["exit3_loss"], after["exit3_loss"]],
+    }
 
 
 @pytest.mark.parametrize(

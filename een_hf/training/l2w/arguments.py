@@ -8,41 +8,43 @@ from ...models import ExitConfigurationError
 
 
 def _setting(default, text: str):
-    return field(default=default, metadata={"help": f"l2w: {text}."})
+    return field(default=default, metadata={"help": f"{text}."})
 
 
 @dataclass
 class MetaWeightedArguments:
     """Settings of `--method l2w`; the defaults are the paper's for CIFAR."""
 
-    wpn_hidden_size: int = _setting(500, "width of the weight prediction network")
-    wpn_num_layers: int = _setting(1, "its number of hidden layers")
-    meta_learning_rate: float = _setting(1e-4, "its learning rate (Adam)")
-    meta_weight_decay: float = _setting(1e-4, "its weight decay")
+    wpn_hidden_size: int = _setting(500, "Width of the weight network")
+    wpn_num_layers: int = _setting(1, "Number of hidden layers of the weight network")
+    meta_learning_rate: float = _setting(1e-4, "Learning rate of the weight network (Adam)")
+    meta_weight_decay: float = _setting(1e-4, "Weight decay of the weight network")
     meta_lr_scheduler_type: Literal["cosine", "linear", "constant"] = _setting(
-        "cosine", "its schedule: `cosine` (to zero), `linear` or `constant`"
+        "cosine", "Schedule of --meta_learning_rate: `cosine` (to zero), `linear` or `constant`"
     )
-    meta_interval: int = _setting(1, "optimizer steps from one look-ahead to the next")
+    meta_interval: int = _setting(1, "Optimizer steps from one look-ahead to the next")
     meta_batch_size: int | None = _setting(
         None,
-        "rows of each meta batch (of each process), drawn from the training rows in another order; by default the "
+        "Rows of each meta batch (of each process), drawn from the training rows in another order. By default the "
         "batch is divided into halves, as in the paper, whose halves have 512 rows",
     )
-    meta_epsilon: float = _setting(0.8, "eps in w = 1 + eps * (g - mean(g)), from 0 to 1")
-    meta_target_p: float = _setting(0.75, "q; the share of the meta part charged at exit k is proportional to q^k")
-    meta_input: Literal["loss", "confidence", "both"] = _setting("loss", "the network's inputs for each exit")
+    meta_epsilon: float = _setting(0.8, "Epsilon in w = 1 + epsilon * (g - mean(g)), from 0 to 1")
+    meta_target_p: float = _setting(
+        0.75, "q: in a look-ahead, the share of examples that is assigned to exit k is proportional to q^k"
+    )
+    meta_input: Literal["loss", "confidence", "both"] = _setting("loss", "Inputs of the weight network, for each exit")
     meta_constraint: Literal["exit", "sample", "batch"] = _setting(
-        "exit", "whether weights have mean 1 over the exits of a sample, the samples at an exit, or the whole batch"
+        "exit", "Whether weights have mean 1 over the exits of an example, the examples at an exit, or the whole batch"
     )
     meta_gradient: Literal["auto", "forward", "directional", "exact"] = _setting(
         "auto",
-        "`forward` (forward-mode differentiation, in the training's precision), `directional` (central differences, "
-        "in float32), `exact` (double backward in float32, the slow reference) or `auto`: `forward` on accelerators, "
-        "`directional` on the CPU",
+        "How a look-ahead differentiates: `forward` (forward-mode differentiation, in the training's precision), "
+        "`directional` (central differences, in float32), `exact` (double backward in float32, the slow reference) or "
+        "`auto`: `forward` on accelerators, `directional` on the CPU",
     )
     meta_cuda_graphs: bool = _setting(
         False,
-        "run `forward` look-aheads as CUDA graphs if the shapes of batches repeat; the graphs need separate memory, "
+        "Run `forward` look-aheads as CUDA graphs if the shapes of batches repeat; the graphs need separate memory, "
         "and --optim adamw_torch_fused",
     )
 
