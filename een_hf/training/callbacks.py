@@ -71,7 +71,12 @@ def samplers_of(dataloader) -> Iterator:
 
 
 def set_epoch(dataloader, epoch: int) -> None:
-    """Call `set_epoch` of a data loader, its rows and its samplers."""
+    """Call `set_epoch` of a data loader, its rows and its samplers.
+
+    Args:
+        dataloader: the data loader.
+        epoch: number of the epoch, from 0.
+    """
     for part in (dataloader, dataloader.dataset, *samplers_of(dataloader)):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
