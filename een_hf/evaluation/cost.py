@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.policies import ExitPolicy
+from ..models import ExitConfigurationError, ExitPolicy
 from ..sharding import is_sharded, whole_shapes
 
 
@@ -106,7 +106,7 @@ def relative_costs(
         `of_policy` omits the heads that a policy does not evaluate.
 
     Raises:
-        ValueError: a text model without a `sequence_length`, or with one that the model does not take.
+        ExitConfigurationError: a text model without a `sequence_length`, or with one that the model does not take.
 
     Example:
         >>> een_hf.relative_costs(model, sequence_length=16)
@@ -129,7 +129,7 @@ def count_operations(
         multiply-accumulate.
 
     Raises:
-        ValueError: as in `relative_costs`.
+        ExitConfigurationError: as in `relative_costs`.
     """
     shadow = _meta_copy(model).eval()
     inputs = dummy_inputs(shadow, sequence_length=sequence_length, image_size=image_size)
@@ -221,8 +221,12 @@ def dummy_inputs(
         }
         return inputs if image_size is None else {**inputs, "interpolate_pos_encoding": True}
     if sequence_length is None:
-        raise ValueError("The cost of a text model depends on the length of its input: give sequence_length.")
+        raise ExitConfigurationError(
+            "The cost of a text model depends on the length of its input: give sequence_length."
+        )
     longest = config.max_input_length
     if sequence_length < 1 or longest is not None and sequence_length > longest:
-        raise ValueError(f"sequence_length is {sequence_length}; this model takes 1 to {longest or 'any'} tokens.")
+        raise ExitConfigurationError(
+            f"sequence_length is {sequence_length}; this model takes 1 to {longest or 'any'} tokens."
+        )
     return {"input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.int64, device=device)}

@@ -159,15 +159,15 @@ def load_metrics(names: Sequence[str], config_name: str | None = None) -> evalua
         the metrics, with one method `compute`.
 
     Raises:
-        ValueError: a name that is not in `METRICS`, or a metric of numbers for multi-label rows.
+        ExitConfigurationError: a name that is not in `METRICS`, or a metric of numbers for multi-label rows.
     """
     unknown = [name for name in names if name not in METRICS]
     if unknown:
-        raise ValueError(f"Unknown metric {unknown[0]!r}; known metrics: {', '.join(sorted(METRICS))}.")
+        raise ExitConfigurationError(f"Unknown metric {unknown[0]!r}; known metrics: {', '.join(sorted(METRICS))}.")
     if config_name == _MULTI_LABEL:
         unfit = [name for name in names if name not in ("accuracy", "f1")]
         if unfit:
-            raise ValueError(f"Metric {unfit[0]!r} does not fit multi-label rows; use accuracy or f1.")
+            raise ExitConfigurationError(f"Metric {unfit[0]!r} does not fit multi-label rows; use accuracy or f1.")
     return evaluate.combine([METRICS[name](config_name) for name in names])
 
 
@@ -183,7 +183,7 @@ def predict_labels(logits: np.ndarray, problem_type: str) -> np.ndarray:
         int64, 1 where the logit is above 0. `regression`: the numbers, (...) for one label, else (..., num_labels).
 
     Raises:
-        ValueError: another problem type.
+        ExitConfigurationError: another problem type.
     """
     logits = np.asarray(logits)
     if problem_type == "single_label_classification":
@@ -192,7 +192,7 @@ def predict_labels(logits: np.ndarray, problem_type: str) -> np.ndarray:
         return (logits > 0).astype(np.int64)
     if problem_type == "regression":
         return logits[..., 0] if logits.shape[-1] == 1 else logits
-    raise ValueError(
+    raise ExitConfigurationError(
         f"problem_type is {problem_type!r}; it must be one of: multi_label_classification, regression, "
         "single_label_classification."
     )
@@ -269,7 +269,7 @@ def make_compute_metrics(names: Sequence[str], problem_type: str) -> Callable[[E
         the function; its attribute `metric_names` lists the metrics that it returns.
 
     Raises:
-        ValueError: an unknown metric or problem type, or a metric that does not fit the problem.
+        ExitConfigurationError: an unknown metric or problem type, or a metric that does not fit the problem.
     """
     multi_label = problem_type == "multi_label_classification"
     load_metrics(names, _MULTI_LABEL if multi_label else None)

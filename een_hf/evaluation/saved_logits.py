@@ -35,14 +35,14 @@ def save_exit_logits(
         path of the file.
 
     Raises:
-        ValueError: the numbers of rows differ.
+        ExitConfigurationError: the numbers of rows differ.
     """
     logits = np.asarray(logits)
     arrays = {"logits": logits, "labels": np.asarray(labels), "row_ids": np.asarray(row_ids)}
     arrays["part"] = np.full(len(logits), part) if isinstance(part, str) else np.asarray(part)
     for name, array in arrays.items():
         if len(array) != len(logits):
-            raise ValueError(f"{name} has {len(array)} rows, but logits have {len(logits)}.")
+            raise ExitConfigurationError(f"{name} has {len(array)} rows, but logits have {len(logits)}.")
         if array.dtype == object:
             arrays[name] = array.astype(str)
     path, content = Path(output_dir) / LOGITS_NAME, io.BytesIO()

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ..models import EarlyExitMixin
+from ..models import EarlyExitMixin, ExitConfigurationError
 from .programs import graphs_on, main_input, segments_of
 from .runner import runs_graphs
 from .slots import Slots, SlotsByShape, Step, send
@@ -30,12 +30,12 @@ class ExitEngine:
             true).
 
     Raises:
-        ValueError: `batch_size` is below 1.
+        ExitConfigurationError: `batch_size` is below 1.
     """
 
     def __init__(self, model: EarlyExitMixin, batch_size: int = 32, cuda_graphs: bool | None = False):
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+            raise ExitConfigurationError(f"batch_size must be at least 1, not {batch_size}.")
         self.model, self.batch_size = model, batch_size
         self.policy = model.get_exit_policy()
         self._static = runs_graphs(model, cuda_graphs)

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitPolicy
+from ..models import EarlyExitClassifierOutput, EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from ..models.stages import Examples
 from .programs import (
     MAX_LANES,
@@ -140,11 +140,11 @@ class ExitRunner:
             exit.
 
         Raises:
-            ValueError: the model is in training mode.
-            ExitConfigurationError: a text longer than the model takes, or a mask that is not 2-D.
+            ExitConfigurationError: the model is in training mode, a text is longer than the model takes, or a mask is
+                not 2-D.
         """
         if self.model.training:
-            raise ValueError("ExitRunner answers in eval mode: call model.eval().")
+            raise ExitConfigurationError("ExitRunner answers in eval mode: call model.eval().")
         # In this order: to leave inference mode is to record gradients again.
         with self._turn.lock, torch.inference_mode(False), torch.no_grad(), self._on_device():
             return self._run(inputs)

@@ -43,7 +43,7 @@ class EarlyExitMixin(CheckpointLoadingMixin, StagedForwardMixin):
             the hidden states before layer 1, the mask, and other tensors of the examples that layers or heads need.
 
         Raises:
-            ValueError: an input is missing.
+            ExitConfigurationError: an input is missing.
         """
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .exit_mixin import EarlyExitMixin
 from .exits import BertExitHead, ViTExitHead
 from .policies import ExitPolicy
+from .registries import ExitConfigurationError
 from .staged_forward import EarlyExitClassifierOutput
 from .stages import Examples
 
@@ -44,10 +45,10 @@ class EarlyExitTextMixin(EarlyExitMixin):
             inputs_embeds: (batch, length, hidden_size), or `None`.
 
         Raises:
-            ValueError: both are given, or none.
+            ExitConfigurationError: both are given, or none.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise ExitConfigurationError("Give exactly one of input_ids and inputs_embeds.")
 
     @capture_outputs
     def forward(
@@ -135,10 +136,10 @@ class EarlyExitImageMixin(EarlyExitMixin):
             the images, of the same shape.
 
         Raises:
-            ValueError: there are none.
+            ExitConfigurationError: there are none.
         """
         if pixel_values is None:
-            raise ValueError("Give pixel_values.")
+            raise ExitConfigurationError("Give pixel_values.")
         return pixel_values.to(self.base_model.embeddings.patch_embeddings.projection.weight.dtype)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 
 from ..inference.predict import ExitPredictions
 from ..inference.programs import LENGTH_STEP
-from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
+from ..models import EarlyExitMixin, ExitConfigurationError, ExitError, ExitPolicy
 from ..models.criteria import answer_confidence
 from .auditing import Auditor
 from .reading import Reader
@@ -24,7 +24,7 @@ from .stages import EngineObserver, Request, StageWorker
 logger = logging.getLogger(__name__)
 
 
-class EngineBusyError(RuntimeError):
+class EngineBusyError(ExitError, RuntimeError):
     """The queue is full, so that no more rows are accepted for now.
 
     Args:
@@ -37,7 +37,7 @@ class EngineBusyError(RuntimeError):
         self.retry_after = retry_after
 
 
-class EngineClosedError(RuntimeError):
+class EngineClosedError(ExitError, RuntimeError):
     """The engine has not been started, or has been stopped."""
 
 
