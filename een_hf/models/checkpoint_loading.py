@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
+import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, initialization
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from .exit_config import is_classifier
+from .exits import ExitHead
 from .registries import ExitConfigurationError
 
 
@@ -42,6 +44,16 @@ def checkpoint_config(source: str, kwargs: dict) -> dict:
     if not isinstance(found, dict):
         raise ExitConfigurationError(f"The config.json of {source} holds no fields.")
     return found
+
+
+def _own_tensors(head: ExitHead) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a head that are in no module of torch."""
+    own = {}
+    for prefix, module in head.named_modules():
+        if not type(module).__module__.startswith("torch."):
+            own |= dict(module.named_parameters(prefix, recurse=False))
+            own |= dict(module.named_buffers(prefix, recurse=False))
+    return own
 
 
 class CheckpointLoadingMixin:
@@ -97,6 +109,16 @@ class CheckpointLoadingMixin:
         if not pooling_known:
             model._keep_stock_head()
         return (model, info) if output_loading_info else model
+
+    def _init_weights(self, module):
+        """As in transformers, and own parameters and buffers of heads, as their constructors set them.
+
+        Checkpoints are loaded into a model without storage: what its constructors set is lost.
+        """
+        super()._init_weights(module)
+        if isinstance(module, ExitHead) and (own := _own_tensors(module)):
+            for name, value in _own_tensors(type(module)(self.config)).items():
+                initialization.copy_(own[name], value)
 
     def _keep_stock_head(self) -> None:
         """Let the last exit pool as the stock head does, if the checkpoint has this head and no other."""

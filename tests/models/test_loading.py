@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from factory import tiny_model
+from factory import tiny_model, tiny_stock_model
 from models.comparing import assert_close, assert_equal, each_input
 from transformers import BertForMultipleChoice, BertForTokenClassification
 
-from een_hf.models import ExitConfigurationError
+from een_hf.models import AutoEarlyExitModel, EarlyExitBertForSequenceClassification, ExitConfigurationError, ExitHead
+from een_hf.models.exits import EXIT_HEADS
 
 
 def test_a_checkpoint_without_a_head_makes_every_head_new(architecture, load_exits, load_stock, stock_folders):
@@ -253,3 +254,30 @@ def test_a_model_that_another_process_pickled_is_saved_with_its_code(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
     assert "auto_map" in json.loads((tmp_path / "config.json").read_text())
     assert (tmp_path / "modeling_een_bert.py").is_file()
+
+
+class _ScaledHead(ExitHead):
+    """A linear layer, whose logits are multiplied by numbers that are in no module of torch."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = torch.nn.Linear(self.width, config.num_labels)
+        self.scale = torch.nn.Parameter(torch.full((config.num_labels,), 3.0))
+        self.register_buffer("shift", torch.arange(config.num_labels, dtype=torch.float32))
+
+    def classify(self, pooled):
+        return self.scale * self.classifier(pooled) + self.shift
+
+
+def test_a_heads_own_parameters_are_those_of_its_constructor(tmp_path, monkeypatch):
+    """What breaks: in a checkpoint that lacks a head, its bare parameters are memory that nobody wrote."""
+    monkeypatch.setitem(EXIT_HEADS, "scaled", _ScaledHead)
+    tiny_stock_model().save_pretrained(tmp_path / "stock")
+    model = EarlyExitBertForSequenceClassification.from_pretrained(tmp_path / "stock", exit_head="scaled")
+    for head in model.exit_heads.values():
+        assert head.scale.tolist() == [3.0] * model.num_labels and head.shift.tolist() == [0.0, 1.0, 2.0]
+        head.scale.data.fill_(7.0)
+        head.shift.fill_(-1.0)
+    model.save_pretrained(tmp_path / "exits")
+    for head in AutoEarlyExitModel.from_pretrained(tmp_path / "exits").exit_heads.values():
+        assert head.scale.unique().tolist() == [7.0] and head.shift.unique().tolist() == [-1.0]
