@@ -17,6 +17,7 @@ from een_hf.calibration import (
     policy_row,
     without_idle_exits,
 )
+from een_hf.calibration.thresholds import threshold_between
 from een_hf.evaluation import ExitCosts
 from een_hf.models import ExitConfigurationError, ExitPolicy
 from een_hf.models.policies import NEVER
@@ -380,3 +381,11 @@ def test_an_exit_that_costs_more_than_it_saves_is_not_forced_on_a_budget():
     assert report.relative_cost <= 0.95 and report.policy.thresholds[0] == NEVER
     with pytest.raises(ExitConfigurationError, match="cost of the cheapest exit, 0.8"):
         calibrate(logits, labels, costs, target_cost=0.79)
+
+
+def test_a_threshold_between_neighbouring_numbers():
+    """What breaks: the midpoint is rounded to the lower score, whose example then exits too."""
+    for upper in np.float32([0.5, 0.75, 1e-3, 3.0]):
+        for lower in (np.nextafter(upper, np.float32(0)), np.nextafter(upper, np.float32(9))):
+            scores = np.array([lower, upper])
+            assert (scores >= np.float32(threshold_between(scores, 1))).sum() == 1

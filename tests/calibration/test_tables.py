@@ -12,7 +12,9 @@ from een_hf.calibration import (
     calibrate,
     policy_row,
 )
+from een_hf.evaluation import ExitCosts
 from een_hf.models import ExitPolicy
+from een_hf.models.policies import NEVER
 
 
 def _accuracy(prediction):
@@ -62,3 +64,13 @@ def test_policy_row_of_unseen_rows():
     cost, accuracy = outcome_of(policy, rounded, other[1], even_costs(4))
     assert (row["relative_cost"], row["metrics"]["accuracy"]) == (pytest.approx(cost), pytest.approx(accuracy))
     assert ExitPolicy.from_dict({key: row[key] for key in policy.to_dict()}) == policy
+
+
+def test_a_policy_pays_for_the_heads_that_it_evaluates():
+    """The cost in the results file would be that of exits which the policy never uses."""
+    policy = ExitPolicy("confidence", [NEVER, 0.6, NEVER, 0.0])
+    costs = ExitCosts([0.25, 0.5, 0.75, 1.0], heads=[0.1, 0.1, 0.1, 0.0])
+    row = policy_row(policy, *make_rows(150), costs, _accuracy)
+    none, early, neither, last = row["exit_fractions"]
+    assert none == neither == 0 and early > 0 and last > 0
+    assert row["relative_cost"] == pytest.approx(0.5 * early + 1.1 * last)

@@ -154,3 +154,6 @@ def test_expected_calibration_error_of_known_cases():
     sure = np.array([[1000.0, 0.0]] * 4)
     assert expected_calibration_error(sure, np.zeros(4, int)) == 0.0
     assert expected_calibration_error(sure, np.array([0, 1, 1, 1])) == pytest.approx(0.75)
+    edge = np.array([[0.0, 0.0], [2.0, 0.0]])  # a confidence of exactly 1/2 belongs to the bin that ends there
+    wanted = (0.5 + 1 - 1 / (1 + np.exp(-2))) / 2
+    assert expected_calibration_error(edge, np.array([1, 0]), num_bins=2) == pytest.approx(wanted)

@@ -40,7 +40,9 @@ def test_only_the_tokens_of_the_batch_count(tmp_path, table, optimizer, method):
     # W stays as it is, so that both orders can be told from the same one.
     trainer.meta_optimizer.param_groups[0].update(lr=0.0)
     torch.manual_seed(3)
+    held = set(trainer.optimizer.state)
     trainer.meta_step(batch)
+    assert set(trainer.optimizer.state) == held  # nothing of the few rows stays, to be saved with a checkpoint
     ids = torch.cat([part["input_ids"].flatten() for part in parts[0]])
     assert sizes == {200 if table == "shared" else len(ids.unique())}
     if table != "meta batch":
