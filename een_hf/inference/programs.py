@@ -19,6 +19,7 @@ from itertools import chain
 
 import torch
 
+from ..models import ExitConfigurationError
 from ..models.criteria import decide
 from ..models.policies import ExitPolicy
 from ..models.stages import Examples
@@ -41,9 +42,16 @@ def rounded_length(length: int, longest: int | None) -> int:
 
 
 def main_input(inputs: dict, name: str) -> torch.Tensor:
-    """The main model input, by its name; of texts perhaps their embeddings instead."""
+    """The main model input, by its name; of texts perhaps their embeddings instead.
+
+    Raises:
+        ExitConfigurationError: there is neither.
+    """
     found = inputs.get(name)
-    return inputs["inputs_embeds"] if found is None else found
+    found = inputs.get("inputs_embeds") if found is None else found
+    if found is None:
+        raise ExitConfigurationError(f"Give {name}.")
+    return found
 
 
 def on_device(inputs: dict, device: torch.device) -> dict:

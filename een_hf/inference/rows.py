@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..models import EarlyExitMixin, ExitConfigurationError
-from .programs import on_device, padding_token
+from .programs import main_input, on_device, padding_token
 from .runner import input_names
 
 
@@ -129,9 +129,11 @@ def batches_of(
             collated = data_collator([chunk[i] for i in chosen])
             inputs = {name: value for name, value in collated.items() if name in names}
             ids = [start + i if order is None else order[start + i] for i in chosen]
-            if "input_ids" in inputs:
-                where = f"The batch of row {ids[0]} (counted from 0)"
-                model.config.check_input_length(inputs["input_ids"].shape[1], where)
+            if model.main_input_name == "input_ids":
+                where, text = f"The batch of row {ids[0]} (counted from 0)", main_input(inputs, "input_ids")
+                model.config.check_input_length(text.shape[1], where)
+                if not text.is_cuda:  # to look at it would wait for the device
+                    model.config.check_tokens(inputs, where)
             yield torch.tensor(ids), on_device(inputs, model.device) if send else inputs
         start += len(chunk)
 
@@ -164,10 +166,11 @@ def pad_rows(rows: list[dict], config) -> dict[str, torch.Tensor]:
         model inputs (batch, ...).
 
     Raises:
-        ExitConfigurationError: a column that only some rows have, and that has no default.
+        ExitConfigurationError: a column that only some rows have, and that has no default, or one that has not one
+            value for each token.
     """
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.startswith("label")]
-    text = "input_ids" in names
+    text = not {"input_ids", "inputs_embeds"}.isdisjoint(names)
     if text and "attention_mask" not in names:
         names.append("attention_mask")
 
@@ -176,10 +179,18 @@ def pad_rows(rows: list[dict], config) -> dict[str, torch.Tensor]:
             return _as_array(row[name]) if text else torch.as_tensor(row[name])
         if not (text and name in WHERE_MISSING):
             raise ExitConfigurationError(f"Some rows have {name}, but one has only: {', '.join(row)}.")
-        ids, value = row["input_ids"], WHERE_MISSING[name]
-        return torch.full_like(ids, value) if isinstance(ids, torch.Tensor) else np.full(len(ids), value)
+        return np.full(len(main_input(row, "input_ids")), WHERE_MISSING[name])
 
     columns = {name: [value_of(row, name) for row in rows] for name in names}
+    if text:
+        lengths = [len(main_input(row, "input_ids")) for row in rows]
+        for name, values in columns.items():
+            for length, value in zip(lengths, values, strict=True):
+                if value.shape[:1] != (length,):
+                    raise ExitConfigurationError(
+                        f"{name} of shape {tuple(value.shape)} do not fit a text of {length} tokens: give "
+                        "one value for each token."
+                    )
     padding = {"input_ids": padding_token(config)}
     return {
         name: _pad(values, padding.get(name, 0)) if text else torch.stack(values) for name, values in columns.items()

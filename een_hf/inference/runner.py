@@ -140,8 +140,8 @@ class ExitRunner:
             exit.
 
         Raises:
-            ExitConfigurationError: the model is in training mode, a text is longer than the model takes, or a mask is
-                not 2-D.
+            ExitConfigurationError: the model is in training mode, the batch has no examples, a text is longer than the
+                model takes, or a mask is not (batch, length).
         """
         if self.model.training:
             raise ExitConfigurationError("ExitRunner answers in eval mode: call model.eval().")
@@ -197,13 +197,13 @@ class ExitRunner:
         inputs = {n: v for n, v in inputs.items() if v is not None and n in self._names}
         text, padded = self._is_text, False
         batch, length = main_input(inputs, self.model.main_input_name).shape[:2]
+        self.model.check_count(batch)
         wanted = length
         if text:
             self.model.config.check_input_length(length, "A text, or one beside it,")
             wanted = rounded_length(length, self.model.config.max_input_length)
             mask = inputs.pop("attention_mask", None)
-            if mask is not None and mask.dim() != 2:
-                self.model.check_mask(mask, dynamic=True)
+            self.model.check_mask(mask, True, (batch, length))
             self.model.check_padding(mask)
             padded = wanted > length or (mask is not None and self._guess_padded(mask))
             if padded:

@@ -160,6 +160,23 @@ class EarlyExitConfigMixin:
                 f"max_length={longest}."
             )
 
+    def check_tokens(self, inputs: dict, what: str) -> None:
+        """Check that the embeddings have every token: one that they lack ends the whole process on CUDA.
+
+        Args:
+            inputs: model inputs, of which `input_ids` and `token_type_ids` are read.
+            what: the name of the text in the message.
+
+        Raises:
+            ExitConfigurationError: a token or token type that the model does not have.
+        """
+        for name, size in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
+            count, values = getattr(self, size, None), inputs.get(name)
+            if count and values is not None and not (0 <= int(values.min()) and int(values.max()) < count):
+                raise ExitConfigurationError(
+                    f"{what} has {name} that the model does not have: it has 0 to {count - 1}."
+                )
+
     def to_dict(self) -> dict:
         """As in `PreTrainedConfig`; of a local folder only the last part is kept, since trackers upload the dict."""
         values = super().to_dict()

@@ -33,7 +33,7 @@ class DisentangledTextMixin(EarlyExitTextMixin):
     @property
     def answers_left_padding(self) -> bool:
         # A token of padding attends to all columns, so that its hidden state depends on how many there are.
-        return not any("cls" in pooling for pooling in (self.config.exit_pooling, self.config.last_exit_pooling))
+        return not self.reads_first_token
 
     @property
     def backbone_layers(self) -> nn.ModuleList:

@@ -39,6 +39,12 @@ class EarlyExitModernBertForSequenceClassification(EarlyExitUntypedTextMixin, Mo
         self.post_init()
 
     @property
+    def answers_left_padding(self) -> bool:
+        # In eager attention a token whose window holds only padding attends to all columns, however many there are.
+        windows = "sliding_attention" in self.config.layer_types
+        return not (windows and self.config._attn_implementation == "eager" and self.reads_first_token)
+
+    @property
     def backbone_layers(self) -> nn.ModuleList:
         return self.model.layers
 

@@ -48,6 +48,12 @@ class StagedForwardMixin:
     # Whether a text that is padded on the left has the same answer in a longer batch.
     answers_left_padding = True
 
+    @property
+    def reads_first_token(self) -> bool:
+        """Whether an exit reads the hidden state of the first token, which may be padding."""
+        poolings = self.config.last_exit_pooling, self.config.exit_pooling
+        return any("cls" in pooling for pooling in poolings[: self.num_exits])
+
     def run_stage(
         self,
         exit_index: int,
@@ -125,8 +131,9 @@ class StagedForwardMixin:
             the output, dynamic if a policy is used, else anytime.
 
         Raises:
-            ExitConfigurationError: a policy that does not fit the number of exits or the problem, or an attention mask
-                that is not 2-D although examples can exit or an exit reads the mean of the tokens.
+            ExitConfigurationError: a batch without examples, a policy that does not fit the number of exits or the
+                problem, or an attention mask that is not 2-D although examples can exit or an exit reads the mean of
+                the tokens.
         """
         config = self.config
         policy = self._policy_of_call(early_exit)
@@ -140,6 +147,7 @@ class StagedForwardMixin:
         dynamic = policy is not None and not recording
         self.check_mask(examples.attention_mask, dynamic, examples.hidden.shape[:2])
         if not torch.compiler.is_compiling():
+            self.check_count(len(examples))
             examples = examples.unpadded()
         exit_index = None
         if policy is None or recording:
@@ -169,6 +177,19 @@ class StagedForwardMixin:
                 f"early_exit is True, False, or for this call an ExitPolicy or its dict, not {early_exit!r}."
             )
         return self.get_exit_policy() if early_exit and not self.training else None
+
+    @staticmethod
+    def check_count(count: int) -> None:
+        """Check that there are examples: the layers of transformers cannot run without.
+
+        Args:
+            count: number of examples of a batch.
+
+        Raises:
+            ExitConfigurationError: there are none.
+        """
+        if count == 0:
+            raise ExitConfigurationError("The batch has no examples: give at least one.")
 
     def check_mask(
         self, attention_mask: torch.Tensor | None, dynamic: bool, shape: tuple[int, ...] | None = None

@@ -150,13 +150,7 @@ class Reader:
         if length == 0:
             raise ExitConfigurationError("A row has no tokens.")
         self.model.config.check_input_length(length, "A text")
-        for name, count in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
-            # A number that an embedding does not have ends the whole process on CUDA.
-            count, values = getattr(self.model.config, count, None), inputs.get(name)
-            if count and values is not None and not (0 <= int(values.min()) and int(values.max()) < count):
-                raise ExitConfigurationError(
-                    f"A row has {name} that the model does not have: it has 0 to {count - 1}."
-                )
+        self.model.config.check_tokens(inputs, "A row")
         mask = inputs.get("attention_mask")
         masked = mask is not None and not bool(mask.all())
         if mask is not None:

@@ -463,6 +463,41 @@ def test_what_are_no_texts_gets_a_sentence(given, words, cuda_graphs):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 1]}, r"attention_mask of shape \(2,\).* 3 tokens"),
+        ({"input_ids": [1, 2, 3], "token_type_ids": [1] * 5}, r"token_type_ids of shape \(5,\).* 3 tokens"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [[1, 1, 1]]}, r"attention_mask of shape \(1, 3\).* 3 tokens"),
+        ({"input_ids": [1, 99]}, "The batch of row .* has input_ids that the model does not have: it has 0 to 98"),
+        ({"input_ids": [-1, 2]}, "The batch of row .* has input_ids that the model does not have"),
+        (
+            {"input_ids": [1, 2], "token_type_ids": [0, 2]},
+            "The batch of row .* has token_type_ids that the model does not have",
+        ),
+        ({"inputs_embeds": torch.zeros(21, 16)}, "The batch of row .* has 21 tokens, the model takes at most 20"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused(row, message, cuda_graphs):
+    """What breaks: a mask that is too short hides the last tokens without a word, where a longer row is beside it."""
+    others = [] if "inputs_embeds" in row else make_rows("bert", 7)
+    with pytest.raises(ExitConfigurationError, match=message):
+        predict(make_model("bert"), [*others, row], 8, cuda_graphs=cuda_graphs)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_rows_of_embeddings(cuda_graphs):
+    """What breaks: rows of different lengths cannot be stacked."""
+    model, rows = make_model("bert"), make_rows("bert")
+    model.set_exit_policy({"criterion": "confidence", "thresholds": [0.45] * 4})
+    table = model.get_input_embeddings().weight.detach()
+    embedded = [{"inputs_embeds": table[torch.tensor(row["input_ids"])]} for row in rows]
+    wanted, found = predict(model, rows), predict(model, embedded, 8, cuda_graphs=cuda_graphs)
+    assert torch.equal(found.exit_index, wanted.exit_index) and len(set(wanted.exit_index.tolist())) > 1
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor, lambda values: np.array(values, np.int32)])
 def test_rows_of_every_kind_are_padded_alike(make):
     """Masked floats, or another type of number, where rows are lists, arrays or tensors."""
@@ -506,7 +541,8 @@ def test_errors_of_a_stream_and_of_the_model_end_a_prediction():
         yield from repeat(row, 7)
         raise OSError("the line is dead")
 
-    for data, kind in ((broken(), OSError), (chain([row] * 9, repeat({"input_ids": [500]})), IndexError)):
+    beyond = {**row, "position_ids": [0, 500]}
+    for data, kind in ((broken(), OSError), (chain([row] * 8, repeat(beyond)), RuntimeError)):
         with pytest.raises(kind):
             predict(model, data, 2, window=2, cuda_graphs=True)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from models.criteria_by_hand import (
     with_nan,
 )
 
+from een_hf.inference import ExitRunner
 from een_hf.models import ExitConfigurationError, ExitPolicy, staged_forward
 
 
@@ -338,6 +340,16 @@ def test_a_row_without_any_token_keeps_a_column(bert, load_exits, attention, exi
     torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-5)
 
 
+def test_a_batch_without_examples_is_refused(architecture, load_exits):
+    """What breaks: the reshaping inside a layer of transformers ends in a message about tensors of 0 elements."""
+    model = load_exits(architecture, exit_layers=EXIT_LAYERS)
+    model.set_exit_policy(policy_of("confidence", [0.5, 0.5, 0.0]))
+    none = {name: tensor[:0] for name, tensor in architecture.inputs().items()}
+    for answer in (model, partial(model, early_exit=False), ExitRunner(model)):
+        with pytest.raises(ExitConfigurationError, match="The batch has no examples"):
+            answer(**none)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls_mean"])
 def test_a_mask_that_is_not_2d_is_refused_where_it_cannot_be_read(bert, load_exits, pooling):
     """A 4-D mask gave logits of shape (batch, exits, length, length, labels) without a word."""
@@ -359,5 +371,6 @@ def test_the_mask_of_another_batch_is_refused(bert, load_exits, shape, early_exi
     model.set_exit_policy({"criterion": "confidence", "thresholds": [0.5] * 4})
     inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
     found = rf"shape \({shape[0]}, {shape[1]}\), but the inputs have \(6, 12\)"
-    with pytest.raises(ExitConfigurationError, match=found):
-        model(**inputs, early_exit=early_exit)
+    for answer in (partial(model, early_exit=early_exit), ExitRunner(model)):
+        with pytest.raises(ExitConfigurationError, match=found):
+            answer(**inputs)

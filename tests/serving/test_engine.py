@@ -261,11 +261,18 @@ def test_a_request_that_cannot_be_answered_harms_no_other(bert, cuda_graphs):
     assert_answers(bert, texts, after)
 
 
+@pytest.mark.parametrize("kind", ["deberta", "modernbert"])
 @pytest.mark.parametrize(("pooling", "refused"), [("cls", True), ("mean", False)])
-def test_padding_on_the_left_that_changes_answers_is_refused(pooling, refused):
-    """What breaks: DeBERTa's first token of padding sees all padding, also that for the longer texts of others."""
+def test_padding_on_the_left_that_changes_answers_is_refused(pooling, refused, kind):
+    """What breaks: a first token of padding sees all padding, also that for the longer texts of others.
+
+    In DeBERTa, and in eager attention where the window of a layer holds nothing else.
+    """
     settings = {"exit_pooling": pooling, "last_exit_pooling": pooling, "initializer_range": 0.5}
-    model = tiny_model("deberta", max_position_embeddings=40, **settings).eval()
+    if kind == "modernbert":
+        settings |= {"local_attention": 2, "attn_implementation": "eager", "pad_token_id": 0, "bos_token_id": 2}
+        settings |= {"eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+    model = tiny_model(kind, max_position_embeddings=40, **settings).eval()
     padded = {"input_ids": [0, 0, 2, 5, 6, 3], "attention_mask": [0, 0, 1, 1, 1, 1]}
     rows = [padded, {"input_ids": [2, 5, 6, 3, 7, 8, 9, 10], "attention_mask": [1] * 8}]
 
