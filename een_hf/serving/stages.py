@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # per token).
 STEP_TOKENS = {"cpu": 20, "cuda": 256}
 # Kinds of policies whose programs are kept.
-MAX_LANES = 4
+MAX_KINDS = 4
 
 
 class EngineObserver:
@@ -137,7 +137,7 @@ class Row:
         return self.request.dropped and not self.audited
 
 
-class Lane:
+class Queues:
     """Rows whose policies have the same criterion and cut the network into the same segments, and where they wait.
 
     Args:
@@ -216,8 +216,8 @@ class StageWorker:
         self._static = runs_graphs(model, cuda_graphs)
         self._graphs = graphs_on(model.device) if self._static else None
         self._step_tokens = STEP_TOKENS.get(model.device.type, STEP_TOKENS["cpu"])
-        self._lanes: OrderedDict[tuple, Lane] = OrderedDict()
-        self._known: tuple[ExitPolicy | None, Lane] | None = None
+        self._queues: OrderedDict[tuple, Queues] = OrderedDict()
+        self._known: tuple[ExitPolicy | None, Queues] | None = None
         # Requests that were answered or have failed (with the error), and the number of rows that are finished.
         self.finished: list[tuple[Request, Exception | None]] = []
         self.num_through = 0
@@ -227,55 +227,55 @@ class StageWorker:
         if self.auditor is not None:
             self.auditor.choose(rows)
         now = time.perf_counter()
-        waiting = self._lane(rows[0].request.policy).waiting[0]
+        waiting = self._queues_of(rows[0].request.policy).waiting[0]
         for row in rows:
             row.waits_since = now
             waiting[row.size].append(row)
 
     def num_waiting(self) -> int:
         """The number of rows that wait before any segment."""
-        return sum(len(waiting) for lane in self._lanes.values() for _, _, waiting in lane.lists())
+        return sum(len(waiting) for queues in self._queues.values() for _, _, waiting in queues.lists())
 
     def num_in_flight(self) -> int:
         """The number of rows that have started and not exited."""
-        return sum(lane.num_in_flight for lane in self._lanes.values())
+        return sum(queues.num_in_flight for queues in self._queues.values())
 
     def step(self) -> bool:
         """Run one segment on rows that wait; `False` if none waits."""
         chosen = self._choose(time.perf_counter())
         if chosen is None:
             return False
-        lane, segment, size = chosen
-        rows = self._take(lane, segment, size, self.max_rows)
+        queues, segment, size = chosen
+        rows = self._take(queues, segment, size, self.max_rows)
         if self._text:
-            self._join(lane, segment, size, rows)
+            self._join(queues, segment, size, rows)
         if rows:
-            self._run(lane, segment, rows)
+            self._run(queues, segment, rows)
         return True
 
-    def _lane(self, policy: ExitPolicy | None) -> Lane:
+    def _queues_of(self, policy: ExitPolicy | None) -> Queues:
         if self._known is None or self._known[0] is not policy:
             kind = Decisions.kind(self.model, policy)
-            if kind not in self._lanes:
+            if kind not in self._queues:
                 # Requests may have policies of any kind: those that were not used for longest are forgotten.
-                idle = [key for key, lane in self._lanes.items() if not any(lane.waiting)]
-                for key in idle[: max(0, len(self._lanes) + 1 - MAX_LANES)]:
-                    del self._lanes[key]
-                self._lanes[kind] = Lane(self.model, policy, self.max_rows, self._static, self._graphs)
-            self._lanes.move_to_end(kind)
-            self._known = policy, self._lanes[kind]
+                idle = [key for key, queues in self._queues.items() if not any(queues.waiting)]
+                for key in idle[: max(0, len(self._queues) + 1 - MAX_KINDS)]:
+                    del self._queues[key]
+                self._queues[kind] = Queues(self.model, policy, self.max_rows, self._static, self._graphs)
+            self._queues.move_to_end(kind)
+            self._known = policy, self._queues[kind]
         return self._known[1]
 
-    def _choose(self, now: float) -> tuple[Lane, int, Hashable] | None:
+    def _choose(self, now: float) -> tuple[Queues, int, Hashable] | None:
         due = new = deepest = None
-        for lane in self._lanes.values():
-            for segment, size, waiting in lane.lists():
-                here, oldest = (lane, segment, size), waiting[0]
+        for queues in self._queues.values():
+            for segment, size, waiting in queues.lists():
+                here, oldest = (queues, segment, size), waiting[0]
                 if segment == 0:
-                    if (new is None or oldest.request.arrived < new[0]) and lane.has_room(size):
+                    if (new is None or oldest.request.arrived < new[0]) and queues.has_room(size):
                         new = oldest.request.arrived, here
                     continue
-                depth = lane.slots(size).exits[segment]
+                depth = queues.slots(size).exits[segment]
                 if deepest is None or depth > deepest[0]:
                     deepest = depth, here
                 if len(waiting) >= self.max_rows or now - oldest.waits_since >= self.max_wait:
@@ -284,34 +284,34 @@ class StageWorker:
         chosen = due or new or deepest
         return chosen and chosen[1]
 
-    def _take(self, lane: Lane, segment: int, size: Hashable, count: int) -> list[Row]:
+    def _take(self, queues: Queues, segment: int, size: Hashable, count: int) -> list[Row]:
         """Up to `count` rows of a list, those that have waited longest; rows of cancelled requests are dropped."""
-        waiting, taken = lane.waiting[segment][size], []
+        waiting, taken = queues.waiting[segment][size], []
         while waiting and len(taken) < count:
             row = waiting.popleft()
             if row.dropped:
-                self._release(lane, row)
+                self._release(queues, row)
                 self.drop(1)
             else:
                 taken.append(row)
         if not waiting:
-            del lane.waiting[segment][size]
+            del queues.waiting[segment][size]
         return taken
 
-    def _join(self, lane: Lane, segment: int, size: int, rows: list[Row]) -> None:
+    def _join(self, queues: Queues, segment: int, size: int, rows: list[Row]) -> None:
         """Add whole lists of texts of other lengths, the nearest first, while that is cheaper than their own step."""
-        lists = lane.waiting[segment]
+        lists = queues.waiting[segment]
         for other in sorted(lists.keys() - {size}, key=lambda other: abs(other - size)):
             together = [row.length for row in (*rows, *lists[other])]
             more = max(together) * len(together) - sum(together)
             before = max((row.length for row in rows), default=0) * len(rows) - sum(row.length for row in rows)
             if len(together) > self.max_rows or more - before > self._step_tokens:
                 return
-            rows += self._take(lane, segment, other, self.max_rows - len(rows))
+            rows += self._take(queues, segment, other, self.max_rows - len(rows))
 
-    def _release(self, lane: Lane, row: Row) -> None:
+    def _release(self, queues: Queues, row: Row) -> None:
         if row.slot is not None:
-            lane.slots(row.size).release([row.slot])
+            queues.slots(row.size).release([row.slot])
             row.slot = None
 
     def drop(self, num_rows: int) -> None:
@@ -319,36 +319,36 @@ class StageWorker:
         self.num_through += num_rows
         self.observer.dropped(num_rows)
 
-    def _recover(self, lane: Lane, segment: int, rows: list[Row], error: Exception) -> None:
+    def _recover(self, queues: Queues, segment: int, rows: list[Row], error: Exception) -> None:
         """After a failed step run its rows one by one, as only the one at fault may fail.
 
         Rows that a later segment may have changed cannot run through it again: they fail together.
         """
         if segment == 0:
             for row in rows:
-                self._release(lane, row)
-        if len(rows) > 1 and (segment == 0 or not lane.slots(rows[0].size).changed):
+                self._release(queues, row)
+        if len(rows) > 1 and (segment == 0 or not queues.slots(rows[0].size).changed):
             for row in rows:
-                self._run(lane, segment, [row])
+                self._run(queues, segment, [row])
             return
         for row in rows:
             row.audited = False
-            self._release(lane, row)
+            self._release(queues, row)
             if row.logits is None:
                 self.num_through += 1
                 self.finished.append((row.request, error))
 
-    def _run(self, lane: Lane, segment: int, rows: list[Row]) -> None:
-        now, last = time.perf_counter(), segment + 1 == len(lane.waiting)
+    def _run(self, queues: Queues, segment: int, rows: list[Row]) -> None:
+        now, last = time.perf_counter(), segment + 1 == len(queues.waiting)
         try:
-            step = self._launch(lane, segment, rows)
+            step = self._launch(queues, segment, rows)
             if segment == 0 and not last:
                 for row, slot in zip(rows, step.slots, strict=True):
                     row.slot = slot
             exits = step.exits()
             answers = step.logits.detach().float().cpu() if any(exits) else None
         except Exception as error:
-            self._recover(lane, segment, rows, error)
+            self._recover(queues, segment, rows, error)
             return
         if segment == 0:
             for row in rows:
@@ -362,9 +362,9 @@ class StageWorker:
                 row.last_logits = answers[place]
             if not last and (row.logits is None or row.audited):
                 row.waits_since = now
-                lane.waiting[segment + 1][row.size].append(row)
+                queues.waiting[segment + 1][row.size].append(row)
             else:
-                self._release(lane, row)
+                self._release(queues, row)
         if last and self.auditor is not None:
             for difference in self.auditor.settle():
                 self.observer.audited(difference, self.auditor.monitor.alarm)
@@ -377,8 +377,8 @@ class StageWorker:
         if row.request.num_answered == len(row.request.rows):
             self.finished.append((row.request, None))
 
-    def _launch(self, lane: Lane, segment: int, rows: list[Row]) -> Step:
-        slots = lane.slots(rows[0].size)
+    def _launch(self, queues: Queues, segment: int, rows: list[Row]) -> Step:
+        slots = queues.slots(rows[0].size)
         if segment:
             return slots.run(segment, [row.slot for row in rows])
         inputs = pad_rows([row.inputs for row in rows], self.model.config)
