@@ -297,3 +297,15 @@ def test_a_certified_policy_leaves_out_exits_that_do_not_pay():
     exits = report.policy.exits_of(torch.tensor(logits[certifying])).numpy()
     wrong = (last == labels[certifying]) & (answers[np.arange(1600), exits] != labels[certifying])
     assert report.policy.guarantee["errors"] == wrong.sum()
+
+
+def test_nothing_is_certified_behind_a_policy_that_fails():
+    """What breaks: of a hundred policies some pass by chance; only those before the first that fails count."""
+
+    def risk(exit_logits, exit_index, labels):
+        early = (exit_index < exit_logits.shape[1] - 1).mean()
+        return np.full(len(exit_index), float(0.3 < early < 0.6))
+
+    logits, labels = make_rows(600)
+    report = calibrate(logits, labels, even_costs(4), max_risk=0.1, risk=risk)
+    assert 0 < 1 - report.exit_fractions[-1] <= 0.3
