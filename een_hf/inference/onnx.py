@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..errors import ExportError
+from ..errors import ExportError, loading
 from ..extras import named_extras
 from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from ..models.criteria import decide
@@ -396,9 +396,13 @@ def load_session(path: str | Path) -> "onnxruntime.InferenceSession":  # noqa: F
 
     Returns:
         the session.
+
+    Raises:
+        ExitConfigurationError: there is no such file, or it is damaged.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with loading(f"The graph {path}"):
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

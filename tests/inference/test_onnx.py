@@ -12,6 +12,7 @@ from factory import tiny_model, tiny_stock_model
 from een_hf import ExitConfigurationError
 from een_hf.commands import main
 from een_hf.errors import ExportError
+from een_hf.inference.onnx import load_session
 from een_hf.models.policies import NEVER
 
 
@@ -399,6 +400,19 @@ def test_bad_input(folder, tmp_path, model, output, message):
     with pytest.raises(SystemExit, match=f"(?s)^error: .*{message}"):
         main(["export", str(folder / model), "--output", str(tmp_path / output)])
     assert [path.name for path in tmp_path.iterdir()] == ["taken.onnx"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no graph", "half", "folder"])
+def test_a_graph_that_cannot_be_loaded_is_named(bert, tmp_path, content):
+    """What breaks: a graph that a full disk cut short ends in ONNX Runtime's own errors."""
+    path = tmp_path / "cut.onnx"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        whole = bert.path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(ExitConfigurationError, match=f"The graph {path} cannot be loaded: [^\n]*$"):
+        load_session(path)
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
