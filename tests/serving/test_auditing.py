@@ -50,7 +50,7 @@ def test_audits_see_what_the_last_exit_answers_and_change_no_answer(bert, cuda_g
             await engine.predict(["a b", "c"], policy=False)  # another policy than the one that is audited
         return answers
 
-    for number, answers in enumerate(asyncio.run(main())):
+    for number, answers in enumerate(asyncio.run(asyncio.wait_for(main(), 120))):  # lost rows would be waited for
         assert_answers(bert, texts[12 * number : 12 * number + 12], answers)
     wanted = differences(bert, texts)
     assert 0 < sum(wanted) < 120
