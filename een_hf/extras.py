@@ -13,6 +13,7 @@ _PACKAGES = {
     "vision": ("PIL", "timm", "torchvision"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "peft": ("peft",),
+    "demo-app": ("gradio",),
     "export": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
 }
 _EXTRA_OF = {package: extra for extra, packages in _PACKAGES.items() for package in packages}

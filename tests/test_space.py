@@ -50,7 +50,7 @@ def layer(shown):
 def test_it_shows_the_exit_that_the_policy_takes(app, folder, monkeypatch):
     explainer = app.Explainer(str(folder))
     labels, shown = explainer.explain("a b c")
-    assert layer(shown) == 1 and shown.count("exits here") == 1 and shown.count("never computed") == 2
+    assert layer(shown) == 1 and shown.count("exits here") == 1 and shown.count("not computed") == 2
     with torch.no_grad():
         logits = explainer.model(**explainer.processor("a b c", return_tensors="pt")).logits[0]
     assert list(labels.values()) == pytest.approx(logits.softmax(-1).tolist())

@@ -32,6 +32,7 @@ from .quantization import (
     check_quantization,
     graph_record,
     quantize_graph,
+    quiet_loggers,
 )
 
 
@@ -271,7 +272,7 @@ def _export(model: EarlyExitMixin, policy: ExitPolicy | None) -> "torch.onnx.ONN
         names.append(THRESHOLDS)
         arguments[THRESHOLDS] = torch.tensor(policy.thresholds, dtype=torch.float32)
         shapes[THRESHOLDS] = None
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), quiet_loggers(), warnings.catch_warnings():
         # Two inputs share an axis name on purpose.
         warnings.filterwarnings("ignore", message=".*axis name.*")
         program = torch.onnx.export(

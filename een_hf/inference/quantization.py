@@ -128,7 +128,7 @@ def quantize_graph(path: Path, thresholds: str) -> None:
     for tensor in default:
         graph.graph.initializer.remove(tensor)
     Path(f"{path}.data").unlink(missing_ok=True)
-    with _quiet():
+    with quiet_loggers():
         quantize_dynamic(
             graph,
             path,
@@ -178,8 +178,8 @@ def graph_record(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings that ONNX Runtime's quantizer writes to the root logger, which would also configure it."""
+def quiet_loggers() -> Iterator[None]:
+    """Without warnings of exporter and quantizer about their own work; the latter would configure the root logger."""
     root, handler, disabled = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
     root.addHandler(handler)
     logging.disable(logging.WARNING)

@@ -24,7 +24,7 @@ from .metrics import PrometheusObserver
 
 with named_extras():
     from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import JSONResponse, RedirectResponse
     from pydantic import BaseModel, ConfigDict, Field, ValidationError
     from starlette.requests import ClientDisconnect
 
@@ -182,7 +182,11 @@ def _answer_requests(app: "FastAPI", engine: AsyncExitEngine, limits: ServerLimi
 
 
 def _answer_questions(app: "FastAPI", engine: AsyncExitEngine, name: str, limits: ServerLimits) -> None:
-    """`/health`, `/info` and `/metrics`."""
+    """`/health`, `/info` and `/metrics`; in a browser the server's address leads to `/docs`."""
+
+    @app.get("/", include_in_schema=False)
+    async def home() -> Response:
+        return RedirectResponse("docs")
 
     @app.get("/health", responses={503: {"model": ErrorResponse}})
     async def health() -> Response:

@@ -14,7 +14,9 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
 from een_hf import AutoEarlyExitModel, ExitPolicy
+from een_hf.errors import one_line_errors
 from een_hf.evaluation import read_exit_results, relative_costs
+from een_hf.extras import named_extras
 
 
 PROBABILITIES = ("confidence", "margin", "label_confidence")  # criteria whose scores lie between 0 and 1
@@ -77,7 +79,7 @@ class Explainer:
     def _row(self, index: int, logits: torch.Tensor, names: list[str], policy: ExitPolicy | None, taken: int) -> str:
         answer, last = html.escape(names[int(logits[0, index].argmax())]), index == self.model.num_exits - 1
         used = last or (policy is not None and policy.lets_exit(index))
-        state = "exits here" if index == taken else "never computed" if index > taken else "goes on"
+        state = "exits here" if index == taken else "not computed" if index > taken else "continues"
         score = ""
         if policy is not None:
             value, threshold = float(policy.scores(logits)[0, index]), policy.thresholds[index]
@@ -101,14 +103,19 @@ def _bar(start: float, width: float, colour: str) -> str:
 
 def build(explainer: Explainer):
     """The page."""
-    import gradio
+    with named_extras():
+        import gradio
 
     budgets = explainer.budgets
     with gradio.Blocks(title="Early exits") as page:
         gradio.Markdown(f"# Where does it exit?\n{html.escape(Path(explainer.name).name)}")
         with gradio.Row():
             with gradio.Column():
-                given = gradio.Textbox(label="Text", lines=3) if explainer.text else gradio.Image(type="pil")
+                given = (
+                    gradio.Textbox(label="Text", lines=3, placeholder="A text to classify")
+                    if explainer.text
+                    else gradio.Image(type="pil")
+                )
                 slider = gradio.Slider(
                     budgets[0] if budgets else 0,
                     budgets[-1] if budgets else 1,
@@ -127,4 +134,8 @@ def build(explainer: Explainer):
 
 
 if __name__ == "__main__":
-    build(Explainer(sys.argv[1] if len(sys.argv) > 1 else os.environ["MODEL"])).launch()
+    model = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("MODEL")
+    if not model:
+        sys.exit("Give a model with exits: python recipes/space/app.py runs/demo, or the variable MODEL of a Space.")
+    with one_line_errors():
+        build(Explainer(model)).launch()

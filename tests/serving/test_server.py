@@ -319,6 +319,7 @@ def test_what_is_described_and_measured(bert, text_server):
     text = json.dumps(schema)
     names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert {"PredictRequest", "Parameters", "Prediction"} <= names <= set(schema["components"]["schemas"])
+    assert httpx.get(text_server, follow_redirects=True).url.path == "/docs"  # what a browser shows
     assert set(schema["paths"]) == {"/predict", "/health", "/info", "/metrics"}
 
 
