@@ -179,7 +179,11 @@ def graph_record(
 
 @contextmanager
 def quiet_loggers() -> Iterator[None]:
-    """Without warnings of exporter and quantizer about their own work; the latter would configure the root logger."""
+    """Suppress warnings of the exporter and of the quantizer, which would also configure the root logger.
+
+    Yields:
+        once, while no logger shows messages below errors.
+    """
     root, handler, disabled = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
     root.addHandler(handler)
     logging.disable(logging.WARNING)
