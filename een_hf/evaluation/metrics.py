@@ -282,6 +282,8 @@ def make_compute_metrics(names: Sequence[str], problem_type: str) -> Callable[[E
         references = np.asarray(prediction.label_ids)
         if problem_type == "regression":
             references = references.reshape(len(logits))
+        elif problem_type == "single_label_classification" and references.ndim == 2:  # soft labels
+            references = references.argmax(-1)
         values = metrics.compute(predictions=predict_labels(logits, problem_type), references=references)
         if len(values) > 1:
             values["combined_score"] = math.fsum(values.values()) / len(values)

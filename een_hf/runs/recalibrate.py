@@ -19,6 +19,7 @@ from ..evaluation import (
     read_exit_results,
     write_exit_results,
 )
+from ..evaluation.metrics import check_labels
 from ..hub import refresh_model_card
 from ..models import ExitConfigurationError
 from ..models.criteria import find_criterion, resolve_problem_type
@@ -96,7 +97,7 @@ def calibrate_run(
     )
     parts = results.get("exit_costs")
     costs = ExitCosts(**parts) if parts else [entry["relative_cost"] for entry in results["anytime"]]
-    calibration, reported = _load_rows(folder, len(costs))
+    calibration, reported = _load_rows(folder, config, len(costs))
     report = calibrate(
         *calibration,
         costs,
@@ -135,18 +136,29 @@ def _load_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _load_rows(folder: Path, num_exits: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def _load_rows(
+    folder: Path, config: PreTrainedConfig, num_exits: int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Logits and labels of the calibration rows, and of the other rows."""
     saved = load_exit_logits(folder)
-    if saved["logits"].shape[1] != num_exits:
-        raise ExitConfigurationError(
-            f"{folder}: exit_logits.npz has {saved['logits'].shape[1]} exits, but exit_results.json has {num_exits}: "
-            "they are of different runs."
-        )
+    num_rows, *found = saved["logits"].shape
+    wanted = (("exits", num_exits, "exit_results.json"), ("labels", config.num_labels, "config.json"))
+    for count, (what, number, file) in zip(found, wanted, strict=True):
+        if count != number:
+            raise ExitConfigurationError(
+                f"{folder}: exit_logits.npz has {count} {what}, but {file} has {number}: they are of different runs."
+            )
     calibrates = np.isin(saved["part"], CALIBRATION_PARTS)
     if not calibrates.any():
         raise ExitConfigurationError(
             f"{folder}/exit_logits.npz has no calibration rows: those of the run had no labels and were not saved. "
             "Repeat the run with --target_cost or --max_risk."
         )
+    if calibrates.all():
+        raise ExitConfigurationError(f"{folder}/exit_logits.npz has only calibration rows: none measures a policy.")
+    problem_type = resolve_problem_type(config.problem_type, config.num_labels)
+    try:
+        check_labels(saved["labels"], num_rows, config.num_labels, problem_type)
+    except ExitConfigurationError as error:
+        raise ExitConfigurationError(f"{folder}/exit_logits.npz: {error}") from error
     return tuple((saved["logits"][rows], saved["labels"][rows]) for rows in (calibrates, ~calibrates))

@@ -187,10 +187,21 @@ def _truncate_logits(run):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def _drop_calibration(run):
-    path = run / "exit_logits.npz"
-    arrays = dict(np.load(path))
-    np.savez_compressed(path, **{**arrays, "part": np.full(len(arrays["labels"]), "report")})
+def _change_rows(change):
+    """Damage that writes `exit_logits.npz` again, with the arrays that `change` makes of its own."""
+
+    def damage(run):
+        path = run / "exit_logits.npz"
+        arrays = dict(np.load(path))
+        np.savez_compressed(path, **{**arrays, **change(arrays)})
+
+    return damage
+
+
+def _last_label_missing(arrays):
+    labels = arrays["labels"].copy()
+    labels[np.flatnonzero(arrays["part"] == "report")[-1]] = -100
+    return {"labels": labels}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +222,17 @@ def _drop_calibration(run):
         (["--target_cost", "0.6"], _truncate_logits, "exit_logits.npz"),
         (["--target_cost", "0.6"], lambda run: (run / "exit_logits.npz").unlink(), "exit_logits.npz"),
         (["--target_cost", "0.6"], lambda run: (run / "config.json").unlink(), "holds no config.json"),
-        (["--target_cost", "0.6"], _drop_calibration, "no calibration rows"),
+        *(
+            (["--target_cost", "0.6"], _change_rows(change), f"exit_logits.npz.* {named}")
+            for change, named in [
+                (lambda arrays: {"part": np.full(len(arrays["part"]), "report")}, "no calibration rows"),
+                (lambda arrays: {"part": np.full(len(arrays["part"]), "calibration")}, "only calibration rows"),
+                (lambda arrays: {"logits": arrays["logits"][..., :1]}, "has 1 labels.*different runs"),
+                (lambda arrays: {"logits": arrays["logits"][:, :1]}, "has 1 exits.*different runs"),
+                (lambda arrays: {"labels": arrays["labels"].astype(float)}, "Labels of single_label_classification"),
+                (_last_label_missing, "1 of .* rows have no label that the model knows.*-100"),
+            ]
+        ),
     ],
 )
 def test_bad_input(run, flags, damage, named):

@@ -126,6 +126,13 @@ def test_compute_metrics_of_multi_label_rows(rng):
     assert values["accuracy"] == pytest.approx(((logits > 0) == labels).all(1).mean())
 
 
+def test_soft_labels_count_as_their_most_probable_class(rng):
+    """What breaks: rows of shares, by which a policy may be calibrated, cannot measure it."""
+    logits, shares = rng.normal(size=(40, 3)), rng.dirichlet(np.ones(3), size=40)
+    compute = make_compute_metrics(["accuracy", "f1"], "single_label_classification")
+    assert compute(EvalPrediction(logits, shares)) == compute(EvalPrediction(logits, shares.argmax(-1)))
+
+
 def test_f1_of_more_than_two_classes_is_the_macro_average(rng):
     """Fails if F1 of three classes raises after training, or if rows that show only two change its meaning."""
     logits, labels = rng.normal(size=(40, 3)), rng.integers(0, 2, 40)
