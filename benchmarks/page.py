@@ -331,7 +331,10 @@ def one_seed(data: dict, name: str, plots: Path | None) -> str:
 def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
     """What a reader wants to know first: `joint`, the default scheme, and `two_stage` on each data set."""
     lines, curves, kept = [], {}, defaultdict(list)
+    current = {data.get("recipe") for _, data in files if "note" not in data}
     for name, data in files:
+        if "note" in data and data.get("recipe") in current and not name.startswith("gpu_"):
+            continue  # superseded
         found = Quality(data)
         plain = [value for value in found.scores("stock").values() if value is not None]
         if "joint" not in found.schemes or not plain or np.mean(plain) < 0.1:
