@@ -72,7 +72,7 @@ def calibrate(
         on certified risk.
     """
     if (target_cost is None) == (max_risk is None):
-        raise ExitConfigurationError("Give either target_cost or max_risk (--target_cost, --max_risk): one goal chooses the policy.")
+        raise ExitConfigurationError("Give either target_cost (--target_cost) or max_risk (--max_risk).")
     scored = score_rows(exit_logits, labels, costs, criterion, params, problem_type, reference)
     if target_cost is not None:
         return calibrate_cost(scored.choices(), target_cost)

@@ -2,7 +2,7 @@
 
 een-hf partition --dataset_name cifar100 --num_partitions 1000 --scheme dir --alpha 0.1 --balance \\
     --output_dir dataset/cifar100_noniid1000
-een-hf partition --train_file texts.csv --num_partitions 10 --scheme iid --output_dir parts
+een-hf partition --train_file labelled.csv --num_partitions 10 --scheme iid --output_dir parts
 
 iid: rows at random. dir: each part draws its shares of the classes from a Dirichlet distribution. pat: each part has a
 few classes. Sizes vary unless --balance is given. Every row is in exactly one part, in OUT/train/<part> or

@@ -16,6 +16,7 @@ from ..evaluation import (
     write_exit_results,
 )
 from ..hub import choose_examples, hub_name, write_examples, write_model_card
+from ..hub.markdown import numbered
 from ..sharding import is_sharded
 from ..training.trainer import EarlyExitTrainer
 from .arguments import RunArguments
@@ -55,11 +56,11 @@ def warn_of_idle_exits(outputs: ExitOutputs) -> None:
     """Warn about exits of a classifier that are no better than the majority class."""
     majority = np.bincount(outputs.labels).max() / len(outputs.labels)
     accuracies = (outputs.logits.argmax(-1) == outputs.labels[:, None]).mean(0)
-    idle = np.flatnonzero(accuracies <= majority) + 1
-    if len(idle):
+    idle = (np.flatnonzero(accuracies <= majority) + 1).tolist()
+    if idle:
         logger.warning(
-            f"Exits {', '.join(map(str, idle))} are no better than always answering the majority class "
-            f"({majority:.3f}): train longer, raise --head_learning_rate or their --exit_loss_weights."
+            f"Always answering the majority class ({majority:.3f}) is as accurate as {numbered('exit', idle)}, or "
+            "more: train longer, raise --head_learning_rate or --exit_loss_weights."
         )
 
 
