@@ -135,7 +135,7 @@ def loading(what: str) -> Iterator[None]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line, instead of a traceback, after bad input or on a full disk."""
+    """End the process with one line, not a traceback, after bad input, on a full disk, or where access is denied."""
     try:
         yield
     except ExitError as error:
@@ -143,6 +143,8 @@ def one_line_errors() -> Iterator[None]:
         if message.startswith("Caught "):  # by a worker of a data loader, with its traceback
             message = message.rstrip().rsplit("\n", 1)[-1].split(": ", 1)[-1]
         sys.exit(f"error: {message}")
+    except (PermissionError, IsADirectoryError) as error:
+        sys.exit(f"error: a file cannot be read or written ({in_one_line(error)}).")
     except Exception as error:
         if not is_full_disk(error):
             raise

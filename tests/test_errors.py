@@ -36,6 +36,16 @@ def test_bad_input_is_told_in_one_line_wherever_it_is_read(workers):
     assert str(end.value) == "error: images/0.png: it is corrupt."
 
 
+def test_where_access_is_denied_the_path_is_told_in_one_line(tmp_path):
+    with (
+        pytest.raises(SystemExit, match=f"^error: a file cannot be read or written .*{tmp_path}.*$"),
+        one_line_errors(),
+    ):
+        tmp_path.read_text()
+    with pytest.raises(SystemExit, match="^error: .*Permission denied: 'rows.csv'.*$"), one_line_errors():
+        raise PermissionError(errno.EACCES, "Permission denied", "rows.csv")
+
+
 def test_a_full_disk_is_recognised_inside_torch_save(tmp_path):
     """What breaks: a run of days ends in "unexpected pos 704 vs 598" and deletes nothing that is half-written."""
     with pytest.raises(RuntimeError) as no_space:

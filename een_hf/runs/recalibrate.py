@@ -113,9 +113,9 @@ def calibrate_run(
     row = policy_row(report.policy, *reported, costs, make_compute_metrics(metrics, problem_type))
     results |= {"policy": row, "num_report_samples": len(reported[1])}
     if save:
+        write_exit_results(folder, results)  # first, as it changes nothing if the folder cannot be written
         config.exit_policy = report.policy.to_dict()
         config.save_pretrained(folder)
-        write_exit_results(folder, results)
         plot_exit_curves(results, folder / "exit_curves.png")
         refresh_model_card(folder, results, config, settings)
     return RunCalibration(report, results)

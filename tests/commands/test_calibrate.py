@@ -1,6 +1,7 @@
 """`een-hf calibrate`: a policy from a run's saved logits is the one that the run itself would have set."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -129,6 +130,15 @@ def test_nothing_is_written_without_save(run, capsys):
     assert policy["relative_cost"] == pytest.approx(costs[exits].mean())
     assert policy["metrics"]["accuracy"] == pytest.approx(right.mean())
     assert f"relative cost {costs[exits].mean():.4f}, accuracy {right.mean():.4f}" in said
+
+
+def test_a_folder_that_cannot_be_written_stays_as_it_is(run):
+    """What breaks: the model has the new policy, and the results and the card have the old one."""
+    before = (run / "config.json").read_bytes()
+    (run / f".exit_results.json.{os.getpid()}.tmp").mkdir()  # where the results would be written first
+    with pytest.raises(SystemExit, match="error: a file cannot be read or written .*exit_results.json"):
+        main(["calibrate", str(run), "--target_cost", "0.6", "--save"])
+    assert (run / "config.json").read_bytes() == before
 
 
 def test_the_hint_of_a_run_is_a_command_that_works(train_run, run, capsys):
