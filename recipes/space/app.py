@@ -73,6 +73,10 @@ class Explainer:
         style = "<style>.exits td, .exits th {padding: 4px 10px; text-align: left}</style>"
         titles = "".join(f"<th>{title}</th>" for title in ("layer", "would answer", "score and threshold", ""))
         table = f"<table class='exits' style='width:100%'><tr>{titles}</tr>{''.join(rows)}</table>"
+        if exit_index < last:
+            table += (
+                "<p>Later exits are evaluated for this page only: in use, the layers after the exit do not run.</p>"
+            )
         labels = dict(zip(names, own.softmax(-1)[0].tolist(), strict=True))
         return labels, f"{style}<h3>{head}</h3>{table}"
 
