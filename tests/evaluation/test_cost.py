@@ -8,7 +8,7 @@ import torch
 from factory import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from een_hf.evaluation import ExitCosts, count_operations, mean_length, relative_costs
+from een_hf.evaluation import ExitCosts, cost_inputs, count_operations, mean_length, relative_costs
 from een_hf.models import (
     ExitPolicy,
 )
@@ -154,3 +154,8 @@ def test_costs_survive_a_file_and_another_process():
         assert list(copied) == list(costs) == pytest.approx([0.25, 0.6, 1.3])
         assert copied.of_policy(policy).tolist() == costs.of_policy(policy).tolist() == [0.25, 0.6, 1.1]
     assert ExitCosts([0.3, 0.8, 1.2]).of_policy(policy).tolist() == [0.3, 0.8, 1.2]
+
+
+def test_images_count_at_their_own_height_and_width():
+    """What breaks: channels are taken for the height, and costs are those of another image."""
+    assert cost_inputs([{"pixel_values": torch.zeros(3, 8, 16)}]) == {"image_size": (8, 16)}

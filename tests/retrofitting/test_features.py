@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from een_hf.commands import main
+from een_hf.evaluation import load_exit_logits
 
 
 def test_every_row_is_read_once(sources, tmp_path, rows_read):
@@ -54,6 +55,20 @@ def test_other_features_are_not_reused(sources, tmp_path, rows_read):
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
     main(words_of((str(tmp_path / "model"), flag, path), tmp_path / "out"))
     assert rows_read() == NUM_ROWS
+
+
+def test_exits_are_trained_on_no_row_that_certifies(sources, tmp_path):
+    """What breaks: the certificate is measured on rows that the exits have seen, and promises too much."""
+    folder, flag, path = sources["bert"]
+    main(words_of(sources["bert"], tmp_path / "one"))
+    certifying = load_exit_logits(tmp_path / "one")["row_ids"]
+    lines = Path(path).read_text().splitlines()
+    for row in certifying.tolist():
+        lines[1 + row] = " ".join("a" * len(lines[1 + row].split()))  # as long: batches stay as they are
+    (tmp_path / "texts.csv").write_text("\n".join(lines))
+    main(words_of((folder, flag, str(tmp_path / "texts.csv")), tmp_path / "other"))
+    assert 0 < len(certifying) < NUM_ROWS and weights(tmp_path / "one") == weights(tmp_path / "other")
+    assert not np.array_equal(*(load_exit_logits(tmp_path / name)["logits"] for name in ("one", "other")))
 
 
 def after_rows(count, then):
