@@ -101,7 +101,7 @@ class ExitBatchPredictor:
     def _answers(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         config = self._model.config
         if self._text:
-            columns = [map(str, batch[name]) for name in filter(None, (self.column, self.pair_column))]
+            columns = [_texts(name, batch[name]) for name in filter(None, (self.column, self.pair_column))]
             rows, settings = list(zip(*columns, strict=True)), {"tokenizer": self._tokenize}
         else:
             rows, settings = [self._image(image) for image in batch[self.column]], {}
@@ -128,3 +128,13 @@ class ExitBatchPredictor:
         elif not isinstance(given, Image.Image):
             given = Image.fromarray(np.asarray(given))
         return {"pixel_values": self._processor(given)}
+
+
+def _texts(column: str, values) -> list[str]:
+    """The texts of a column. Anything else, such as `None`, would be classified by its name."""
+    for row, text in enumerate(values):
+        if not isinstance(text, str):
+            raise ExitConfigurationError(
+                f"Row {row} (counted from 0) of column {column!r} is no text but {type(text).__name__}."
+            )
+    return list(map(str, values))

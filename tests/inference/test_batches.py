@@ -56,6 +56,9 @@ def test_columns_of_texts(bert):
     assert empty["label"].dtype.kind == "U" and empty["exit_layer"].dtype == found["exit_layer"].dtype
     with pytest.raises(ExitConfigurationError, match="no column 'body'; it has: text"):
         predictor({"text": TEXTS})
+    for missing in (None, float("nan"), b"text"):
+        with pytest.raises(ExitConfigurationError, match="Row 1 .* of column 'body' is no text but"):
+            predictor({"body": np.array(["a", missing], dtype=object)})
     with pytest.raises(ExitConfigurationError, match="a column 'label', where the answers go"):
         predictor({"body": TEXTS, "label": [0] * 40})  # the truth would be lost
 
