@@ -21,6 +21,7 @@ from een_hf.evaluation import ExitCosts
 from een_hf.models import ExitPolicy
 from een_hf.runs import parse_arguments
 from een_hf.runs.experiment import prepare
+from een_hf.runs.results import split_for_calibration
 
 
 LEAKS = {
@@ -198,3 +199,12 @@ def test_calibration_rows_are_not_trained_on(files, minilm_path, tmp_path):
     every = sorted(map(str, whole.splits["train"]["input_ids"]))
     parts = [*rows.calibration["input_ids"], *rows.splits["train"]["input_ids"]]
     assert sorted(map(str, parts)) == every
+
+
+def test_the_half_that_calibrates_has_half_of_every_class():
+    """What breaks: by chance a rare class is calibrated without, or missing where results are reported."""
+    labels = np.repeat([0, 1, 2], [40, 4, 2])
+    for seed in range(5):
+        calibrates = split_for_calibration(labels, "single_label_classification", seed)
+        assert np.bincount(labels[calibrates]).tolist() == [20, 2, 1]
+    assert split_for_calibration(labels / 2, "regression", 0).sum() == 23
