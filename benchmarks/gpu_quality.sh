@@ -27,7 +27,7 @@ quality() { # NAME RECIPE CUTS FLAGS: the cells of one data set
     shift 3
     "$python" benchmarks/quality.py "$recipe" --name "$name" --methods "${methods[@]}" $cuts --seeds "${SEEDS:-3}" \
         --jobs "${JOBS:-8}" --time_limit $((end > SECONDS ? end - SECONDS : 0)) --results "$results" \
-        --runs "$results/runs/$name" --bf16 --save_strategy epoch --save_total_limit 1 --logging_steps 100 \
+        --runs "$results/runs" --bf16 --save_strategy epoch --save_total_limit 1 --logging_steps 100 \
         --disable_tqdm true "$@" || unfinished=1
 }
 

@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds for all cells together")
-    parser.add_argument("--name", help="of the results file, instead of the recipe's")
+    parser.add_argument("--name", help="of the results file, and of a folder below --runs; by default the recipe's")
     parser.add_argument("--cell", nargs=3, metavar=("METHOD", "SEED", "FILE"), help="run one cell, write its row")
     add_results_argument(parser)
     args, flags = parser.parse_known_args()
@@ -255,8 +255,9 @@ def main() -> None:
     rows = content["rows"]
     done = {(row["method"], row["seed"]) for row in rows}
     cells = [cell for cell in product(args.methods, range(1, args.seeds + 1)) if cell not in done]
-    logs = args.runs / stem
-    own = [*flags, *(["--images"] if args.images else []), "--runs", str(args.runs)]
+    runs = args.runs / (args.name or "")  # another model's runs, or its first layers, are not those of the recipe
+    logs = runs / stem
+    own = [*flags, *(["--images"] if args.images else []), "--runs", str(runs)]
     commands = {
         f"{method}-{seed}": [sys.executable, __file__, args.recipe, *own]
         + ["--cell", method, str(seed), str(logs / f"{method}-{seed}.json")]
