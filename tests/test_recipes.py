@@ -36,7 +36,7 @@ def own_flags(method):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_holds_flags_of_its_script(path):
     """What breaks: a recipe ends at a flag that was renamed, or its runs overwrite those of another."""
-    modality = IMAGES if path.stem.startswith(("cifar", "digits")) else TEXT
+    modality = IMAGES if path.stem.startswith(("best_image", "cifar", "digits")) else TEXT
     arguments = parse_arguments(modality, [str(path), "--use_cpu"])  # bf16 needs that or a GPU
     assert Path(arguments.training.output_dir) == Path("runs") / path.stem
 
