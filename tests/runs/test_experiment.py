@@ -107,7 +107,7 @@ def test_nan_is_no_budget():
         ("optim", "adamant", "adamant"),
         ("eval_strategy", "sometimes", "sometimes"),
         ("dtype", "float8", "float32, bfloat16, float16"),
-        ("report_to", "nobody", "nobody is not supported"),
+        ("report_to", "nobody", "nobody is not installed, or unknown to transformers"),
         ("lr_scheduler_kwargs", '{"slope": 1}', "--lr_scheduler_type linear.*slope"),
         ("accelerator_config", "nowhere.json", "nowhere.json"),
         ("torch_compile_backend", "nothing", "NOTHING"),
