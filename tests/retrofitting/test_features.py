@@ -2,22 +2,21 @@
 
 import os
 import re
-import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from factory import NUM_LABELS
-from forked import run_forked
 from retrofitting.running import CHUNK, NUM_ROWS, chunks, weights, words_of
 from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
 )
 
-from een_hf.commands import main
+from een_hf.commands import main, retrofit
 from een_hf.evaluation import load_exit_logits
 
 
@@ -71,29 +70,30 @@ def test_exits_are_trained_on_no_row_that_certifies(sources, tmp_path):
     assert not np.array_equal(*(load_exit_logits(tmp_path / name)["logits"] for name in ("one", "other")))
 
 
-def after_rows(count, then):
-    """Call `then` when the model has read more than `count` rows; only in a process of its own."""
-    seen = []
+KILLED = """
+import os, signal, sys
+import torch
+from een_hf.commands import main
 
-    def hook(module, inputs):
-        if type(module).__name__ == "BertLayer":
-            seen.append(len(inputs[0]))
-            if sum(seen) > 3 * count:
-                then()
+seen = []
 
-    torch.nn.modules.module.register_module_forward_pre_hook(hook)
+def hook(module, inputs):
+    if type(module).__name__ == "BertLayer":
+        seen.append(len(inputs[0]))
+        if sum(seen) > 3 * 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.nn.modules.module.register_module_forward_pre_hook(hook)
+main(sys.argv[1:])
+"""
 
 
 def test_a_kill_loses_the_chunk_in_work(sources, tmp_path, rows_read):
     """Fails if a run killed after 100 rows, in its 4th chunk of 32, reads the first 3 again or ends at other bits."""
     words = words_of(sources["bert"], tmp_path / "killed")
-
-    def killed():
-        after_rows(100, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        main(words)
-
-    status, errors = run_forked(killed)
-    assert status == -signal.SIGKILL, errors
+    environment = {**os.environ, "PYTHONPATH": str(Path(retrofit.__file__).parents[2])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [path.name for path in chunks(tmp_path / "killed")] == [f"chunk-0000{index}.npz" for index in range(3)]
     main(words)
     assert rows_read() == NUM_ROWS - 3 * CHUNK
@@ -118,6 +118,24 @@ def test_a_half_written_chunk_is_passed_over(sources, tmp_path, rows_read):
     assert weights(tmp_path) == wanted
 
 
+FULL_DISK = """
+import resource, sys
+import torch
+from een_hf.commands import main
+
+seen, (rows, size) = [], map(int, sys.argv[1:3])
+
+def hook(module, inputs):
+    if type(module).__name__ == "BertLayer":
+        seen.append(len(inputs[0]))
+        if sum(seen) > 3 * rows:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+torch.nn.modules.module.register_module_forward_pre_hook(hook)
+main(sys.argv[3:])
+"""
+
+
 @pytest.mark.parametrize(
     ("rows", "size", "kept", "named"),
     [
@@ -131,15 +149,11 @@ def test_a_full_disk_says_so_and_keeps_the_finished_chunks(rows, size, kept, nam
     After some rows no file can grow beyond some bytes.
     """
     words = words_of(sources["bert"], tmp_path / "full")
-
-    def limited():
-        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        after_rows(rows, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, most)))
-        main(words)
-
-    status, errors = run_forked(limited)
-    assert status == 1 and "Traceback" not in errors
-    line = errors.splitlines()[-1]
+    environment = {**os.environ, "PYTHONPATH": str(Path(retrofit.__file__).parents[2])}
+    command = [sys.executable, "-c", FULL_DISK, str(rows), str(size), *words]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    line = ended.stderr.splitlines()[-1]
     assert re.match(
         f"error: .*{named} could not be written .*: free space on the disk of --output_dir, .* continues from", line
     )

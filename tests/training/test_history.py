@@ -1,9 +1,8 @@
 """What rows may certify, from what the runs behind a model have read."""
 
 import json
-import multiprocessing
-import os
-import time
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -88,26 +87,26 @@ def test_a_damaged_record_is_named(tmp_path, count):
     assert refused >= count // 4
 
 
+HOLD = """
+import sys, time
+from een_hf.training.history import only_run_in
+with only_run_in(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
 def test_a_folder_is_one_runs_while_it_lasts(tmp_path):
     """Two runs that write the same files leave a mixture; one that was killed must not keep the folder."""
     folder = tmp_path / "new" / "run"
-    reading, writing = os.pipe()
-
-    def hold():
-        with only_run_in(folder):
-            os.write(writing, b"held")
-            time.sleep(600)
-
-    other = multiprocessing.get_context("fork").Process(target=hold)
-    other.start()
-    try:
-        assert os.read(reading, 4) == b"held"
-        with pytest.raises(ExitConfigurationError, match=f"--output_dir {folder}: another run"):
-            with only_run_in(folder):
-                raise AssertionError
-    finally:
-        other.kill()
-        other.join()
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert any(line == "held\n" for line in other.stdout)
+            with pytest.raises(ExitConfigurationError, match=f"--output_dir {folder}: another run"):
+                with only_run_in(folder):
+                    raise AssertionError
+        finally:
+            other.kill()
     with only_run_in(folder), pytest.raises(ExitConfigurationError, match="another run"):
         with only_run_in(folder):
             raise AssertionError
