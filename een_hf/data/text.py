@@ -8,6 +8,7 @@ import datasets
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
 from ..errors import in_one_line
+from ..inference.loading import has_vocabulary
 from .arguments import LIMITS
 from .glue import GLUE_TASKS, HUB_GLUE, SPLIT_NAMES, write_submission
 from .label_ids import model_label_ids
@@ -224,7 +225,7 @@ def _load_tokenizer(name: str | None, args: TextDataArguments, config: Any, **hu
         raise DataError(
             f"{name}: the tokenizer cannot be read ({in_one_line(error)}): give --tokenizer_name."
         ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made from nothing: every text would be the same
+    if not has_vocabulary(tokenizer):
         raise DataError(f"{name} holds no tokenizer: give --tokenizer_name.")
     if tokenizer.pad_token is None:
         raise DataError(

@@ -69,6 +69,11 @@ def load_processor(name: str, model: EarlyExitMixin, *, what: str = "MODEL") -> 
     with loading(f"The tokenizer of {what} {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer("a")  # some damage shows only in use
-        if len(tokenizer) <= len(tokenizer.all_special_ids):  # made from nothing: every text would be the same
+        if not has_vocabulary(tokenizer):
             raise ExitConfigurationError("it has no vocabulary.")
     return tokenizer
+
+
+def has_vocabulary(tokenizer: Any) -> bool:
+    """Whether a tokenizer has more than special tokens: transformers makes one from nothing, which reads no text."""
+    return len(tokenizer) > len(tokenizer.all_special_ids)

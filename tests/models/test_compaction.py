@@ -48,7 +48,7 @@ def test_only_the_needed_rows_and_columns_run(architecture, load_exits, aggregat
 
 
 def test_what_a_head_returned_is_not_written_to():
-    """What breaks: hooks, and whoever keeps a head's logits, see those of later exits among them."""
+    """What breaks: hooks, or code that stores the logits of a head, read logits of later exits among them."""
     model, kept = tiny_model(noise=0.3).eval(), []
     inputs = {"input_ids": torch.stack([row["input_ids"] for row in tiny_rows()])}
     with torch.no_grad():
