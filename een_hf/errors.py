@@ -6,6 +6,7 @@
 
 import errno
 import math
+import numbers
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -54,6 +55,20 @@ def refuse_nan(flags: Mapping[str, object]) -> None:
         for number in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(number, float) and math.isnan(number):
                 raise ExitConfigurationError(f"--{name} must be a number, not {number}.")
+
+
+def check_seed(seed: int | None, name: str = "seed") -> None:
+    """Raise an error for a seed that the random generators of Python, NumPy or PyTorch do not take.
+
+    Args:
+        seed: the value; `None`: not given.
+        name: of its flag.
+
+    Raises:
+        ExitConfigurationError: it is not a whole number of 32 bits.
+    """
+    if seed is not None and not (isinstance(seed, numbers.Integral) and 0 <= seed < 2**32):
+        raise ExitConfigurationError(f"--{name} must be a whole number, at least 0 and below 2**32, not {seed!r}.")
 
 
 def make_folder(flag: str, folder: str | os.PathLike) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..errors import check_seed
 from ..models import ExitConfigurationError
 from .budget import calibrate_cost
 from .risk import calibrate_risk
@@ -73,6 +74,7 @@ def calibrate(
     """
     if (target_cost is None) == (max_risk is None):
         raise ExitConfigurationError("Give either target_cost (--target_cost) or max_risk (--max_risk).")
+    check_seed(seed)
     scored = score_rows(exit_logits, labels, costs, criterion, params, problem_type, reference)
     if target_cost is not None:
         return calibrate_cost(scored.choices(), target_cost)

@@ -206,7 +206,7 @@ def rows_needed(max_risk: float, confidence: float) -> tuple[int, int]:
     Returns:
         number of rows that certify, and number of calibration rows, which also include those that search.
     """
-    needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_risk))
+    needed = math.ceil(math.log1p(-confidence) / math.log1p(-max_risk))
     total = next(n for n in range(needed, needed + _MAX_SEARCH_ROWS + 1) if n - _num_search_rows(n) >= needed)
     return needed, total
 
@@ -230,7 +230,7 @@ def rows_in_words(num_rows: int) -> str:
 
 
 def _num_search_rows(num_rows: int) -> int:
-    return min(num_rows, int(np.clip(num_rows // 5, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS)))
+    return min(num_rows, max(_MIN_SEARCH_ROWS, min(num_rows // 5, _MAX_SEARCH_ROWS)))
 
 
 def risk_losses(risk: str | Callable, scored: ScoredRows, exits: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ def whole_images(rows: datasets.Dataset, column: str, skip: bool, where: str) ->
     if not broken:
         return rows
     row, problem = next(iter(broken.items()))
-    named = raw[row][column]["path"] or f"row {row} (counted from 0)"
+    named = (raw[row][column] or {}).get("path") or f"row {row} (counted from 0)"
     count = f"{len(broken)} of {len(rows)}"
     if not skip:
         raise DataError(
@@ -50,12 +50,14 @@ def warn_of_skipped(where: str, num_broken: int, num_rows: int, first: str) -> N
     logger.warning(text, where, num_broken, num_rows, first)
 
 
-def decode_image(image: dict) -> tuple[Image.Image | None, str]:
+def decode_image(image: dict | None) -> tuple[Image.Image | None, str]:
     """An undecoded image of a data set (`bytes`, `path`) as `standard_image` gives it, or what is wrong with it.
 
     The one way from a file to pixels: rows that are held or streamed, parts, `een-hf retrofit` and predictions all
     take it.
     """
+    if image is None:
+        return None, "there is no image"
     try:
         opened = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
         opened.load()

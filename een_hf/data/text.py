@@ -146,7 +146,8 @@ def encode_text_data(
         the encoded rows of each split.
 
     Raises:
-        DataError: a label that the model does not know, or a length that leaves no room for tokens of the text.
+        DataError: no rows, a label that the model does not know, or a length that leaves no room for tokens of the
+            text.
     """
     length = min(args.max_seq_length, tokenizer.model_max_length, max_length or args.max_seq_length)
     if length < args.max_seq_length:
@@ -165,6 +166,8 @@ def encode_text_data(
     num_labels = max(data.num_labels, len(label2id or ()))
     encoded = {}
     for split, rows in data.splits.items():
+        if isinstance(rows, datasets.Dataset) and not len(rows):
+            raise DataError(f"The split {split!r} has no rows: give a source with rows.")
         held = {
             "num_proc": args.preprocessing_num_workers,
             "load_from_cache_file": not args.overwrite_cache,

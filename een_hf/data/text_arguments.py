@@ -72,6 +72,8 @@ class TextDataArguments(DataArguments):
             self.text_column_names = [name for names in given for name in names.split(",") if name]
             if not 1 <= len(self.text_column_names) <= 2:
                 raise DataError(f"--text_column_names takes one column or two, not {len(self.text_column_names)}.")
+            if len(set(self.text_column_names)) < len(self.text_column_names):
+                raise DataError(f"--text_column_names names {self.text_column_names[0]!r} twice: name two columns.")
         self.check_positive("max_seq_length", "preprocessing_num_workers")
 
     def hub_name(self) -> tuple[str | None, str | None]:

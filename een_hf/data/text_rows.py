@@ -60,7 +60,7 @@ def prepare_rows(
     """
     for column in columns:
         if rows.features[column] != datasets.Value("string"):
-            rows = rows.cast_column(column, datasets.Value("string"))
+            rows = _as_strings(rows, column, where)
     if ROW_ID not in rows.column_names:
         rows = rows.add_column(ROW_ID, list(range(len(rows))))
     texts = {column: rows[column][:] for column in columns}
@@ -77,6 +77,8 @@ def prepare_rows(
             f"{where} has no text in column {column!r} of row {first} (counted from 0; {len(broken)} such rows of "
             f"{len(rows)}): fill it, or give --skip_empty to leave such rows out."
         )
+    if not keep and len(broken) == len(rows):
+        raise DataError(f"{where} has no row with text in {' and '.join(map(repr, columns))}: give rows with text.")
     done = "kept with an empty text" if keep else "left out"
     logger.warning("%s: %d of %d rows have no text and are %s.", where, len(broken), len(rows), done)
     if not keep:
@@ -84,6 +86,14 @@ def prepare_rows(
     for column in columns:
         rows = rows.remove_columns(column).add_column(column, [text or "" for text in texts[column]])
     return rows
+
+
+def _as_strings(rows: datasets.Dataset, column: str, where: str) -> datasets.Dataset:
+    """The rows with a column, of numbers for example, as strings."""
+    try:
+        return rows.cast_column(column, datasets.Value("string"))
+    except (TypeError, ValueError) as error:  # which pyarrow's errors are
+        raise DataError(f"{where}: column {column!r} of type {rows.features[column]} holds no texts.") from error
 
 
 def prepare_stream(

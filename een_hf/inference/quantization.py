@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import ExportError
+from ..errors import ExportError, check_seed
 from ..models import ExitConfigurationError, ExitPolicy
 
 
@@ -66,6 +66,7 @@ class GraphCalibration:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ExitConfigurationError(f"--{name} must lie between 0 and 1, not {value}.")
+        check_seed(self.seed)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The settings of a retrofit: the flags of `een-hf retrofit` and keywords of `een_hf.retrofit`."""
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import ClassVar
 
 from ..data.label_values import SINGLE_LABEL
 from ..data.task import DataError
-from ..errors import refuse_nan
+from ..errors import check_seed, refuse_nan, refused
 from ..models import ExitConfigurationError
 from ..models.criteria import find_criterion, get_criterion
 from ..models.exits import find_exit_head, find_pooling
@@ -124,7 +125,7 @@ class RetrofitArguments(RowArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.output_dir is None:
+        if not self.output_dir:
             raise ExitConfigurationError("Give the folder of the cheaper model: --output_dir.")
         self.output_dir = os.fspath(self.output_dir)
         CalibrationArguments(
@@ -139,17 +140,20 @@ class RetrofitArguments(RowArguments):
         self.exit_pooling = self.exit_pooling and find_pooling(self.exit_pooling)
         self.exit_head = self.exit_head and find_exit_head(self.exit_head)
         for name in ("batch_size", "chunk_size", "num_train_epochs", "train_batch_size"):
-            if getattr(self, name) < 1:
-                raise ExitConfigurationError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ExitConfigurationError(f"--{name} must be a whole number, at least 1, not {value!r}.")
+        check_seed(self.seed)
         if self.speed_samples < 0:
             raise ExitConfigurationError(f"--speed_samples must be 0 or more, not {self.speed_samples}.")
-        if self.head_learning_rate <= 0:
+        if not 0 < self.head_learning_rate < math.inf:
             raise ExitConfigurationError(f"--head_learning_rate must be above 0, not {self.head_learning_rate}.")
         if self.calibration_share is not None and not 0 < self.calibration_share < 1:
             raise ExitConfigurationError(f"--calibration_share must be between 0 and 1, not {self.calibration_share}.")
         if self.feature_dtype not in ("float32", "float16"):
             raise ExitConfigurationError(f"--feature_dtype must be float32 or float16, not {self.feature_dtype!r}.")
-        self._check_folder()
+        with refused(f"--output_dir {self.output_dir}"):
+            self._check_folder()
 
     def _check_folder(self) -> None:
         """Raise an error for an output folder that is the model's own, or that has another content."""

@@ -29,9 +29,10 @@ def certifying_rows(num_rows: int, args: RetrofitArguments) -> np.ndarray:
     if wanted < needed or num_rows - wanted < args.train_batch_size:
         raise DataError(
             f"{num_rows} rows are too few: --max_risk {args.max_risk:g} with --risk_confidence "
-            f"{args.risk_confidence:g} needs at least {needed} rows that certify (there are {wanted}), and at least "
-            f"{args.train_batch_size} rows that train exits. Give more rows, a larger --max_risk, or a lower "
-            "--risk_confidence."
+            f"{args.risk_confidence:g} needs at least {needed} rows that certify, and at least "
+            f"{args.train_batch_size} rows that train exits (--train_batch_size). Give more rows, a larger "
+            "--max_risk, or a lower --risk_confidence"
+            + (", or another --calibration_share." if args.calibration_share else ".")
         )
     return np.sort(np.random.default_rng(args.seed).permutation(num_rows)[:wanted])
 

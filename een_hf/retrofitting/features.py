@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..errors import make_folder
 from ..files import replacing, room_for
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..training.frozen_heads import read_features
@@ -49,7 +50,7 @@ def compute_features(
         ExitConfigurationError: a full disk, or answers or features that are not finite.
     """
     folder = output_dir / FEATURES_FOLDER / _fingerprint(model, rows, chunk_size, feature_dtype)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("output_dir", folder)
     shape = (len(rows), model.num_exits - 1, model.exit_head_modules(0)[0].width)
     features = np.empty(shape, dtype=feature_dtype)
     logits = np.empty((len(rows), model.config.num_labels), dtype=np.float32)
@@ -57,7 +58,7 @@ def compute_features(
         for number, start in enumerate(range(0, len(rows), chunk_size)):
             chunk = range(start, min(start + chunk_size, len(rows)))
             path = folder / f"chunk-{number:05d}.npz"
-            found = _read_chunk(path, (len(chunk), *shape[1:]), feature_dtype)
+            found = _read_chunk(path, features[: len(chunk)], logits[: len(chunk)])
             if found is None:
                 found = _compute_chunk(model, rows, chunk, batch_size, feature_dtype)
                 _check_finite(*found, start, model.config.name_or_path)
@@ -97,14 +98,15 @@ def _check_finite(features: np.ndarray, logits: np.ndarray, start: int, name: st
             raise ExitConfigurationError(f"{cause} row {start + broken[0]} (counted from 0).")
 
 
-def _read_chunk(path: Path, shape: tuple, dtype: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Features and logits of a chunk; `None` if its file is missing or incomplete."""
+def _read_chunk(path: Path, *like: np.ndarray) -> list[np.ndarray] | None:
+    """Features and logits of a chunk; `None` if its file is missing, or its arrays do not fit or are not finite."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            features, logits = file["features"], file["logits"]
+            found = [file["features"], file["logits"]]
     except Exception:  # a damaged archive raises errors of many kinds
         return None
-    return (features, logits) if features.shape == shape and features.dtype == dtype else None
+    fit = all(one.shape == of.shape and one.dtype == of.dtype for one, of in zip(found, like, strict=True))
+    return found if fit and all(np.isfinite(one).all() for one in found) else None
 
 
 def _compute_chunk(

@@ -1,6 +1,7 @@
 """`retrofit`: from a fine-tuned model and unlabelled rows to a cheaper model in its folder."""
 
 import os
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,14 +82,23 @@ def _as_dataset(given: Any, args: RetrofitArguments) -> datasets.Dataset:
     """Texts or pairs of texts as a data set, whose columns are then set in `args`; a data set unchanged."""
     if isinstance(given, datasets.Dataset):
         return given
-    if len(given) and isinstance(given[0], str):
-        args.text_column_names = ["text"]
-        return datasets.Dataset.from_dict({"text": list(given)})
-    if len(given) and len(given[0]) == 2:
-        args.text_column_names = ["text", "text_pair"]
-        first, second = zip(*given, strict=True)
-        return datasets.Dataset.from_dict({"text": list(first), "text_pair": list(second)})
-    raise DataError("`train_dataset` must hold texts, pairs of texts, or be a `datasets.Dataset`.")
+    refused = "`train_dataset` must hold texts, pairs of texts, or be a `datasets.Dataset`"
+    rows = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(rows, Sequence) or isinstance(rows, str | bytes):
+        raise DataError(f"{refused}: it is a {type(given).__name__}. Of several splits, give one.")
+    pairs = any(isinstance(row, tuple | list) for row in rows)
+    columns = ["text", "text_pair"] if pairs else ["text"]
+    for number, row in enumerate(rows):
+        texts = row if pairs else [row]
+        is_row = isinstance(texts, tuple | list) and len(texts) == len(columns)
+        if not (is_row and all(text is None or isinstance(text, str) for text in texts)):
+            raise DataError(f"{refused}: row {number} (counted from 0) is {reprlib.repr(row)}.")
+    args.text_column_names = columns
+    values = list(zip(*rows, strict=True)) if pairs else [rows]
+    try:
+        return datasets.Dataset.from_dict({name: list(texts) for name, texts in zip(columns, values, strict=False)})
+    except UnicodeEncodeError as error:
+        raise DataError(f"{refused}: {reprlib.repr(error.object)} is not valid Unicode.") from error
 
 
 def _retrofit(
@@ -116,9 +126,8 @@ def _retrofit(
     exit_logits = logits_of_features(model, features[certifying], teacher_logits[certifying])
     costs, latency = _costs(model, rows, certifying, args)
     certified = certify(exit_logits, costs, args)
-    model.set_exit_policy(certified.policy)
     model.config.training_scheme = "retrofit"
-    save_model(args, model, rows)
+    save_model(args, model, rows, certified.policy)
     seconds = {}
     if certified.policy is not None and args.speed_samples:
         functions = rows.speed_functions(model, certifying[: args.speed_samples], args.batch_size)

@@ -101,11 +101,16 @@ class RetrofitReport:
         }
 
 
-def save_model(args: RetrofitArguments, model: EarlyExitMixin, rows: RetrofitRows) -> None:
-    """Write the model and its tokenizer or image processor."""
+def save_model(args: RetrofitArguments, model: EarlyExitMixin, rows: RetrofitRows, policy: ExitPolicy | None) -> None:
+    """Write the model and its tokenizer or image processor, and last its policy, which the model then has.
+
+    So a run that is killed leaves no policy beside the weights of an earlier run.
+    """
     with room_for(args.folder / SAFE_WEIGHTS_NAME, ROOM):
         model.save_pretrained(args.folder)
         rows.processor.save_pretrained(args.folder)
+        model.set_exit_policy(policy)
+        model.config.save_pretrained(args.folder)
 
 
 def save_report(report: RetrofitReport, exit_logits: np.ndarray, history: list[dict | None]) -> None:

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from transformers.utils import ExplicitEnum
 
 from .._deprecated import moved_names
-from ..errors import refuse_nan
+from ..errors import check_seed, refuse_nan
 from ..hub.settings import public_settings
 from ..models import MODEL_CLASSES, ExitConfigurationError
 from ..models.auto import find_architecture
@@ -21,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _AT_LEAST = {
     -1: "max_steps",  # none given
     0: "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs warmup_steps "
-    "label_smoothing_factor seed data_seed logging_steps eval_steps save_steps eval_delay dataloader_num_workers "
+    "label_smoothing_factor logging_steps eval_steps save_steps eval_delay dataloader_num_workers "
     "neftune_noise_alpha",
     1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
     "save_total_limit dataloader_prefetch_factor torch_empty_cache_steps",
@@ -216,6 +216,8 @@ class EarlyExitTrainingArguments(TrainingArguments):
                 value = getattr(self, name, None)
                 if value is not None and not least <= value < float("inf"):
                     raise ExitConfigurationError(f"--{name} must be at least {least}, not {value}.")
+        for name in ("seed", "data_seed"):
+            check_seed(getattr(self, name), name)
         for name in _BELOW_ONE:
             if getattr(self, name) >= 1:
                 raise ExitConfigurationError(f"--{name} must be below 1, not {getattr(self, name)}.")

@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from ..errors import NonFiniteLossError
 from ..models import EarlyExitMixin
 from ..models.exit_losses import loss_matrix, reduce_losses
 
@@ -60,6 +61,9 @@ def train_heads(
 
     Returns:
         the mean loss per row and exit in the last epoch.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite.
     """
     set_seed(seed)
     heads, dtype = model.exit_heads, model.dtype
@@ -85,6 +89,11 @@ def train_heads(
                 optimizer.step()
                 schedule.step()
                 bar.update()
+            if not math.isfinite(total):
+                raise NonFiniteLossError(
+                    "The loss of the early exits is not finite: give a lower learning rate (--head_learning_rate; "
+                    "two_stage: --second_stage_learning_rate)."
+                )
     heads.to(dtype).eval()
     return float(total) / len(features) / (model.num_exits - 1)
 

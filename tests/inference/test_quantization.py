@@ -262,6 +262,7 @@ BAD = {
     "two targets": ({"quantize": "int8", "calibration": {"max_risk": 0.1, "target_cost": 0.5}}, "give either"),
     "risk": ({"quantize": "int8", "calibration": {"max_risk": 1.5}}, "--max_risk must lie between 0 and 1"),
     "not a number": ({"quantize": "int8", "calibration": {"max_risk": float("nan")}}, "--max_risk must lie"),
+    "seed": ({"quantize": "int8", "calibration": {"max_risk": 0.1, "seed": -1}}, "--seed must be a whole number"),
     "few rows": ({"quantize": "int8", "calibration": {"max_risk": 0.1}}, "20 calibration rows are too few.*least 72"),
     "no rows": ({"quantize": "int8", "calibration": {"target_cost": 0.9, "rows": []}}, "no calibration rows"),
     "cost": ({"quantize": "int8", "calibration": {"target_cost": 0.01}}, "--target_cost 0.01 is below the cost"),

@@ -145,6 +145,13 @@ def test_help_says_what_every_flag_is():
         ({"calibration_share": 0.1}, "too few"),
         ({"batch_size": 0}, "--batch_size"),
         ({"head_learning_rate": 0}, "--head_learning_rate"),
+        ({"head_learning_rate": "inf"}, "--head_learning_rate"),
+        ({"seed": -1}, "--seed must be a whole number, at least 0 and below 2.*32, not -1"),
+        ({"seed": 2**32}, "--seed"),
+        ({"max_risk": 1e-300}, "200 rows are too few"),
+        ({"text_column_names": "text,text"}, "names 'text' twice"),
+        ({"output_dir": ""}, "--output_dir"),
+        ({"output_dir": "x" * 300}, "--output_dir x*: OSError.*too long"),
         ({"train_file": "nowhere.csv"}, "nowhere.csv does not exist"),
         ({"train_file": "texts.txt"}, "must end in"),
         ({"text_column_names": "body"}, "no column 'body'"),
@@ -205,6 +212,24 @@ def test_answers_that_are_not_finite_are_no_lesson(sources, tmp_path):
     _change_weights(folder, BertConfig.from_pretrained(sources["bert"][0]), norm_value=1e6)
     with pytest.raises(SystemExit, match="--feature_dtype float16 cannot store.*float32.*row 0 "):
         main(words_of((str(folder), *sources["bert"][1:]), tmp_path / "out", feature_dtype="float16", **flags))
+
+
+def test_exits_whose_training_diverges_are_not_saved(sources, tmp_path):
+    """What breaks: heads of NaN are saved as the result of a successful run."""
+    with pytest.raises(SystemExit, match="^error: The loss of the early exits is not finite.*--head_learning_rate"):
+        main(words_of(sources["bert"], tmp_path, head_learning_rate=1e30))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_run_that_fails_leaves_no_policy_beside_other_weights(sources, tmp_path):
+    """What breaks: the folder of an earlier run has new heads and a certificate that is not theirs."""
+    main(words_of(sources["bert"], tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["exit_policy"] is not None
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(BaseException, match="(?i)directory"):
+        main(words_of(sources["bert"], tmp_path, num_train_epochs=3))
+    assert json.loads((tmp_path / "config.json").read_text())["exit_policy"] is None
 
 
 def _change_type(folder, config):

@@ -107,14 +107,18 @@ def test_a_half_written_chunk_is_passed_over(sources, tmp_path, rows_read):
     words = words_of(sources["vit"], tmp_path)
     main(words)
     wanted = weights(tmp_path)
-    first, second, third, *_ = chunks(tmp_path)
+    first, second, third, *others = chunks(tmp_path)
     first.write_bytes(first.read_bytes()[:-40])
     second.write_bytes(b"")
     np.savez(third, features=np.zeros((CHUNK, 2, 15), np.float32), logits=np.zeros((CHUNK, NUM_LABELS), np.float32))
+    with np.load(others[0]) as found:
+        np.savez(others[0], features=found["features"], logits=found["logits"][:, 1:])
+    with np.load(others[1]) as found:
+        np.savez(others[1], features=found["features"] * np.nan, logits=found["logits"])
     (first.parent / f".{first.name}.1.tmp").write_bytes(b"half")
     rows_read()
     main(words)
-    assert rows_read() == 3 * CHUNK
+    assert rows_read() == 5 * CHUNK
     assert weights(tmp_path) == wanted
 
 

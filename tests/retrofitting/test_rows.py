@@ -6,7 +6,9 @@ import shutil
 import zlib
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from factory import tiny_stock_model
@@ -17,7 +19,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
+import een_hf
 from een_hf.commands import main
+from een_hf.data import DataError
 from een_hf.evaluation import load_exit_logits
 
 
@@ -53,6 +57,60 @@ def test_empty_texts_are_left_out(sources, tmp_path):
     main(words_of(sources["bert"], tmp_path / "same"))
     first, second = (load_exit_logits(tmp_path / name)["logits"] for name in ("out", "same"))
     np.testing.assert_array_equal(first, second)
+
+
+NO_ROWS = {
+    "no rows": ([], "has no rows"),
+    "numbers": ([1, 2], r"row 0 \(counted from 0\) is 1"),
+    "NaN": (["a", float("nan")], "row 1 .* is nan"),
+    "rows of a table": ([{"text": "a", "label": 0}], "row 0 .* is {'label': 0"),
+    "sets": ([{"a", "b"}], "row 0"),
+    "three texts": ([("a", "b"), ("a", "b", "c")], r"row 1 .* is \('a', 'b', 'c'\)"),
+    "two letters among pairs": ([("a", "b"), "cd"], "row 1 .* is 'cd'"),
+    "a pair among texts": (["a", ("a", "b")], "row 0 .* is 'a'"),
+    "half a character": (["a", "b\ud800"], r"'b\\ud800' is not valid Unicode"),
+    "a missing text": ([None, "a"], "no text in column 'text' of row 0"),
+    "one text": ("some text", "it is a str"),
+    "columns": ({"text": ["a"]}, "it is a dict"),
+    "splits": (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}), "it is a DatasetDict"),
+    "a stream": (datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset(), "it is a IterableDataset"),
+}
+
+
+@pytest.mark.parametrize("rows, named", NO_ROWS.values(), ids=NO_ROWS)
+def test_rows_that_are_no_texts_are_named(rows, named, sources, tmp_path):
+    """What breaks: letters of a text, or names of columns, are read as pairs of texts; or a traceback of a library."""
+    with pytest.raises(DataError, match=named):
+        een_hf.retrofit(sources["bert"][0], rows, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize("make", [np.array, tuple, lambda texts: pd.Series(texts, index=range(5, 5 + len(texts)))])
+def test_rows_may_be_an_array_or_a_column_of_a_table(make, sources, tmp_path):
+    """What breaks: rows are asked for by the index of a table, which need not begin with 0."""
+    with pytest.raises(DataError, match="3 rows are too few: .*at least 72 rows that certify, and at least 32"):
+        een_hf.retrofit(sources["bert"][0], make(["a b", "c", "d"]), output_dir=tmp_path, max_risk=0.1)
+
+
+@pytest.mark.parametrize("value, kind", [(["a"], "List"), ({"a": "b"}, "'a'")])
+def test_columns_of_lists_are_no_texts(value, kind, sources, tmp_path):
+    rows = datasets.Dataset.from_dict({"text": [value] * 9})
+    with pytest.raises(DataError, match=f"column 'text' of type .*{kind}.* holds no texts"):
+        een_hf.retrofit(sources["bert"][0], rows, output_dir=tmp_path, text_column_names=["text"])
+
+
+def test_nothing_is_left_when_all_texts_are_empty(sources, tmp_path):
+    with pytest.raises(DataError, match="no row with text in 'text'"):
+        een_hf.retrofit(sources["bert"][0], ["", " "], output_dir=tmp_path, skip_empty=True)
+
+
+def test_missing_images_are_named_or_skipped(sources, tmp_path, caplog):
+    """What breaks: a row of a data set without an image ends in a TypeError."""
+    images = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in range(60)]
+    rows = datasets.Dataset.from_dict({"image": [*images, None]}).cast_column("image", datasets.Image())
+    with pytest.raises(DataError, match=r"row 60 \(counted from 0\) \(there is no image\)"):
+        een_hf.retrofit(sources["vit"][0], rows, output_dir=tmp_path)
+    with pytest.raises(DataError, match="60 rows are too few"):
+        een_hf.retrofit(sources["vit"][0], rows, output_dir=tmp_path, skip_corrupt=True)
 
 
 @pytest.fixture
