@@ -48,6 +48,8 @@ def make_page() -> str:
     parts = [
         "# API reference",
         "Written by `make docs` from the docstrings. [Extending](extending.md) says how to add your own parts.",
+        "Examples use a saved model with exits as `model`, its `tokenizer`, a list of `texts`, and `rows`, which are\n"
+        "tokenized texts with labels.",
     ]
     described = {}
     for module_name in MODULES:

@@ -1,6 +1,7 @@
 """The documentation: every public name is described, the page is that of the docstrings, links lead somewhere."""
 
 import ast
+import builtins
 import importlib
 import importlib.util
 import json
@@ -36,6 +37,12 @@ def anchors(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def python_blocks(page):
+    if page.name == "api.md":  # signatures, and examples with prompts
+        return []
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def test_api_page_is_that_of_the_docstrings(make_api):
@@ -75,14 +82,28 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_parse_and_import_what_is_there(page):
     """What breaks: an example that a reader copies does not even start."""
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        if page.name == "api.md":  # signatures, and examples with prompts
-            continue
+    for block in python_blocks(page):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "een_hf":
                 module = importlib.import_module(node.module)
                 missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
                 assert not missing, f"{node.module}: {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_use_only_names_that_the_page_defines(page):
+    """What breaks: a reader who copies the blocks of a page in order gets a NameError."""
+    known = set(dir(builtins))
+    for block in python_blocks(page):
+        for statement in ast.parse(block).body:
+            nodes = list(ast.walk(statement))
+            known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+            known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+            known |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+            known |= {
+                node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            }
+            assert not {node.id for node in nodes if isinstance(node, ast.Name)} - known, block
 
 
 @pytest.mark.slow
