@@ -184,6 +184,14 @@ class EarlyExitConfigMixin:
         return {**values, "_name_or_path": os.path.basename(name)} if name and os.path.isdir(name) else values
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in `PreTrainedConfig`; a stock config has no type here, since it is expected and no reason to warn."""
+        config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == cls.stock_model_type:
+            del config_dict["model_type"]
+        return config_dict, unused
+
+    @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in `PreTrainedConfig`, but overrides are passed to the constructor, so that they are checked too.
 

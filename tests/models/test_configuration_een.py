@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers.utils import logging
 
 from een_hf.models import EarlyExitBertConfig, EarlyExitViTConfig, ExitConfigurationError
 
@@ -153,11 +154,15 @@ def test_unused_keywords_come_back(config_class, tmp_path):
     assert unused == {"unheard_of": 1}
 
 
-def test_stock_config_file_becomes_exits(config_class, tmp_path):
-    """A stock config on disk must turn into a full early-exit config by itself."""
+def test_stock_config_file_becomes_exits(config_class, tmp_path, caplog):
+    """A stock config on disk becomes a full early-exit config by itself, without a warning: peft reads it so."""
     stock_class = next(base for base in config_class.__mro__ if base.__module__.startswith("transformers.models"))
     stock_class(num_hidden_layers=3, hidden_size=24, num_attention_heads=2, num_labels=4).save_pretrained(tmp_path)
-    dictionary, _ = config_class.get_config_dict(tmp_path)
-    dictionary.pop("model_type")
-    config = config_class.from_dict(dictionary, exit_layers=[1])
+    logging.enable_propagation()
+    try:
+        config = config_class.from_pretrained(tmp_path, exit_layers=[1])
+    finally:
+        logging.disable_propagation()
     assert (config.exit_layers, config.hidden_size, config.num_labels) == ([1, 3], 24, 4)
+    assert config.model_type == config_class.model_type
+    assert not caplog.text
