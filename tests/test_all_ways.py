@@ -57,7 +57,9 @@ class Draw:
             "exit_aggregation": chance.choice(["none", "none", "boosted"]),
             "boost_temperature": chance.choice([0.5, 1]),
             "exit_pooling": chance.choice(["cls", "mean", "cls_mean"]),
-            "exit_head": chance.choice([None, None, "pooler", "norm", "norm_pooler"]),
+            "exit_head": chance.choice(
+                [None, None, "pooler", "norm", "norm_pooler", *([] if self.text else ["attention"] * 3)]
+            ),
             "attn_implementation": "eager"
             if kind == "mpnet" or "deberta" in kind
             else chance.choice(["eager", "sdpa"]),

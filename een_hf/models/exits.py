@@ -237,6 +237,59 @@ class NormedExitHead(BertExitHead):
         return BertExitHead.classify_stacked(heads, stacked_layer_norm([head.layernorm for head in heads], pooled))
 
 
+@register_exit_head("attention")
+class AttentionExitHead(ExitHead):
+    """Learned queries that attend to all tokens of an image; then layer norm, dense, GELU, dropout and linear.
+
+    A mean over the patches does not contain where they are, and a class token collects what a classifier needs in the
+    last layers only. This head reads the tokens themselves: query q weights the normed token n by
+    softmax over n of (w_q . n + b_q), and the head classifies the weighted sums together with the pooled hidden
+    states. It costs about as much as three pooled heads.
+
+    What a head reads is stored when exits are trained on a frozen model (`two_stage`, `retrofit`): here all tokens,
+    `num_tokens * hidden_size` numbers per example and exit.
+
+    Args:
+        config: config of an early-exit model of images.
+
+    Raises:
+        ExitConfigurationError: a model of texts, whose number of tokens varies.
+
+    References:
+        Set Transformer (Lee et al., ICML 2019), equation 11, for pooling by attention of learned queries; LGViT (Xu et
+        al., ACM MM 2023), section 3, for exits of a ViT that read all patches.
+    """
+
+    num_queries = 8
+
+    def __init__(self, config):
+        super().__init__(config)
+        if not config.num_prefix_tokens:
+            raise ExitConfigurationError(
+                "exit_head (--exit_head) 'attention' is for images; heads for texts are pooler, norm and norm_pooler."
+            )
+        size, eps = config.hidden_size, getattr(config, "layer_norm_eps", 1e-5)
+        self.hidden_size = size
+        self.norm = nn.LayerNorm(size, eps=eps)
+        self.queries = nn.Linear(size, self.num_queries)
+        self.layernorm = nn.LayerNorm(self.num_queries * size + self.width, eps=eps)
+        self.dense = nn.Linear(self.num_queries * size + self.width, size)
+        self.dropout = nn.Dropout(config.exit_dropout)
+        self.classifier = nn.Linear(size, config.num_labels)
+
+    def pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """All tokens of each example: (batch, length * hidden_size)."""
+        return hidden.flatten(1)
+
+    def classify(self, pooled: torch.Tensor) -> torch.Tensor:
+        hidden = pooled.unflatten(1, (-1, self.hidden_size))
+        normed = self.norm(hidden)
+        weights = self.queries(normed).softmax(1)
+        attended = (weights.mT @ normed).flatten(1)
+        features = self.layernorm(torch.cat([attended, super().pool(hidden, None)], -1))
+        return self.classifier(self.dropout(F.gelu(self.dense(features))))
+
+
 def stacked_linear(modules: list[nn.Linear], inputs: torch.Tensor) -> torch.Tensor:
     """Each module on its own slice of the inputs: (modules, batch, in) to (modules, batch, out)."""
     weights = torch.stack([module.weight for module in modules])

@@ -65,8 +65,8 @@ class ModelArguments:
     exit_head: str | None = field(
         default=None,
         metadata={
-            "help": "Head of the exits before the last: `pooler`, `norm`, `norm_pooler` or package.module:Class. "
-            "Default: that of the architecture."
+            "help": "Head of the exits before the last: `pooler`, `norm`, `norm_pooler`, for images also `attention`, "
+            "which reads all patches; or package.module:Class. Default: that of the architecture."
         },
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads from the Hub."})

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from accelerate.utils import broadcast
 from torch.utils.data import Subset
 
@@ -28,13 +27,17 @@ class TwoStageArguments:
     second_stage_samples: int = field(
         default=50_000,
         metadata={
-            "help": "Largest number of training rows, drawn at random, for the early exits; each needs "
-            "4 * (exits - 1) * hidden size bytes of memory."
+            "help": "Largest number of training rows, drawn at random, for the early exits; each needs 4 bytes of "
+            "memory for every number that a head reads."
         },
+    )
+    second_stage_views: int = field(
+        default=1,
+        metadata={"help": "How often the training images are read for the early exits, each time augmented anew."},
     )
 
     def __post_init__(self):
-        for name in ("second_stage_epochs", "second_stage_batch_size", "second_stage_samples"):
+        for name in ("second_stage_epochs", "second_stage_batch_size", "second_stage_samples", "second_stage_views"):
             if getattr(self, name) < 1:
                 raise ExitConfigurationError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if not 0 < self.second_stage_learning_rate < float("inf"):
@@ -85,6 +88,12 @@ class TwoStageExitTrainer(EarlyExitTrainer):
                 "--method two_stage reads training rows a second time, which a stream does not allow: use --method "
                 "joint, or leave out --streaming."
             )
+        views = self.scheme_args.second_stage_views
+        if views > 1 and train_dataset is not None and not hasattr(train_dataset, "set_epoch"):
+            raise ExitConfigurationError(
+                f"--second_stage_views {views} reads augmented images again, but these rows are the same each time: "
+                "leave it out."
+            )
 
     def in_warm_start(self) -> bool:
         """As in `EarlyExitTrainer`: in all of the first stage only the last exit is trained."""
@@ -115,22 +124,30 @@ class TwoStageExitTrainer(EarlyExitTrainer):
         self.log({"second_stage_loss": loss})
 
     def _read_training_rows(self, model) -> tuple[np.ndarray, np.ndarray]:
-        """Features and the last exit's logits of training rows, in their order, those of all processes."""
-        rows, most = self.train_dataset, self.scheme_args.second_stage_samples
-        if len(rows) > most:
+        """Features and the last exit's logits of training rows, in their order, view after view, of all processes."""
+        rows, settings = self.train_dataset, self.scheme_args
+        if len(rows) > settings.second_stage_samples:
             generator = np.random.default_rng(self.args.seed)
-            chosen = np.sort(generator.choice(len(rows), most, replace=False)).tolist()
+            chosen = np.sort(generator.choice(len(rows), settings.second_stage_samples, replace=False)).tolist()
             rows = rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
-        features, answers = [], []
+        found, start = None, 0
         model.eval()
         # Not as evaluation rows: Trainer keeps their data loader where its workers persist.
-        for batch in self.get_test_dataloader(rows):
-            inputs = {**self._prepare_inputs(batch)}
-            labels = inputs.pop("labels")
-            # Not known yet where a run is resumed after its last step.
-            model.config.problem_type = infer_problem_type(model.config.problem_type, model.config.num_labels, labels)
-            with self.accelerator.autocast():
-                found = read_features(model, inputs)
-            for values, part in zip((features, answers), self.accelerator.gather_for_metrics(found), strict=True):
-                values.append(part.cpu())
-        return torch.cat(features).numpy(), torch.cat(answers).numpy()
+        loader = self.get_test_dataloader(rows)
+        for _ in range(settings.second_stage_views):
+            for batch in loader:  # accelerate counts the passes, and sets the epoch of the rows
+                inputs = {**self._prepare_inputs(batch)}
+                labels = inputs.pop("labels")
+                # Not known yet where a run is resumed after its last step.
+                model.config.problem_type = infer_problem_type(
+                    model.config.problem_type, model.config.num_labels, labels
+                )
+                with self.accelerator.autocast():
+                    read = self.accelerator.gather_for_metrics(read_features(model, inputs))
+                if found is None:
+                    count = len(rows) * settings.second_stage_views
+                    found = [np.empty((count, *part.shape[1:]), dtype=np.float32) for part in read]
+                for values, part in zip(found, read, strict=True):
+                    values[start : start + len(part)] = part.cpu()
+                start += len(read[0])
+        return tuple(found)

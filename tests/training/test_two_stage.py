@@ -114,6 +114,50 @@ def test_they_learn_from_as_many_rows_as_are_asked_for(tmp_path):
     assert len(set(places)) == len(places) == 10 and places == sorted(places)
 
 
+class Brightened(torch.utils.data.Dataset):
+    """Images that are brighter by 1 in each epoch."""
+
+    def __init__(self, count):
+        self.rows, self.epoch = tiny_rows("vit", count), 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return {**row, "pixel_values": row["pixel_values"] + self.epoch}
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+def test_each_view_of_an_image_is_another(tmp_path, monkeypatch):
+    """What breaks: the same view is stored again, or features and answers of different views are paired."""
+    model, stored = tiny_model("vit", problem_type="single_label_classification", noise=0.3, **NO_DROPOUT), []
+    settings = {"per_device_eval_batch_size": 4, "max_steps": 3, "num_train_epochs": 3}
+    trainer = make_trainer(tmp_path, model, Brightened(6), {"second_stage_views": 3}, **settings)
+    monkeypatch.setattr(two_stage, "train_heads", lambda _, *given, **settings: stored.extend(given) or 0.0)
+    trainer.train()
+    rows = Brightened(6)
+    images = torch.cat([torch.stack([row["pixel_values"] for row in rows.rows]) + view for view in range(3)])
+    with torch.no_grad():
+        output = model.eval()(pixel_values=images, early_exit=False, output_hidden_states=True)
+    wanted = [torch.cat([h[:, 0], h[:, 1:].mean(1)], -1) for h in output.hidden_states[1:3]]
+    torch.testing.assert_close(torch.from_numpy(stored[0]), torch.stack(wanted, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(stored[1]), output.exit_logits[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_exits_that_read_all_patches_agree_with_the_last_one(tmp_path):
+    """What breaks: tokens are stored in another order than the head reads them."""
+    settings = {"problem_type": "single_label_classification", "exit_head": "attention", "noise": 0.3, **NO_DROPOUT}
+    second_stage = {"second_stage_epochs": 100, "second_stage_learning_rate": 1e-2}
+    trainer = make_trainer(tmp_path, tiny_model("vit", **settings), tiny_rows("vit"), second_stage)
+    trainer.train()
+    answers = trainer.predict_exits(trainer.train_dataset).predictions.argmax(-1)
+    assert len(set(answers[:, -1])) > 1
+    assert (answers == answers[:, -1:]).mean() > 0.9
+
+
 def first_tokens(batches):
     return [row[0].item() for batch in batches for row in batch["input_ids"]]
 
@@ -159,8 +203,9 @@ def test_a_run_resumed_after_its_last_step_trains_the_same_exits(labels, tmp_pat
         ({"warm_start_epochs": 0.5}, "--warm_start_epochs"),
         ({"rows": (row for row in ())}, "--streaming"),
         ({"model": tiny_model(exit_layers=[3])}, "--exit_layers"),
+        ({"second_stage": {"second_stage_views": 2}}, "--second_stage_views"),
     ],
-    ids=["frozen", "warm", "stream", "one exit"],
+    ids=["frozen", "warm", "stream", "one exit", "views of texts"],
 )
 def test_what_leaves_no_two_stages_is_refused(settings, flag, tmp_path):
     """What breaks: a run trains for hours and then fails, or has one stage only."""
@@ -169,7 +214,7 @@ def test_what_leaves_no_two_stages_is_refused(settings, flag, tmp_path):
 
 
 @pytest.mark.parametrize("value", [0, -1])
-@pytest.mark.parametrize("name", ["epochs", "learning_rate", "batch_size", "samples"])
+@pytest.mark.parametrize("name", ["epochs", "learning_rate", "batch_size", "samples", "views"])
 def test_numbers_out_of_range_are_refused(name, value):
     """What breaks: the first stage is trained before the mistake shows."""
     with pytest.raises(ExitConfigurationError, match=f"--second_stage_{name}"):
