@@ -51,14 +51,15 @@ def compute_features(
     """
     folder = output_dir / FEATURES_FOLDER / _fingerprint(model, rows, chunk_size, feature_dtype)
     make_folder("output_dir", folder)
-    shape = (len(rows), model.num_exits - 1, model.exit_head_modules(0)[0].width)
-    features = np.empty(shape, dtype=feature_dtype)
-    logits = np.empty((len(rows), model.config.num_labels), dtype=np.float32)
+    features, logits = None, np.empty((len(rows), model.config.num_labels), dtype=np.float32)
     with tqdm(total=len(rows), unit="row", desc="Reading rows") as bar:
         for number, start in enumerate(range(0, len(rows), chunk_size)):
             chunk = range(start, min(start + chunk_size, len(rows)))
             path = folder / f"chunk-{number:05d}.npz"
-            found = _read_chunk(path, features[: len(chunk)], logits[: len(chunk)])
+            width = features.shape[2] if number else None
+            found = _read_chunk(
+                path, (len(chunk), model.num_exits - 1, width), feature_dtype, logits[: len(chunk)].shape
+            )
             if found is None:
                 found = _compute_chunk(model, rows, chunk, batch_size, feature_dtype)
                 _check_finite(*found, start, model.config.name_or_path)
@@ -68,6 +69,8 @@ def compute_features(
                     file.write(content.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
+            if not number:
+                features = np.empty((len(rows), *found[0].shape[1:]), dtype=feature_dtype)
             features[start : chunk.stop], logits[start : chunk.stop] = found
             bar.update(len(chunk))
     return features, logits
@@ -76,7 +79,7 @@ def compute_features(
 def _fingerprint(model: EarlyExitMixin, rows: RetrofitRows, chunk_size: int, feature_dtype: str) -> str:
     """A name for these features, which changes with the model, the rows and the settings."""
     config, digest = model.config, hashlib.sha256()
-    settings = [config.exit_layers, config.exit_pooling, config.last_exit_pooling, str(model.dtype)]
+    settings = [config.exit_layers, config.exit_pooling, config.exit_head, config.last_exit_pooling, str(model.dtype)]
     settings += [chunk_size, feature_dtype, len(rows)]
     digest.update(json.dumps(settings).encode())
     for name, tensor in model.state_dict().items():
@@ -98,15 +101,19 @@ def _check_finite(features: np.ndarray, logits: np.ndarray, start: int, name: st
             raise ExitConfigurationError(f"{cause} row {start + broken[0]} (counted from 0).")
 
 
-def _read_chunk(path: Path, *like: np.ndarray) -> list[np.ndarray] | None:
-    """Features and logits of a chunk; `None` if its file is missing, or its arrays do not fit or are not finite."""
+def _read_chunk(path: Path, shape: tuple, dtype: str, logits_shape: tuple) -> list[np.ndarray] | None:
+    """Features and logits of a chunk; `None` if its file is missing, or its arrays do not fit or are not finite.
+
+    What heads read is of any width (`None`) in the first chunk, and of the same in the others.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = [file["features"], file["logits"]]
+            features, logits = file["features"], file["logits"]
     except Exception:  # a damaged archive raises errors of many kinds
         return None
-    fit = all(one.shape == of.shape and one.dtype == of.dtype for one, of in zip(found, like, strict=True))
-    return found if fit and all(np.isfinite(one).all() for one in found) else None
+    fit = features.ndim == 3 and features.shape == (*shape[:2], shape[2] or features.shape[2])
+    fit &= (features.dtype, logits.shape, logits.dtype) == (dtype, logits_shape, np.float32)
+    return [features, logits] if fit and all(np.isfinite(values).all() for values in (features, logits)) else None
 
 
 def _compute_chunk(

@@ -79,6 +79,17 @@ def test_cached_features_give_the_models_own_logits(finished):
     np.testing.assert_allclose(saved["logits"], torch.cat(wanted).numpy(), atol=2e-5)
 
 
+def test_exits_that_read_all_patches(sources, tmp_path, rows_read):
+    """What breaks: what is cached is of another size than the pooled hidden states, and the features of another head
+    are taken for it."""
+    main(words_of(sources["vit"], tmp_path))
+    rows_read()
+    for wanted_rows in (NUM_ROWS, 0):
+        main(words_of(sources["vit"], tmp_path, exit_head="attention"))
+        assert rows_read() == wanted_rows
+    test_cached_features_give_the_models_own_logits(("vit", sources["vit"], tmp_path))
+
+
 def test_the_certificate_is_that_of_the_saved_model(finished):
     """Fails if the policy in the folder is certified on other rows or logits than those of the saved model."""
     kind, source, out = finished
