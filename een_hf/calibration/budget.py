@@ -10,10 +10,6 @@ from ..models import ExitConfigurationError
 from ..models.policies import NEVER, ExitPolicy
 from .rows import CalibrationReport, ScoredRows, score_rows
 from .search import improve, rank
-from .thresholds import geometric_thresholds
-
-
-_SHARE_RATIOS = np.geomspace(1 / 30, 30, 61)  # q of the geometric split; below 1 most examples exit early
 
 
 def geometric_policy(
@@ -48,9 +44,7 @@ def geometric_policy(
 
 def geometric_start(scored: ScoredRows, target_cost: float) -> np.ndarray:
     """Thresholds (num_exits,) of the best geometric split within the budget; if none is, all rows exit at exit 1."""
-    always = np.full(scored.num_exits, -NEVER)
-    splits = [always] + [geometric_thresholds(scored.scores, ratio) for ratio in _SHARE_RATIOS]
-    return max(splits, key=lambda candidate: rank(scored, candidate, target_cost))
+    return max(scored.geometric_splits, key=lambda candidate: rank(scored, candidate, target_cost))
 
 
 def check_target_cost(target_cost: float, costs: Sequence[float]) -> None:

@@ -12,6 +12,10 @@ from ..models.criteria import get_criterion, resolve_problem_type
 from ..models.policies import NEVER, ExitPolicy
 from .arrays import as_tensor, probability_of, right_answers
 from .temperatures import fit_temperatures
+from .thresholds import geometric_thresholds
+
+
+_SHARE_RATIOS = np.geomspace(1 / 30, 30, 61)  # q of the geometric split; below 1 most examples exit early
 
 
 @dataclass
@@ -87,6 +91,12 @@ class ScoredRows:
         if not get_criterion(self.criterion).scores_probabilities:
             return self
         return self.select(slice(None), self.temperatures, tempered=False)
+
+    @cached_property
+    def geometric_splits(self) -> list[np.ndarray]:
+        """Thresholds (num_exits,) of the geometric splits that are tried; the first lets all rows exit at exit 1."""
+        always = np.full(self.num_exits, -NEVER)
+        return [always, *(geometric_thresholds(self.scores, ratio) for ratio in _SHARE_RATIOS)]
 
     def exits(self, thresholds: np.ndarray) -> np.ndarray:
         """The 0-based exit, (num_rows,), that each row takes."""

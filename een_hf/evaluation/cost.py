@@ -52,9 +52,7 @@ class ExitCosts(list):
         )
 
     def of_policy(self, policy: ExitPolicy | None) -> np.ndarray:
-        """The costs under a policy, which evaluates only the exits that it uses.
-
-        If the criterion remembers earlier exits, all are evaluated, as in `EarlyExitMixin.evaluated_exits`.
+        """The costs under a policy, which evaluates only some exits (`ExitPolicy.evaluated_early_exits`).
 
         Args:
             policy: an exit policy; `None`: no early exit.
@@ -62,9 +60,7 @@ class ExitCosts(list):
         Returns:
             (num_exits,), float64.
         """
-        if policy is not None and policy.remembers:
-            return np.array(self, dtype=np.float64)
-        evaluated = [index for index in range(len(self) - 1) if policy is not None and policy.lets_exit(index)]
+        evaluated = [] if policy is None else policy.evaluated_early_exits()
         return np.array([self._cost(index, evaluated) for index in range(len(self))], dtype=np.float64)
 
     def over(self, unit: float) -> "ExitCosts":

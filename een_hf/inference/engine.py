@@ -69,16 +69,16 @@ class ExitEngine:
             waiting.clear()
         for slots in self._slots.values():
             slots.release_all()
+        ahead = 0 if self._graphs is None else 1  # while a graph runs, the next is sent; its answers are read then
         for ids, inputs in batches:
             ids = ids.tolist()
             for start in range(0, len(ids), self.batch_size):
                 part = slice(start, start + self.batch_size)
                 self._start(ids[part], {n: v[part] if torch.is_tensor(v) else v for n, v in inputs.items()})
-                # While a graph runs, the next is sent: its answers are read after that.
-                yield from self._finish(keep=0 if self._graphs is None else 1)
+                yield from self._finish(keep=ahead)
                 while (stage := self._deepest_full()) is not None:
                     self._step(stage)
-                    yield from self._finish(keep=0 if self._graphs is None else 1)
+                    yield from self._finish(keep=ahead)
         for stage in range(len(self._waiting)):
             while self.num_waiting(stage):
                 self._step(stage)
@@ -105,9 +105,7 @@ class ExitEngine:
         model, main = self.model, main_input(inputs, self.model.main_input_name)
         shape = main.shape[1:] if model.main_input_name == "pixel_values" else None
         if shape is None:
-            mask = inputs.get("attention_mask")
-            model.check_mask(mask, True, main.shape[:2])
-            model.check_padding(mask)
+            model.check_padding(inputs.get("attention_mask"), main.shape[:2])
         slots = self._slots[shape]
         self._running.append((shape, slots, 0, slots.start(inputs), ids))
 
@@ -144,8 +142,8 @@ class ExitEngine:
             if len(self._waiting) > 1:
                 slots.release([step.slots[place] for place in gone])
             if len(gone) < len(ids):
-                left = ((step.slots[place], ids[place]) for place, done in enumerate(exits) if not done)
-                self._waiting[stage + 1].setdefault(shape, deque()).extend(left)
+                others = ((step.slots[place], ids[place]) for place, done in enumerate(exits) if not done)
+                self._waiting[stage + 1].setdefault(shape, deque()).extend(others)
             if gone:
                 whole = len(gone) == len(ids)
                 logits = step.logits if whole else step.logits.index_select(0, send(gone, step.logits.device))

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..calibration import calibrate, check_risk, check_target_cost, risk_p_value, rows_needed
+from ..calibration import calibrate, check_risk, check_target_cost, disagreement, risk_p_value, rows_needed
 from ..calibration.risk import split_rows
 from ..errors import ExportError
 from ..evaluation import ExitCosts, cost_inputs, relative_costs
-from ..evaluation.metrics import predict_labels
 from ..models import EarlyExitMixin, ExitConfigurationError, ExitPolicy
 from ..models.criteria import fitting_criteria, get_criterion, resolve_problem_type
 from .predict import predict
@@ -114,23 +113,22 @@ class GraphCalibrator:
             ExportError: the answers of the graph do not confirm the guarantee.
         """
         logits, exit_index = self.answers(session)
-        answers, wanted = (
-            predict_labels(values, self.problem_type).reshape(len(values), -1) for values in (logits, self.reference)
-        )
-        differs, guarantee = (answers != wanted).any(1), policy.guarantee
+        guarantee, agreement = policy.guarantee, None
+        if self.problem_type != "regression":
+            differs = disagreement(logits, self.reference, self.problem_type)
+            agreement = float(1 - differs.mean())
         if guarantee is not None:
-            losses = differs[split_rows(len(differs), self.settings.seed)[1]]
+            losses = differs[split_rows(len(logits), self.settings.seed)[1]]
             p_value = risk_p_value(losses, guarantee["limit"])
             if p_value > 1 - guarantee["confidence"]:
                 raise ExportError(
-                    f"The dynamic int8 graph shows {losses.sum()} errors in {len(losses)} certifying rows, too many "
+                    f"The dynamic int8 graph shows {losses.sum():g} errors in {len(losses)} certifying rows, too many "
                     f"to certify a risk of at most {guarantee['limit']:g}: nothing is written."
                 )
             policy = replace(policy, guarantee={**guarantee, "errors": float(losses.sum()), "p_value": p_value})
         fractions = np.bincount(exit_index, minlength=len(self.costs)) / len(exit_index)
         cost = float(fractions @ self.costs.of_policy(policy))
-        agreement = None if self.problem_type == "regression" else float(1 - differs.mean())
-        return CalibratedGraph(policy, len(differs), cost, fractions.tolist(), agreement)
+        return CalibratedGraph(policy, len(logits), cost, fractions.tolist(), agreement)
 
     def answers(self, session: "onnxruntime.InferenceSession") -> list[np.ndarray]:  # noqa: F821
         """The outputs of a graph for all rows, which run one at a time."""

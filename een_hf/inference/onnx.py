@@ -6,7 +6,6 @@ each row exits where it does in PyTorch, whatever the batch.
 """
 
 import copy
-import inspect
 import json
 import os
 import tempfile
@@ -34,6 +33,7 @@ from .quantization import (
     quantize_graph,
     quiet_loggers,
 )
+from .runner import input_names
 
 
 logger = logging.get_logger(__name__)
@@ -80,9 +80,9 @@ class DynamicExits(nn.Module):
             def run(thresholds, *operands, number=number, kept=kept):
                 _, _, exits, *_ = before = operands[len(fixed) :]
                 rows = self.continuing(exits)
-                left = iter([operand.index_select(0, rows) for operand in operands])
-                examples = beside.map(lambda _: next(left))
-                logits, _, _, hidden, *state = left
+                selected = iter([operand.index_select(0, rows) for operand in operands])
+                examples = beside.map(lambda _: next(selected))
+                logits, _, _, hidden, *state = selected
                 examples = replace(examples, hidden=hidden, logits=logits, state=tuple(state))
                 after = self._stage(number, thresholds, examples)
                 return tuple(old.index_copy(0, rows, new) for old, new in zip(before, after[:kept], strict=False))
@@ -324,7 +324,7 @@ def _random_inputs(model: EarlyExitMixin, num_rows: int, seed: int = 0) -> dict[
         "input_ids": torch.randint(config.vocab_size, shape, generator=generator),
         "attention_mask": (torch.arange(length) < ends).long(),
     }
-    if "token_type_ids" in inspect.signature(model.forward).parameters and config.type_vocab_size:
+    if "token_type_ids" in input_names(model) and config.type_vocab_size:
         inputs["token_type_ids"] = torch.randint(config.type_vocab_size, shape, generator=generator)
     return inputs
 

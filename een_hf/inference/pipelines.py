@@ -85,11 +85,11 @@ class _ExitAnswers:
         costs = self._costs_at(length)
         if "exit_index" in model_outputs:  # else every exit was evaluated
             costs = costs.of_policy(self.model.get_exit_policy())
-        left = {
+        found = {
             "exit_layer": self.model.config.exit_layers[exit_index],
             "cost_saved": 1 - float(costs[exit_index]),
         }
-        return [{**one, **left} for one in answer] if isinstance(answer, list) else {**answer, **left}
+        return [{**one, **found} for one in answer] if isinstance(answer, list) else {**answer, **found}
 
 
 class EarlyExitTextClassificationPipeline(_ExitAnswers, TextClassificationPipeline):
@@ -148,11 +148,11 @@ def _open_image(source: str, timeout: float | None) -> "Image.Image":
         ) from error
 
 
-for _task, _pipeline_class, _model_class, _type in (
-    ("text", EarlyExitTextClassificationPipeline, AutoModelForSequenceClassification, "text"),
-    ("image", EarlyExitImageClassificationPipeline, AutoModelForImageClassification, "image"),
+for _type, _pipeline_class, _model_class in (
+    ("text", EarlyExitTextClassificationPipeline, AutoModelForSequenceClassification),
+    ("image", EarlyExitImageClassificationPipeline, AutoModelForImageClassification),
 ):
-    _task = f"early-exit-{_task}-classification"
+    _task = f"early-exit-{_type}-classification"
     if _task not in PIPELINE_REGISTRY.supported_tasks:
         PIPELINE_REGISTRY.register_pipeline(_task, _pipeline_class, pt_model=_model_class, type=_type)
         # With this attribute a saved pipeline would include this file, which runs only where een_hf is installed.

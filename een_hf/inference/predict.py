@@ -140,12 +140,12 @@ def fastest_batches(runner, rows, batch_size, window, data_collator, order=None)
     return size, _ahead(batches, model.device)
 
 
-def _ahead(batches: Iterator[tuple], device: torch.device, depth: int = 2) -> Iterator[tuple]:
-    """The same batches on the device, created and sent by another thread, up to `depth` of them ahead.
+def _ahead(batches: Iterator[tuple], device: torch.device) -> Iterator[tuple]:
+    """The same batches on the device, created and sent by another thread, up to two of them ahead.
 
     Masks stay in the memory of the host, where the runner can check without waiting whether they contain a zero.
     """
-    ready, stop, cuda = queue.Queue(depth), threading.Event(), device.type == "cuda"
+    ready, stop, cuda = queue.Queue(2), threading.Event(), device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
     if cuda:
         stream.wait_stream(torch.cuda.current_stream(device))  # rows may come from there

@@ -149,11 +149,11 @@ class Decisions:
         for exit_index in exits:
             hidden, logits = run_stage(exit_index, examples, context, examples.logits, after)
             examples = replace(examples, hidden=hidden, logits=logits if boosted else None)
-            if self.scorer is not None and (self.scorer.remembers or exit_index == exits[-1]):
-                if exit_index < model.num_exits - 1:
-                    temperature = None if temperatures is None else temperatures[..., exit_index, None]
-                    threshold = thresholds[..., exit_index]
-                    done, examples.state = decide(self.scorer, logits, examples.state, threshold, temperature)
+            scored = self.scorer is not None and (self.scorer.remembers or exit_index == exits[-1])
+            if scored and exit_index < model.num_exits - 1:
+                temperature = None if temperatures is None else temperatures[..., exit_index, None]
+                threshold = thresholds[..., exit_index]
+                done, examples.state = decide(self.scorer, logits, examples.state, threshold, temperature)
             after = exit_index
         return examples, logits, done
 

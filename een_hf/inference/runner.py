@@ -66,7 +66,7 @@ class ExitRunner:
         cuda_graphs: bool | None = None,
         compile: bool = False,
     ):
-        self.model, self.policy = model, None if policy is None else model.checked_policy(policy)
+        self.model, self.policy = model, model.checked_policy(policy)
         self.cuda_graphs = cuda_graphs is not False
         self._turn, self._is_text = _Turn(), model.main_input_name == "input_ids"
         self._names = frozenset(input_names(model))
@@ -91,9 +91,14 @@ class ExitRunner:
         """
         other = object.__new__(type(self))
         vars(other).update(vars(self))
-        other.policy, other._decisions = None if policy is None else self.model.checked_policy(policy), None
-        other._kinds, other._lanes = {}, OrderedDict()
+        other.policy = self.model.checked_policy(policy)
+        other._drop_programs()
         return other
+
+    def _drop_programs(self) -> None:
+        self._kinds: dict[tuple, Decisions] = {}
+        self._decisions: Decisions | None = None
+        self._lanes: OrderedDict[tuple, Lane] = OrderedDict()
 
     def _forget(self) -> None:
         self.device, self._parameter = self.model.device, next(self.model.parameters())
@@ -102,9 +107,7 @@ class ExitRunner:
             with torch.inference_mode(False):
                 self._unmasked = torch.ones((), dtype=torch.bool, pin_memory=True)
             self._looked = torch.cuda.Event()
-        self._kinds: dict[tuple, Decisions] = {}
-        self._decisions: Decisions | None = None
-        self._lanes: OrderedDict[tuple, Lane] = OrderedDict()
+        self._drop_programs()
         self._tensors = ModelTensors(self.model)
 
     def _is_current(self) -> bool:
@@ -203,8 +206,7 @@ class ExitRunner:
             self.model.config.check_input_length(length, "A text, or one beside it,")
             wanted = rounded_length(length, self.model.config.max_input_length)
             mask = inputs.pop("attention_mask", None)
-            self.model.check_mask(mask, True, (batch, length))
-            self.model.check_padding(mask)
+            self.model.check_padding(mask, (batch, length))
             padded = wanted > length or (mask is not None and self._guess_padded(mask))
             if padded:
                 inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.int64) if mask is None else mask
@@ -312,7 +314,7 @@ def runner_of(model: EarlyExitMixin) -> ExitRunner:
     return runner
 
 
-def runs_graphs(model: EarlyExitMixin, cuda_graphs: bool | None = None) -> bool:
+def runs_graphs(model: EarlyExitMixin, cuda_graphs: bool | None) -> bool:
     """Whether a runner answers for a model: `cuda_graphs`; if it is `None`, on CUDA where `model.cuda_graphs`."""
     return model.device.type == "cuda" and model.cuda_graphs if cuda_graphs is None else cuda_graphs
 

@@ -170,9 +170,9 @@ class EarlyExitMixin(CheckpointLoadingMixin, StagedForwardMixin):
         return pool_hidden_states(hidden, attention_mask, config.last_exit_pooling, config.num_prefix_tokens)
 
     def evaluated_exits(self, policy: ExitPolicy | None) -> list[int]:
-        """The exits that must be evaluated under a policy: those at which examples can exit, and the last.
+        """The exits that must be evaluated under a policy: its `evaluated_early_exits`, and the last.
 
-        All are evaluated if the criterion remembers earlier exits, or if exits are boosted.
+        All are evaluated if exits are boosted.
 
         Args:
             policy: an exit policy; `None`: no early exit.
@@ -180,10 +180,9 @@ class EarlyExitMixin(CheckpointLoadingMixin, StagedForwardMixin):
         Returns:
             0-based exits, in order.
         """
-        last = self.num_exits - 1
-        if self.config.exit_aggregation == "boosted" or (policy is not None and policy.remembers):
+        if self.config.exit_aggregation == "boosted":
             return list(range(self.num_exits))
-        return [index for index in range(last) if policy is not None and policy.lets_exit(index)] + [last]
+        return [*([] if policy is None else policy.evaluated_early_exits()), self.num_exits - 1]
 
     def freeze_backbone(self) -> None:
         """Train only heads 1..K-1; the backbone and the last head do not change, not by a bit, and stay in eval mode.
@@ -238,20 +237,21 @@ class EarlyExitMixin(CheckpointLoadingMixin, StagedForwardMixin):
             policy = self.checked_policy(values).to_dict()
         self.config.exit_policy = policy
 
-    def checked_policy(self, policy: "ExitPolicy | dict") -> ExitPolicy:
+    def checked_policy(self, policy: "ExitPolicy | dict | None") -> ExitPolicy | None:
         """Check that a policy fits the model, whose own is not changed.
 
         Args:
-            policy: an exit policy or its dict.
+            policy: an exit policy or its dict; `None`: none.
 
         Returns:
-            the policy.
+            the policy, or `None`.
 
         Raises:
             ExitConfigurationError: the policy does not fit the number of exits or the problem.
         """
         policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
-        policy.validate(self.num_exits, self.config.problem_type, self.config.num_labels)
+        if policy is not None:
+            policy.validate(self.num_exits, self.config.problem_type, self.config.num_labels)
         return policy
 
     def get_exit_policy(self) -> ExitPolicy | None:

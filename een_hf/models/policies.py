@@ -223,6 +223,14 @@ class ExitPolicy:
         """
         return self.thresholds[exit_index] <= self.scorer.highest_score(exit_index)
 
+    def evaluated_early_exits(self) -> list[int]:
+        """The exits before the last that must be evaluated.
+
+        Returns:
+            0-based exits at which examples can exit; all if the criterion remembers earlier exits.
+        """
+        return [index for index in range(len(self.thresholds) - 1) if self.remembers or self.lets_exit(index)]
+
     def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
         """Decide which examples exit at an exit before the last.
 

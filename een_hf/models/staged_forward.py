@@ -150,14 +150,14 @@ class StagedForwardMixin:
             self.check_count(len(examples))
             examples = examples.unpadded()
         exit_index = None
-        if policy is None or recording:
+        if dynamic:
+            logits, exit_index = self.run_dynamic(examples, policy, **kwargs)
+        else:
             every = self.run_all(examples, **kwargs)
             exit_logits, logits = torch.stack(every, 1), every[-1]
             if policy is not None:
                 exit_index = policy.exits_of(exit_logits)
                 logits = exit_logits[torch.arange(len(exit_index), device=exit_logits.device), exit_index]
-        else:
-            logits, exit_index = self.run_dynamic(examples, policy, **kwargs)
         loss = None
         if labels is not None:
             config.problem_type = infer_problem_type(config.problem_type, config.num_labels, labels)
@@ -222,15 +222,18 @@ class StagedForwardMixin:
                 "exit_pooling='cls'."
             )
 
-    def check_padding(self, attention_mask: torch.Tensor | None) -> None:
-        """Check that no text is padded on the left, if the model's answers depend on the amount of such padding.
+    def check_padding(self, attention_mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+        """Check the mask of texts that may run in other batches: `check_mask`, and no padding on the left that counts.
 
         Args:
-            attention_mask: (batch, length); `None`: no padding.
+            attention_mask: as the caller gave it; `None`: no padding.
+            shape: (batch, length) of the texts.
 
         Raises:
-            ExitConfigurationError: a text begins with padding that an exit reads.
+            ExitConfigurationError: the mask is not 2-D, its shape is not `shape`, or a text begins with padding,
+                although the model's answers depend on the amount of such padding.
         """
+        self.check_mask(attention_mask, True, shape)
         if attention_mask is None or self.answers_left_padding or bool((attention_mask[:, 0] != 0).all()):
             return
         raise ExitConfigurationError(
@@ -294,9 +297,8 @@ class StagedForwardMixin:
             each example's logits at its own exit (batch, num_labels), and this exit (batch,), int64, 0-based.
         """
         context, answers, exit_index, after = self.make_context(examples), None, None, -1
-        *early, last = self.evaluated_exits(policy)
-        boosted = self.config.exit_aggregation == "boosted"
-        for index in (*early, last):
+        evaluated, boosted = self.evaluated_exits(policy), self.config.exit_aggregation == "boosted"
+        for index in evaluated:
             hidden, logits = self.run_stage(index, examples, context, examples.logits, after, **kwargs)
             examples = replace(examples, hidden=hidden, logits=logits if boosted else None)
             if exit_index is None:
@@ -304,7 +306,7 @@ class StagedForwardMixin:
             else:
                 answers.index_copy_(0, examples.ids, logits)
                 exit_index.index_fill_(0, examples.ids, index)
-            if index == last:
+            if index == evaluated[-1]:
                 break
             exits, examples.state = policy.decide(index, logits, examples.state)
             after = index

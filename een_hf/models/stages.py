@@ -107,15 +107,15 @@ class Examples:
         if len(exits) == 1:
             return None if exits.item() else self
         if self.attention_mask is None:
-            left, examples = (~exits).nonzero().squeeze(1), self
-            count = len(left)
+            indices, examples = (~exits).nonzero().squeeze(1), self
+            count = len(indices)
         else:
             count, width, padded = self.measure(exits)
             if 0 < count < len(exits):
-                left, examples = (~exits).nonzero_static(size=count).squeeze(1), self.trim(width, padded)
+                indices, examples = (~exits).nonzero_static(size=count).squeeze(1), self.trim(width, padded)
         if count == len(exits):
             return self
-        return examples.select(left) if count else None
+        return examples.select(indices) if count else None
 
     def unpadded(self) -> "Examples":
         """The same examples, without the mask if it contains no zero; reads the mask once."""

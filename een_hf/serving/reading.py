@@ -154,8 +154,7 @@ class Reader:
         mask = inputs.get("attention_mask")
         masked = mask is not None and not bool(mask.all())
         if mask is not None:
-            self.model.check_mask(mask[None], True, (1, length))
-            self.model.check_padding(mask[None])
+            self.model.check_padding(mask[None], (1, length))
         return Row(request, inputs, -(-length // self.length_step), length, masked)
 
 
