@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from common import add_results_argument, exit_in_shares, summarize, write_results
+from common import add_results_argument, exit_in_shares, ratio, summarize, write_results
 
 from een_hf import EarlyExitBertForSequenceClassification
 from een_hf.data import sample_model_path
@@ -36,11 +36,6 @@ def random_texts(batch_size: int, length: int) -> dict[str, torch.Tensor]:
     """Random words of full length."""
     words = torch.randint(1000, 20000, (batch_size, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": words, "attention_mask": torch.ones_like(words), "token_type_ids": torch.zeros_like(words)}
-
-
-def ratio(seconds: dict[str, list[float]], numerator: str, denominator: str) -> float:
-    """Median over rounds: what slows the machine slows both calls of a round."""
-    return float(np.median(np.divide(seconds[numerator], seconds[denominator])))
 
 
 @torch.no_grad()

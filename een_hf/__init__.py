@@ -1,8 +1,7 @@
 """Early exits for Hugging Face encoders."""
 
-import importlib
-
 from ._deprecated import find_old_modules
+from .extras import imported_on_use
 from .inference import pipelines  # noqa: F401, registers them
 from .models import (
     AutoEarlyExitModel,
@@ -29,26 +28,28 @@ __version__ = "0.2.0"
 find_old_modules()
 
 # Training and evaluation are imported on first use: a model that only predicts does not wait for them.
-_LAZY = {
-    "BoostedExitTrainer": ".training",
-    "EarlyExitTrainer": ".training",
-    "EarlyExitTrainingArguments": ".training",
-    "ExitRunner": ".inference",
-    "GraphCalibration": ".inference.quantization",
-    "JointExitTrainer": ".training",
-    "MetaWeightedExitTrainer": ".training",
-    "RetrofitReport": ".retrofitting",
-    "TwoStageExitTrainer": ".training",
-    "calibrate": ".calibration",
-    "calibrate_run": ".runs",
-    "compare": ".evaluation",
-    "export_onnx": ".inference.onnx",
-    "partition_dataset": ".data",
-    "predict": ".inference",
-    "register_scheme": ".training",
-    "relative_costs": ".evaluation",
-    "retrofit": ".retrofitting",
-}
+__getattr__ = imported_on_use(
+    __name__,
+    {
+        "calibration": ("calibrate",),
+        "data": ("partition_dataset",),
+        "evaluation": ("compare", "relative_costs"),
+        "inference": ("ExitRunner", "predict"),
+        "inference.onnx": ("export_onnx",),
+        "inference.quantization": ("GraphCalibration",),
+        "retrofitting": ("RetrofitReport", "retrofit"),
+        "runs": ("calibrate_run",),
+        "training": (
+            "BoostedExitTrainer",
+            "EarlyExitTrainer",
+            "EarlyExitTrainingArguments",
+            "JointExitTrainer",
+            "MetaWeightedExitTrainer",
+            "TwoStageExitTrainer",
+            "register_scheme",
+        ),
+    },
+)
 
 __all__ = [
     "AutoEarlyExitModel",
@@ -86,9 +87,3 @@ __all__ = [
     "relative_costs",
     "retrofit",
 ]
-
-
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Writing of files, completely or not at all."""
+"""Writing of files, completely or not at all, and by one process at a time."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .errors import DiskFullError, is_full_disk
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextmanager
@@ -38,3 +44,27 @@ def room_for(path: Path, remedy: str) -> Iterator[None]:
         if not is_full_disk(error):
             raise
         raise DiskFullError(f"{path} could not be written ({error}): {remedy}") from error
+
+
+@contextmanager
+def locked(path: Path, busy: Exception) -> Iterator[None]:
+    """Keep other processes out of a file or folder; the lock of a process that was killed is released.
+
+    Args:
+        path: it must exist. Where its file system has no locks, nothing is kept out.
+        busy: the error if another process is inside.
+    """
+    if fcntl is None:
+        yield
+        return
+    held = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(held)

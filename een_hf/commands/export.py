@@ -30,6 +30,7 @@ from ..inference.onnx import check_output, export_onnx
 from ..inference.quantization import FORMATS, GraphCalibration, check_quantization
 from ..models import ExitConfigurationError
 from ..models.criteria import find_criterion
+from .flags import add_row_flags
 
 
 def add_arguments(parser) -> None:
@@ -48,14 +49,7 @@ def add_arguments(parser) -> None:
         "--exit_criterion",
         help="Score that decides whether an example exits. Default: that of the model's policy, else confidence.",
     )
-    rows.add_argument(
-        "--text_column_names", nargs="+", help="One text column, or two for pairs. Default: the only one."
-    )
-    rows.add_argument(
-        "--max_seq_length", type=int, default=128, help="Number of tokens to which texts are truncated. Default: 128."
-    )
-    rows.add_argument("--skip_empty", action="store_true", help="Skip rows without text.")
-    rows.add_argument("--skip_corrupt", action="store_true", help="Skip images that cannot be decoded.")
+    add_row_flags(rows)
     rows.add_argument("--seed", type=int, default=42, help="Seed of the choice of the rows that certify. Default: 42.")
 
 

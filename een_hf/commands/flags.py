@@ -33,3 +33,15 @@ def add_flags(parser: ArgumentParser, arguments_class: type, names: Sequence[str
         if default is not None and "default" not in text.lower():
             text += f" Default: {default}."
         parser.add_argument(f"--{name}", default=default, help=text, **settings)
+
+
+def add_row_flags(parser: ArgumentParser) -> None:
+    """Add the flags of unlabelled rows (`RowArguments`) to a command, or to a group of its flags."""
+    parser.add_argument(
+        "--text_column_names", nargs="+", help="One text column, or two for pairs. Default: the only one."
+    )
+    parser.add_argument(
+        "--max_seq_length", type=int, default=128, help="Number of tokens to which texts are truncated. Default: 128."
+    )
+    parser.add_argument("--skip_empty", action="store_true", help="Skip rows without text.")
+    parser.add_argument("--skip_corrupt", action="store_true", help="Skip images that cannot be decoded.")

@@ -16,7 +16,7 @@ folder may be deleted afterwards.
 from ..retrofitting import RetrofitArguments, retrofit
 from ..retrofitting.arguments import RECORD_FILE
 from ..training.arguments import CalibrationArguments, ModelArguments
-from .flags import add_flags
+from .flags import add_flags, add_row_flags
 
 
 def add_arguments(parser) -> None:
@@ -24,15 +24,8 @@ def add_arguments(parser) -> None:
     data = parser.add_argument_group("data (new to the model; no labels are read)")
     data.add_argument("--train_file", help="Texts: csv, json, jsonl or parquet file.")
     data.add_argument("--train_dir", help="Images: folder of image files, including sub-folders.")
-    data.add_argument("--skip_corrupt", action="store_true", help="Skip images that cannot be decoded.")
-    data.add_argument(
-        "--text_column_names", nargs="+", help="One text column, or two for pairs. Default: the only one."
-    )
-    data.add_argument("--skip_empty", action="store_true", help="Skip rows without text.")
+    add_row_flags(data)
     data.add_argument("--tokenizer_name", help="Folder or Hub name. Default: the model's own.")
-    data.add_argument(
-        "--max_seq_length", type=int, default=128, help="Number of tokens to which texts are truncated. Default: 128."
-    )
     data.add_argument("--max_train_samples", type=int, help="Use only the first N rows.")
     risk = parser.add_argument_group("risk")
     add_flags(risk, CalibrationArguments, ["max_risk"], max_risk=RetrofitArguments.max_risk)

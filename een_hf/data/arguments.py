@@ -79,6 +79,10 @@ class DataArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise DataError(f"--{name} must be at least 1, not {getattr(self, name)}.")
 
+    def limits(self) -> dict[str, int | None]:
+        """The largest number of rows of each split; `None`: all."""
+        return {split: getattr(self, name) for split, name in LIMITS.items()}
+
     def paths(self) -> dict[str, str]:
         """The files or folders given for single splits."""
         paths = {split: getattr(self, f"{split}_{self.path_kind}") for split in LIMITS}

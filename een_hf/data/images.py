@@ -8,7 +8,6 @@ from transformers import AutoImageProcessor, ViTImageProcessor
 
 from .._deprecated import moved_names
 from ..errors import in_one_line
-from .arguments import LIMITS
 from .decoding import whole_images
 from .image_arguments import ImageDataArguments
 from .image_rows import ImageRows, ImageStream
@@ -72,7 +71,7 @@ def load_image_data(
         if split in needed or (cut and split == "train")
     }
     if args.streaming:
-        splits = hold_all_but_train(splits, {split: getattr(args, name) for split, name in LIMITS.items()})
+        splits = hold_all_but_train(splits, args.limits())
     splits, problem_type, label_names = resolve_labels(
         splits,
         label_column,
@@ -88,7 +87,7 @@ def load_image_data(
         raise DataError(f"--mixup and --cutmix mix classes; column {label_column!r} holds numbers.")
     if cut:
         splits = cut_validation_split(splits, args.train_val_split, label_column, seed)
-    held = {split: limit_rows(splits[split], getattr(args, LIMITS[split])) for split in needed if split != stream}
+    held = {split: limit_rows(splits[split], args.limits()[split]) for split in needed if split != stream}
     splits |= {
         split: whole_images(rows, image_column, args.skip_corrupt, f"{source}, split {split!r}")
         for split, rows in held.items()

@@ -18,7 +18,6 @@ HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 # Their splits are fixed: otherwise a checkpoint that is evaluated with another --seed could see its training rows.
 SAMPLES = {"bbc_news": load_bbc_news, "digits": load_digits}
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-ROW_ID = "idx"
 _LOAD_ERRORS = (OSError, ValueError, DatasetsError)
 
 

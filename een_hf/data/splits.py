@@ -8,7 +8,6 @@ import numpy as np
 from .arguments import DataArguments
 from .partition import load_partition
 from .sources import load_named, load_paths
-from .task import DataError
 
 
 def load_splits(
@@ -43,8 +42,6 @@ def load_splits(
 
 def cut_validation_split(splits: dict, share: float, label_column: str, seed: int) -> dict:
     """Take a random `validation` split from `train`, stratified if the labels are classes with enough rows."""
-    if not 0 < share < 1:
-        raise DataError(f"--train_val_split is a share of the training split, between 0 and 1, not {share}.")
     rows = splits["train"]
     by_class = None
     if isinstance(rows.features[label_column], datasets.ClassLabel):

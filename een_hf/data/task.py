@@ -11,8 +11,16 @@ from .._deprecated import moved_names
 from ..models import MODEL_CLASSES, ExitConfigurationError
 
 
+ROW_ID = "idx"
+
+
 class DataError(ExitConfigurationError):
     """Data that are missing or do not fit the settings."""
+
+
+def is_text_column(feature: Any) -> bool:
+    """Whether a column, by its feature, holds strings."""
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 @dataclass
@@ -54,7 +62,7 @@ class TaskData:
             (num_rows,): the data set's column `idx`; without one, the positions.
         """
         rows = self.splits[split]
-        return np.asarray(rows["idx"] if "idx" in rows.column_names else range(len(rows)))
+        return np.asarray(rows[ROW_ID] if ROW_ID in rows.column_names else range(len(rows)))
 
 
 @dataclass(frozen=True)

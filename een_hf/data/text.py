@@ -65,10 +65,8 @@ def load_text_data(
     check_splits(splits, not_cut, _missing_split_hints(args), source)
     splits = {split: rows for split, rows in splits.items() if split.removesuffix("_mismatched") in LIMITS}
     if args.streaming:
-        limits = {split: getattr(args, name) for split, name in LIMITS.items()}
-        splits = hold_all_but_train(
-            {split: splits[split] for split in splits if split.split("_")[0] in needed}, limits
-        )
+        chosen = {split: rows for split, rows in splits.items() if split.split("_")[0] in needed}
+        splits = hold_all_but_train(chosen, args.limits())
 
     label_column = find_label_column(splits, args.label_column_name)
     for split, rows in splits.items():
@@ -91,7 +89,7 @@ def load_text_data(
     wanted = {split: rows for split, rows in splits.items() if split.removesuffix("_mismatched") in needed}
     return TaskData(
         splits={
-            split: rows if args.streaming else limit_rows(rows, getattr(args, LIMITS[split.split("_")[0]]))
+            split: rows if args.streaming else limit_rows(rows, args.limits()[split.split("_")[0]])
             for split, rows in wanted.items()
         },
         problem_type=problem_type,

@@ -5,8 +5,8 @@ import logging
 import datasets
 
 from .glue import GlueTask
-from .sources import ROW_ID, check_columns
-from .task import DataError
+from .sources import check_columns
+from .task import ROW_ID, DataError, is_text_column
 from .text_arguments import TextDataArguments
 
 
@@ -27,7 +27,7 @@ def text_columns(
         columns = [
             name
             for name, feature in rows.features.items()
-            if getattr(feature, "dtype", None) in ("string", "large_string") and name not in (label_column, ROW_ID)
+            if is_text_column(feature) and name not in (label_column, ROW_ID)
         ]
         if not 1 <= len(columns) <= most:
             raise DataError(

@@ -11,7 +11,7 @@ from ..training.history import RUN_FILE, read_run
 from .arguments import RunArguments
 from .costs import fitting_criterion
 from .model import LoadedModel
-from .rows import RunRows, has_labels
+from .rows import RunRows
 
 
 logger = logging.get_logger(__name__)
@@ -114,7 +114,7 @@ def check_calibration(args: RunArguments, loaded: LoadedModel, rows: RunRows, ch
     fitting_criterion(wanted.exit_criterion, rows.data.problem_type, required=asked)
     if wanted.max_risk is None:
         return
-    labelled = rows.calibration is None or has_labels(rows.calibration)
+    labelled = rows.calibration is None or "labels" in rows.calibration.column_names
     check_risk(wanted.risk and wanted.risk.value, rows.data.problem_type, labelled)
     _warn_of_few_rows(wanted.max_risk, wanted.risk_confidence, rows)
     if chosen_by is not None:

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
-from ..evaluation import ExitCosts, cost_inputs, relative_costs, relative_latencies
+from ..evaluation import ExitCosts
 from ..models.criteria import fitting_criteria, get_criterion
-from ..training.arguments import CalibrationArguments, CostUnit
+from ..training.arguments import CalibrationArguments
 from ..training.trainer import EarlyExitTrainer
 
 
@@ -38,14 +36,10 @@ class RunCosts:
 
     def of(self, rows: Any) -> ExitCosts:
         """The costs at the mean length (text) or size (images) of these encoded rows."""
-        inputs = cost_inputs(rows)
-        if self.wanted.cost == CostUnit.OPERATIONS:
-            return relative_costs(self.trainer.network, **inputs)
-        if self._measured is None:
-            criterion = fitting_criterion(self.wanted.exit_criterion, self.problem_type, required=False)
-            settings = {"batch_size": self.wanted.latency_batch_size} | ({"criterion": criterion} if criterion else {})
-            model = self.trainer.network_for_inference()
-            with self.trainer.accelerator.autocast():
-                measured = [relative_latencies(model, **settings, **inputs)]
-            self._measured, self.latency = broadcast_object_list(measured)[0]  # the first process measures for all
-        return self._measured
+        if self._measured is not None:
+            return self._measured
+        wanted, criterion = self.wanted, fitting_criterion(self.wanted.exit_criterion, self.problem_type, False)
+        decides = {"criterion": criterion} if criterion else {}
+        costs, self.latency = self.trainer.costs_of(rows, wanted.cost, wanted.latency_batch_size, **decides)
+        self._measured = costs if self.latency else None
+        return costs

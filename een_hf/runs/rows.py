@@ -95,11 +95,6 @@ def training_rows(modality: Modality, args: RunArguments, rows: RunRows, loaded:
     return EndlessStream(augmented) if args.data.streaming else augmented
 
 
-def has_labels(rows: Any) -> bool:
-    """Whether encoded rows, of texts or images, have labels."""
-    return "labels" in getattr(rows, "column_names", rows[0])
-
-
 def _rows_of_file(path: str, modality: Modality, args: RunArguments, data: TaskData, loaded: LoadedModel) -> Any:
     """Encoded rows of a file (text) or a folder (images); labels are optional."""
     if not os.path.exists(path):

@@ -11,7 +11,7 @@ from ..errors import check_seed, refuse_nan
 from ..hub.settings import public_settings
 from ..models import MODEL_CLASSES, ExitConfigurationError
 from ..models.auto import find_architecture
-from ..models.criteria import fitting_criteria
+from ..models.criteria import CRITERIA
 from ..models.exits import find_exit_head, find_pooling
 from .publishing import is_publishing
 
@@ -238,12 +238,6 @@ class CostUnit(ExplicitEnum):
     LATENCY = "latency"
 
 
-def criterion_names() -> list[str]:
-    """All registered criteria, sorted."""
-    problems = ("single_label_classification", "multi_label_classification", "regression")
-    return sorted({name for problem in problems for name in fitting_criteria(problem)})
-
-
 @dataclass
 class CalibrationArguments:
     """How the exit policy is chosen after training."""
@@ -251,7 +245,7 @@ class CalibrationArguments:
     exit_criterion: str = field(
         default="confidence",
         metadata={
-            "help": f"Score that decides whether an example exits: {', '.join(criterion_names())} or "
+            "help": f"Score that decides whether an example exits: {', '.join(sorted(CRITERIA))} or "
             "package.module:Class. The problem determines which of them can be used: `label_confidence` is for "
             "multi-label problems."
         },

@@ -115,15 +115,16 @@ def check_best_metric(name: str | None, splits, num_exits: int, compute_metrics)
     for split in splits:
         metric = metric.removeprefix(f"{split}_")
     of_exit = re.fullmatch(r"exit(\d+)_(.+)", metric)
+    metric = of_exit[2] if of_exit else metric
     if of_exit and not 1 <= int(of_exit[1]) <= num_exits:
         raise ExitConfigurationError(f"--metric_for_best_model {name}: the model has exits 1 to {num_exits}.")
-    if compute_metrics is None and (of_exit[2] if of_exit else metric) != "loss":
+    if compute_metrics is None and metric != "loss":
         raise ExitConfigurationError(
             f"--metric_for_best_model {name} needs compute_metrics: without it evaluation gives eval_loss and "
             f"eval_exit1_loss to eval_exit{num_exits}_loss."
         )
     known = getattr(compute_metrics, "metric_names", None)
-    if known is not None and (of_exit[2] if of_exit else metric) not in ("loss", *known):
+    if known is not None and metric not in ("loss", *known):
         names = ", ".join(f"{kind}_{name}" for kind in ("eval", f"eval_exit1 to {num_exits}") for name in known)
         raise ExitConfigurationError(f"--metric_for_best_model {name} is not one of: eval_loss, {names}.")
 

@@ -10,6 +10,7 @@ from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import PredictionOutput
 
 from .._deprecated import renamed_argument
+from ..evaluation import ExitCosts, cost_inputs, relative_costs, relative_latencies
 from ..inference import ExitPredictions, predict
 from ..models import EarlyExitMixin
 from ..models.criteria import resolve_problem_type
@@ -145,22 +146,36 @@ class EvaluationMixin:
             ExitConfigurationError: as `een_hf.calibrate`.
         """
         from ..calibration import calibrate
-        from ..evaluation import cost_inputs, relative_costs, relative_latencies
 
-        unit, size = CostUnit(cost), cost_inputs(calibration_dataset)
+        decides = {name: settings[name] for name in ("criterion", "params") if name in settings}
+        costs, _ = self.costs_of(calibration_dataset, cost, latency_batch_size, **decides)
         prediction = self.predict_exits(calibration_dataset, "calibration")
-        network = self.network
-        config = network.config
+        config = self.network.config
         settings.setdefault("problem_type", resolve_problem_type(config.problem_type, config.num_labels))
-        if unit == CostUnit.OPERATIONS:
-            costs = relative_costs(network, **size)
-        else:
-            decides = {name: settings[name] for name in ("criterion", "params") if name in settings}
-            with self.accelerator.autocast():
-                network = self.network_for_inference()
-                measured = [relative_latencies(network, batch_size=latency_batch_size, **decides, **size)]
-            costs, _ = broadcast_object_list(measured)[0]  # all processes choose the same policy
         return calibrate(prediction.predictions, prediction.label_ids, costs, **settings)
+
+    def costs_of(
+        self, dataset, cost: str = "operations", latency_batch_size: int = 1, **decides
+    ) -> tuple[ExitCosts, dict | None]:
+        """The relative cost of every exit at the mean length of texts, or at the size of images.
+
+        Args:
+            dataset: encoded rows.
+            cost: `operations`, or `latency`, measured on the model's device and in its precision.
+            latency_batch_size: examples that run together when latency is measured.
+            **decides: `criterion` and `params` of the decisions that are measured.
+
+        Returns:
+            the costs, the same in all processes; and device, batch size and time of the measurement, `None` for
+            operations.
+        """
+        unit, size = CostUnit(cost), cost_inputs(dataset)
+        if unit == CostUnit.OPERATIONS:
+            return relative_costs(self.network, **size), None
+        model = self.network_for_inference()
+        with self.accelerator.autocast():
+            measured = [relative_latencies(model, batch_size=latency_batch_size, **decides, **size)]
+        return broadcast_object_list(measured)[0]
 
     def _metrics_of_exits(self, prediction: EvalPrediction) -> dict[str, float]:
         """`exit{k}_loss` and `exit{k}_<metric>` for every exit, `<metric>` for the last."""

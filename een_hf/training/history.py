@@ -7,13 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import make_folder
+from ..files import locked
 from ..models import ExitConfigurationError
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 RUN_FILE = "_run_arguments.json"  # contains local paths; files that begin with an underscore are never pushed
@@ -27,7 +22,7 @@ _UNKNOWN = "the weights, for all that is known"
 
 @contextmanager
 def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
-    """Keep other runs out of an output folder during this run; the lock of a killed process is released.
+    """Keep other runs out of an output folder during this run.
 
     Raises:
         ExitConfigurationError: another run is writing there, or it is not a folder.
@@ -35,22 +30,11 @@ def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
     folder = Path(folder)
     new = not os.path.exists(folder)
     make_folder("output_dir", folder)
-    held = None
+    busy = f"--output_dir {folder}: another run is writing there. Give another --output_dir, or wait for it."
     try:
-        if fcntl is not None:
-            held = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ExitConfigurationError(
-                    f"--output_dir {folder}: another run is writing there. Give another --output_dir, or wait for it."
-                ) from error
-            except OSError:  # a file system without locks
-                pass
-        yield
+        with locked(folder, ExitConfigurationError(busy)):
+            yield
     finally:
-        if held is not None:
-            os.close(held)
         if new and not any(folder.iterdir()):
             folder.rmdir()
 

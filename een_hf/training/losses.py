@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from ..models import ExitConfigurationError
+from .sampling import read_column
 
 
 COLLATED_LABELS = ("labels", "label", "label_ids")  # the collators of transformers rename these to `labels`
@@ -65,15 +66,13 @@ def _given_weights(flag: str, given: list[str], names: str, of: str, count: int)
 
 def _labels_of(rows) -> torch.Tensor:
     """The class ids of training rows, int64 of shape (num_rows,)."""
-    columns = getattr(rows, "column_names", None)
-    held = isinstance(rows, (list, tuple)) and bool(rows)
-    name = next((name for name in COLLATED_LABELS if name in (columns or (rows[0] if held else ()))), None)
-    if name is None or not hasattr(rows, "__len__"):
+    found = read_column(rows, COLLATED_LABELS)
+    if found is None:
         raise ExitConfigurationError(
             "--class_weights balanced needs the labels of all rows before training, as a column of a datasets.Dataset "
             "or in a list; a stream has no such column: give one number per label."
         )
-    labels = torch.as_tensor(np.asarray(rows[name] if columns else [row[name] for row in rows]))
+    labels = torch.as_tensor(np.asarray(found[1]))
     if labels.is_floating_point() or labels.dim() != 1:
         raise ExitConfigurationError("--class_weights balanced counts class ids; these labels are not class ids.")
     return labels.long()

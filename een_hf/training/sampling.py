@@ -1,5 +1,6 @@
 """The choice of the rows of a batch, and the numbers of the rows in the current batch."""
 
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
@@ -26,6 +27,22 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+def read_column(rows, names: Sequence[str]) -> tuple[str, Sequence] | None:
+    """The first of these columns that rows have, and its values; `None` without one, or if rows are read one by one.
+
+    Args:
+        rows: with columns, as a `datasets.Dataset`, or a list of dicts.
+        names: names of columns.
+    """
+    columns = getattr(rows, "column_names", None)
+    if columns is None and isinstance(rows, list | tuple) and rows:
+        columns = rows[0]
+    name = next((name for name in names if name in (columns or ())), None)
+    if name is None or not hasattr(rows, "__len__"):
+        return None
+    return name, rows[name] if hasattr(rows, "column_names") else [row[name] for row in rows]
+
+
 class SamplingMixin:
     """The part of `EarlyExitTrainer` that chooses the rows of batches."""
 
@@ -38,11 +55,8 @@ class SamplingMixin:
         rows, strategy = self.train_dataset, self.args.train_sampling_strategy
         if strategy not in ("group_by_length", "batch_rebalance") or not hasattr(rows, "__len__"):
             return super()._get_train_sampler(train_dataset)
-        columns = getattr(rows, "column_names", None)
-        if columns is None and isinstance(rows, (list, tuple)) and rows:
-            columns = rows[0]
-        known = [name for name in (self.args.length_column_name, "input_ids") if name in (columns or ())]
-        if not known:
+        found = read_column(rows, (self.args.length_column_name, "input_ids"))
+        if found is None:
             raise ExitConfigurationError(
                 f"--train_sampling_strategy {strategy} needs the length of each row before training: a column "
                 f"`input_ids` or `{self.args.length_column_name}` (--length_column_name) of a datasets.Dataset, or a "
@@ -50,8 +64,8 @@ class SamplingMixin:
             )
         if strategy == "batch_rebalance":
             return super()._get_train_sampler(train_dataset)
-        values = rows[known[0]] if hasattr(rows, "column_names") else [row[known[0]] for row in rows]
-        lengths = list(values) if known[0] == self.args.length_column_name else [len(tokens) for tokens in values]
+        name, values = found
+        lengths = list(values) if name == self.args.length_column_name else [len(tokens) for tokens in values]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochLengthGroupedSampler(step, lengths, seed)

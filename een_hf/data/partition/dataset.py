@@ -10,7 +10,7 @@ import datasets
 from ..task import DataError
 from .assignment import partition_indices
 from .rows import load_labelled_rows
-from .writing import check_output_dir, write_partition
+from .writing import check_output_dir, check_valid_fraction, write_partition
 
 
 def partition_dataset(
@@ -75,8 +75,7 @@ def partition_dataset(
             raise DataError(f"--{name} belongs to --scheme {owner}, not {scheme}.")
     if dataset_config_name is not None and dataset_name is None:
         raise DataError("--dataset_config_name belongs to --dataset_name.")
-    if not 0 <= valid_fraction < 1:
-        raise DataError(f"--valid_fraction must be at least 0 and below 1, not {valid_fraction}.")
+    check_valid_fraction(valid_fraction)
     if seed < 0:
         raise DataError(f"--seed must be at least 0, not {seed}.")
     if min_size is None:

@@ -13,16 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
 
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from ...errors import make_folder
+from ...files import locked
 from ..decoding import decode_image
 from ..sources import check_columns
-from ..task import DataError
+from ..task import DataError, is_text_column
 from .layout import FOLDERS, FORMATS, PARTITION_FILE, PLOT_FILE, sha256
 from .plot import plot_partition
 from .rows import LabelledRows
@@ -68,8 +63,7 @@ def write_partition(
     check_output_dir(output_dir)
     if format not in FORMATS:
         raise DataError(f"--format {format!r} is not one of: {', '.join(FORMATS)}.")
-    if not 0 <= valid_fraction < 1:
-        raise DataError(f"--valid_fraction must be at least 0 and below 1, not {valid_fraction}.")
+    check_valid_fraction(valid_fraction)
     rows, columns = data.rows, data.rows.column_names
     write, inputs = _write_parquet, None
     if format == "npz":
@@ -114,6 +108,12 @@ def write_partition(
     return about
 
 
+def check_valid_fraction(share: float) -> None:
+    """Raise DataError for a share that leaves no training rows, or is no share."""
+    if not 0 <= share < 1:
+        raise DataError(f"--valid_fraction must be at least 0 and below 1, not {share}.")
+
+
 def check_output_dir(folder: str | os.PathLike) -> None:
     """Raise DataError if files would be overwritten, other than those of a process that was killed."""
     folder = Path(folder)
@@ -135,12 +135,8 @@ def _unfinished(folder: Path) -> Iterator[None]:
     """
     new = not folder.exists()
     make_folder("output_dir", folder)
-    with open(folder / _MARK, "w") as mark:
-        try:
-            if fcntl is not None:
-                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process holds none
-        except OSError as error:
-            raise DataError(f"--output_dir {folder}: another process writes a partition there.") from error
+    (folder / _MARK).touch()
+    with locked(folder / _MARK, DataError(f"--output_dir {folder}: another process writes a partition there.")):
         try:
             _remove(folder, _FILES - {_MARK})
             yield
@@ -170,7 +166,7 @@ def _input_columns(data: LabelledRows, names: Sequence[str] | None) -> list[str]
     """One image column, or one or two text columns."""
     features = data.rows.features
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    texts = [name for name, feature in features.items() if name != data.label_column and _is_text(feature)]
+    texts = [name for name, feature in features.items() if name != data.label_column and is_text_column(feature)]
     if names is not None:
         check_columns(data.rows, names, "input_column_names", "The data set")
     chosen = list(names or images or texts)
@@ -181,10 +177,6 @@ def _input_columns(data: LabelledRows, names: Sequence[str] | None) -> list[str]
         f"{', '.join(images) or 'none'}, text in: {', '.join(texts) or 'none'}. Choose by --input_column_names, or "
         "give --format parquet, which keeps all columns."
     )
-
-
-def _is_text(feature) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def _npz_writer(data: LabelledRows, inputs: list[str]) -> Callable:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -164,7 +165,7 @@ class LookAhead:
         """
         # At the peak there are two sets of tensors more than in joint training: `ahead` and `direction`.
         attention, scaler = nullcontext(), self._scaler()
-        if masks is None and self._drops_attention():
+        if masks is None and self._drops_attention:
             attention = sdpa_kernel(SDPBackend.MATH)  # with other kernels the derivative would draw other masks
         with attention:
             found, _ = self.train_pass(train)
@@ -193,8 +194,9 @@ class LookAhead:
         """w, with its graph through W."""
         return self.trainer.weight_network(found.losses.detach(), found.exit_logits.detach())
 
+    @cached_property
     def _drops_attention(self) -> bool:
-        """Whether attention has dropout; `True` if the config does not say."""
+        """Whether the attention of the model was built with dropout; `True` if the config does not say."""
         config = self.trainer.network.config.to_dict()
         rates = [rate for name, rate in config.items() if "att" in name and "drop" in name]
         return any(rates) or not rates
