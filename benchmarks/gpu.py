@@ -580,13 +580,13 @@ def serve_rows(worker: StageWorker, rows: list[dict], waiting: int) -> list[Row]
         size = -(-length // step) if text else tuple(inputs["pixel_values"].shape)
         request.rows = [Row(request, inputs, size, length)]
         served.append(request.rows[0])
-    left = iter(served)
-    for row in islice(left, waiting):
+    coming = iter(served)
+    for row in islice(coming, waiting):
         worker.add([row])
     while worker.step():
         for error in filter(None, (error for _, error in worker.finished)):
             raise error
-        for row in islice(left, len(worker.finished)):
+        for row in islice(coming, len(worker.finished)):
             worker.add([row])
         worker.finished = []
     return served

@@ -90,7 +90,7 @@ def batches(model, batch_size: int, length: int | None, repeats: int) -> list[di
     seconds = measure_seconds(functions, repeats)
     layers = [seconds[f"layer {index + 1}"] for index in range(len(shares))]
     seconds["ideal"] = shares @ np.array(layers) + seconds["embed"]
-    row = {"what": "batch", "batch_size": batch_size, "length": length, "mean share still there": float(shares.mean())}
+    row = {"what": "batch", "batch_size": batch_size, "length": length, "mean share of rows": float(shares.mean())}
     row["ideal / dynamic"] = ratio(seconds, "ideal", "dynamic")
     row["dynamic / stock"] = ratio(seconds, "dynamic", "stock")
     row["all exits / stock"] = ratio(seconds, "all exits", "stock")
@@ -107,7 +107,7 @@ def data_set(model, tokenizer, batch_size: int, num_rows: int, max_length: int, 
         text_functions(model, tokenizer, [texts], max_length=max_length, batch_size=batch_size), repeats
     )
     row = {"what": "data set", "batch_size": batch_size, "rows": len(texts), "max_length": max_length}
-    row["mean share still there"] = float(shares.mean())
+    row["mean share of rows"] = float(shares.mean())
     row["stock pipeline / exits off"] = ratio(seconds, "stock pipeline", "exits off")
     row["stock pipeline / exits on"] = ratio(seconds, "stock pipeline", "exits on")
     return [{**row, **{name: summarize(values) for name, values in seconds.items()}}]

@@ -478,7 +478,7 @@ def inference(data: dict, name: str, plots: Path | None) -> str:
     batches, lines = of_kind.pop("batch", []), []
     for row in batches:
         value = row["ideal / dynamic"]
-        cells = [f"{row[key]:.3f}" for key in ("mean share still there", "dynamic / stock", "all exits / stock")]
+        cells = [f"{row[key]:.3f}" for key in ("mean share of rows", "dynamic / stock", "all exits / stock")]
         line = [str(row["batch_size"]), f"{value:.3f}", target(value, 0.85 if gpu else 0.97, at_least=True)]
         lines.append([*line, *cells, quartiles(row["dynamic"])])
     if lines:
@@ -492,15 +492,13 @@ def inference(data: dict, name: str, plots: Path | None) -> str:
         with plot(plots, name, **labels, xlim=(0, 1.05), ylim=(0, None)) as axes:
             axes.plot([0, 1], [0, 1], ":", color="0.6", label="time = cost")
             for row in batches:
-                axes.plot(
-                    row["mean share still there"], row["dynamic / stock"], "o", label=f"batch {row['batch_size']}"
-                )
+                axes.plot(row["mean share of rows"], row["dynamic / stock"], "o", label=f"batch {row['batch_size']}")
     for row in of_kind.pop("data set", []):
         off, on = row["stock pipeline / exits off"], row["stock pipeline / exits on"]
         parts += [
             f"Whole data set, {row['rows']} texts of real lengths, batch {row['batch_size']}, tokenizing included: "
             f"{off:.2f} x faster than the stock pipeline with exits off ({target(off, 1.3, at_least=True)}), "
-            f"{on:.2f} x with exits on, where a layer sees {row['mean share still there']:.3f} of the rows.\n"
+            f"{on:.2f} x with exits on, where a layer sees {row['mean share of rows']:.3f} of the rows.\n"
         ]
     return "\n".join([*parts, *(plain_table(rows) for rows in of_kind.values())])
 

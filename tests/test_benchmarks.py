@@ -354,7 +354,7 @@ def test_targets_of_inference_are_those_of_the_device(tmp_path, device, single, 
     rows = [{"what": "batch 1", "length": n, "exit": 1, "layer": 1, **times} for n in (16, 128)]
     for row in rows:
         row |= {"dynamic / cut stock model": 1.05, "undecided / cut stock model": 1.02}
-    shares = {"mean share still there": 0.5, "dynamic / stock": 0.6, "all exits / stock": 1.1}
+    shares = {"mean share of rows": 0.5, "dynamic / stock": 0.6, "all exits / stock": 1.1}
     rows.append({"what": "batch", "batch_size": 8, "length": 128, "ideal / dynamic": 0.9, **shares, **times})
     data = {"command": "python benchmarks/inference.py", "machine": {**MACHINE, "device": device}, "rows": rows}
     page = write_page(tmp_path, inference_tiny=data)

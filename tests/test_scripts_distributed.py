@@ -102,7 +102,7 @@ def test_two_processes_equal_one(modality, request, tmp_path):
             assert (row["metrics"], row["relative_cost"]) == (other["metrics"], other["relative_cost"])
     assert results["policy"]["thresholds"] == pytest.approx(wanted["policy"]["thresholds"], abs=1e-5)
     assert results["policy"]["exit_fractions"] == wanted["policy"]["exit_fractions"]
-    assert max(wanted["policy"]["exit_fractions"]) < 1, "all rows leave at one exit"
+    assert max(wanted["policy"]["exit_fractions"]) < 1, "all rows exit at one exit"
     found, alone = (np.load(folder / "exit_logits.npz") for folder in (two, one))
     np.testing.assert_allclose(found["logits"], alone["logits"], rtol=0, atol=1e-5)
     for name in ("labels", "row_ids", "part"):

@@ -78,12 +78,12 @@ def _plain_geometric_split(logits, labels, costs, target):
     best = 0.0
     for ratio in np.geomspace(1 / 30, 30, 61):
         shares = ratio ** np.arange(len(costs))
-        left, exits = list(range(len(labels))), np.full(len(labels), len(costs) - 1)
+        remaining, exits = list(range(len(labels))), np.full(len(labels), len(costs) - 1)
         wanted = np.round(np.cumsum(shares / shares.sum()) * len(labels)).astype(int)
         for index, count in enumerate(np.diff(wanted, prepend=0)[:-1]):
-            left.sort(key=lambda row, index=index: -scores[row, index])
-            exits[left[:count]] = index
-            left = left[count:]
+            remaining.sort(key=lambda row, index=index: -scores[row, index])
+            exits[remaining[:count]] = index
+            remaining = remaining[count:]
         if costs[exits].mean() <= target:
             best = max(best, (logits[np.arange(len(labels)), exits].argmax(-1) == labels).mean())
     return best
@@ -184,16 +184,16 @@ def test_geometric_split_takes_the_shares_of_the_paper(ratio):
     scores = np.stack([rng.permutation(num_rows).astype(np.float32) for _ in range(num_exits)], 1)
     thresholds = geometric_thresholds(scores, ratio)
     shares = ratio ** np.arange(num_exits) / (ratio ** np.arange(num_exits)).sum()
-    left = np.arange(num_rows)
+    remaining = np.arange(num_rows)
     for index in range(num_exits - 1):
-        leaves = scores[left, index] >= thresholds[index]
-        assert leaves.sum() == pytest.approx(shares[index] * num_rows, abs=1)
-        most_confident = left[np.argsort(-scores[left, index])[: leaves.sum()]]
-        assert set(left[leaves]) == set(most_confident)
-        left = left[~leaves]
+        exiting = scores[remaining, index] >= thresholds[index]
+        assert exiting.sum() == pytest.approx(shares[index] * num_rows, abs=1)
+        most_confident = remaining[np.argsort(-scores[remaining, index])[: exiting.sum()]]
+        assert set(remaining[exiting]) == set(most_confident)
+        remaining = remaining[~exiting]
 
 
-def test_target_at_or_above_the_whole_network_never_leaves():
+def test_no_early_exit_at_a_target_of_the_whole_network_or_above():
     """Paying for every layer must give the network's own predictions."""
     logits, labels = make_rows(50)
     costs = [0.3, 0.6, 0.8, 1.02]
@@ -201,7 +201,7 @@ def test_target_at_or_above_the_whole_network_never_leaves():
         report = calibrate(logits, labels, costs, target_cost=target)
         assert report.relative_cost == 1.02
         assert report.policy.exits_of(torch.tensor(logits)).eq(3).all()
-    # Below it, some row has to leave.
+    # Below it, some row has to exit early.
     assert calibrate(logits, labels, costs, target_cost=1.0).relative_cost <= 1.0
 
 
@@ -214,7 +214,7 @@ def test_target_below_the_first_exit_is_refused():
 
 
 def test_regression_calibrates_by_squared_error():
-    """With one label a class comparison calls every answer right, and every row leaves at exit 1."""
+    """With one label a class comparison calls every answer right, and every row exits at exit 1."""
     rng = np.random.default_rng(0)
     labels = rng.normal(size=400)
     noise = rng.normal(size=(400, 5)) * np.linspace(1, 0.2, 5) * rng.exponential(size=(400, 1))
@@ -236,7 +236,7 @@ def test_regression_calibrates_by_squared_error():
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
 def test_regression_does_not_depend_on_the_unit_or_on_broken_rows(unit):
-    """Prices in kilometres or metres must leave alike, and one NaN must not make all policies look the same."""
+    """Prices in kilometres or metres must exit alike, and one NaN must not make all policies look the same."""
     rng = np.random.default_rng(0)
     labels = rng.normal(size=300)
     noise = rng.normal(size=(300, 5)) * np.linspace(1, 0.2, 5) * rng.exponential(size=(300, 1))
@@ -256,8 +256,8 @@ def test_regression_does_not_depend_on_the_unit_or_on_broken_rows(unit):
     assert np.isclose(open_.policy.params["tolerance"] / unit, deciles, rtol=1e-3).any()
 
 
-def test_broken_rows_stay_and_are_charged():
-    """NaN rows never leave early: their cost counts, and a budget that they burst is refused, not missed."""
+def test_rows_with_nan_never_exit_early_and_their_cost_counts():
+    """Rows with NaN never exit early: their cost counts, and a budget that they exceed is refused, not missed."""
     logits, labels = make_rows(100)
     logits[:10] = np.nan
     report = calibrate(logits, labels, even_costs(4), target_cost=0.5)

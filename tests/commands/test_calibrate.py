@@ -122,9 +122,9 @@ def test_nothing_is_written_without_save(run, capsys):
     policy, report = results["policy"], rows["part"] == "report"
     logits = rows["logits"][report].astype(np.float64) / np.reshape(policy["temperatures"], (1, -1, 1))
     confidence = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).max(-1)
-    leaves = confidence >= policy["thresholds"]
-    leaves[:, -1] = True
-    exits = leaves.argmax(1)
+    exiting = confidence >= policy["thresholds"]
+    exiting[:, -1] = True
+    exits = exiting.argmax(1)
     costs = np.array([entry["relative_cost"] for entry in results["anytime"]])
     right = rows["logits"][report][np.arange(len(exits)), exits].argmax(-1) == rows["labels"][report]
     assert policy["relative_cost"] == pytest.approx(costs[exits].mean())

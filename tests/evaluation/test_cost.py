@@ -90,7 +90,7 @@ def test_counting_leaves_the_model_alone(make, size, dtype):
 
 
 def test_a_set_policy_does_not_change_the_count():
-    """Fails if the model leaves early while it is counted."""
+    """Fails if the model exits early while it is counted."""
     model = make_bert()
     expected = relative_costs(model, sequence_length=20)
     model.config.exit_policy = {"criterion": "confidence", "thresholds": [0.0, 0.0, 0.0, 0.0]}

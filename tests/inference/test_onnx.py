@@ -1,4 +1,4 @@
-"""ONNX export: ONNX Runtime answers as PyTorch does, leaves when the rule says so, and runs no layer after that."""
+"""ONNX export: ONNX Runtime answers as PyTorch does, exits when the policy says so, and runs no layer after that."""
 
 import json
 import logging
@@ -124,7 +124,7 @@ def exits_at(scores, thresholds):
 
 
 def threshold_grid(criterion, scores):
-    """Lists of thresholds (num_exits) at which rows leave at different exits, none within rounding of a score."""
+    """Lists of thresholds (num_exits) at which rows exit at different exits, none within rounding of a score."""
     num_exits = scores.shape[1]
     if criterion in ("patience", "vote"):
         return [[count] * num_exits for count in (0, 1, 1.5, 2, 3)]
@@ -197,7 +197,7 @@ def test_every_criterion(tmp_path, kind, criterion, aggregation):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_several_labels(tmp_path, kind, caplog):
-    """Fails if the graph leaves before its least certain label is sure, or if exporting prints what nobody asked."""
+    """Fails if the graph does not exit by its least confident label, or if exporting prints what nobody asked."""
     policy = {"criterion": "label_confidence", "thresholds": [0.5] * 3, "temperatures": TEMPERATURES}
     exported = Exported(tmp_path, make_model(kind, problem_type="multi_label_classification"), policy)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -205,7 +205,7 @@ def test_several_labels(tmp_path, kind, caplog):
 
 
 @pytest.mark.slow
-def test_regression_leaves_by_patience(tmp_path):
+def test_regression_exits_by_patience(tmp_path):
     """Fails if the criterion's parameter is lost: exits that move by less than `tolerance` agree."""
     model = make_model("bert", num_labels=1)
     rows = make_inputs("bert", 16, seed=5)
@@ -221,7 +221,7 @@ def test_regression_leaves_by_patience(tmp_path):
 
 
 def test_the_policys_thresholds_are_the_default(bert):
-    """Fails if a graph that is given no thresholds leaves otherwise than the saved policy, or needs more inputs."""
+    """Fails if a graph that is given no thresholds exits otherwise than the saved policy, or needs more inputs."""
     assert [value.name for value in bert.session.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
     assert [value.name for value in bert.session.get_outputs()] == ["logits", "exit_index"]
     rows = make_inputs("bert", 24, seed=7)
@@ -253,7 +253,7 @@ def test_a_row_of_padding_disturbs_no_other(bert):
     np.testing.assert_allclose(logits[[0, 2, 3]], wanted[[0, 2, 3], 0], atol=1e-4)
 
 
-def test_broken_rows_never_leave_early(vit):
+def test_rows_with_nan_never_exit_early(vit):
     """Fails if a NaN score counts as sure."""
     rows = make_inputs("vit", 3)
     assert vit.run(rows, [-NEVER] * 2)[1].tolist() == [0] * 3

@@ -86,7 +86,7 @@ def test_stock_pipelines_run_the_models(kind, name, inputs, batch_size, request)
 @pytest.mark.parametrize("cuda_graphs", [None, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("kind, name, inputs", CASES)
-def test_early_exit_pipelines_say_where_each_input_left(kind, name, inputs, batch_size, cuda_graphs, request):
+def test_early_exit_pipelines_say_where_each_input_exited(kind, name, inputs, batch_size, cuda_graphs, request):
     folder, model, batches = request.getfixturevalue(name)
     expected = answers_of(model, batches)
     assert len({exit_index for *_, exit_index in expected}) == 3

@@ -96,7 +96,7 @@ def test_every_row_is_answered_as_alone(kind, criterion, aggregation):
                 if exact or gaps.min() > 1e-5:
                     assert index == alone[row]
                 taken.add(index)
-    assert len(taken) >= 3, "rows leave at too few exits to test anything"
+    assert len(taken) >= 3, "rows exit at too few exits to test anything"
 
 
 def test_masked_and_unmasked_batches_of_different_length_wait_together():
@@ -188,18 +188,18 @@ def test_deep_stages_see_full_batches_and_few_rows_wait():
     reached = [int((exits >= k).sum()) for k in range(4)]
     assert [sum(size) for size in sizes] == reached
     assert [len(size) for size in sizes] == [math.ceil(count / 16) for count in reached]
-    assert reached[3] < 64, "too few rows leave"
+    assert reached[3] < 64, "too few rows exit early"
     assert most <= 4 * 16
 
 
-def test_a_row_with_nan_never_leaves_early():
+def test_a_row_with_nan_never_exits_early():
     model, rows = make_model("vit"), make_rows("vit", 6)
     rows[2]["pixel_values"][0, 0, 0] = float("nan")
     model.set_exit_policy({"criterion": "confidence", "thresholds": [0.0, 0.0, 0.0, 0.0]})
     assert predict(model, rows, 4).exit_index.tolist() == [0, 0, 3, 0, 0, 0]
 
 
-def test_regression_leaves_by_patience():
+def test_regression_exits_by_patience():
     model, rows = make_model("bert", num_labels=1, problem_type="regression"), make_rows("bert")
     answers = all_exits(model, rows)[:, :, 0]
     tolerance = (answers[:, 1] - answers[:, 0]).abs().quantile(0.5).item()  # between two rows
@@ -312,7 +312,7 @@ def test_confidence_is_the_probability_at_the_exits_temperature(temperatures, la
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit"])
-def test_several_labels_leave_and_are_read_by_the_least_certain(kind):
+def test_several_labels_exit_and_are_read_by_the_least_certain(kind):
     model, rows = make_model(kind, problem_type="multi_label_classification"), make_rows(kind)
     logits = all_exits(model, rows).double()
     scores = torch.stack([logits.sigmoid(), 1 - logits.sigmoid()]).amax(0).amin(-1)

@@ -22,7 +22,7 @@ from een_hf.models.policies import NEVER
 
 @pytest.mark.parametrize("aggregation", ["none", "boosted"])
 def test_only_the_needed_rows_and_columns_run(architecture, load_exits, aggregation):
-    """Early exit that computes for rows that have left, or for padding that nobody has, saves nothing."""
+    """Early exit that computes for rows that have exited, or for padding that no row has, saves nothing."""
     model = load_exits(architecture, exit_layers=EXIT_LAYERS, exit_aggregation=aggregation)
     seen = watch_layers(architecture, model)
     last_layers, first_layers = [*EXIT_LAYERS, 4], [0, *EXIT_LAYERS]
@@ -39,7 +39,7 @@ def test_only_the_needed_rows_and_columns_run(architecture, load_exits, aggregat
                 survivors = [row for row in range(32) if exits[row] >= block]
                 if not survivors:
                     break
-                # Nothing is copied, and so nothing trimmed, as long as nobody has left.
+                # Nothing is copied, and so nothing trimmed, as long as no row has exited.
                 width = full if len(survivors) == 32 else max(used[row] for row in survivors)
                 expected += [
                     (layer, len(survivors), width) for layer in range(first_layers[block], last_layers[block])
@@ -80,7 +80,7 @@ def test_a_decision_costs_few_operations(architecture, load_exits):
 
 @pytest.mark.parametrize("exit_pooling", ["cls", "mean"])
 def test_trailing_columns_are_trimmed(bert, load_exits, exit_pooling):
-    """The long rows leave: what goes on must be as wide as the longest that stays, and as right."""
+    """The long rows exit: the others must be as wide as the longest of them, and as right."""
     model = load_exits(bert, exit_layers=EXIT_LAYERS, exit_pooling=exit_pooling)
     seen = watch_layers(bert, model)
     inputs = bert.inputs(padding="right", lengths=[12, 4, 12, 6, 11, 5, 12, 1] * 8, seed=3)

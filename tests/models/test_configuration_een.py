@@ -89,7 +89,7 @@ def test_saved_without_a_pooling_means_the_class_token(config_class, tmp_path):
 
 
 def test_defaults_change_nothing(config_class):
-    """Defaults that boost, rescale gradients or leave early would change people's models unasked."""
+    """Defaults that boost, rescale gradients or exit early would change people's models unasked."""
     config = config_class()
     assert (config.exit_aggregation, config.boost_temperature) == ("none", 0.5)
     assert config.gradient_rescale is False

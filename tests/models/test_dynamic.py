@@ -69,7 +69,7 @@ def test_answers_are_the_all_exits_answers(architecture, load_exits, criterion, 
 
 @pytest.mark.parametrize("exit_pooling", ["cls", "mean"])
 def test_no_mask_equals_a_mask_of_ones(bert, load_exits, exit_pooling):
-    """Rows leave the same way without a mask as with one that hides nothing."""
+    """Rows exit the same way without a mask as with one that hides nothing."""
     model = load_exits(bert, exit_layers=EXIT_LAYERS, exit_pooling=exit_pooling)
     inputs = bert.inputs(32)
     scores = [scores_by_hand("confidence", row) for row in anytime_logits(model, inputs).double().tolist()]
@@ -119,7 +119,7 @@ def test_all_examples_exit_at_the_first_exit(architecture, load_exits, batch_siz
 
 @pytest.mark.parametrize("batch_size", [1, 32])
 def test_no_example_exits_early(architecture, load_exits, batch_size):
-    """Exit K takes whoever is left, whatever its own threshold says."""
+    """Exit K answers all that remain, whatever its own threshold says."""
     model = load_exits(architecture, exit_layers=EXIT_LAYERS)
     seen = watch_layers(architecture, model)
     for last_threshold in (0.0, 5.0):
@@ -134,7 +134,7 @@ def test_no_example_exits_early(architecture, load_exits, batch_size):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_examples_with_nan_never_exit_early(architecture, load_exits, criterion):
-    """A broken row that leaves early looks like a sure one; and it must not keep or spoil the others."""
+    """A row with NaN that exits early looks like a confident one; and it must not keep or spoil the others."""
     model = load_exits(architecture, exit_layers=EXIT_LAYERS)
     lowest = -1.5 if criterion == "entropy" else 0.0
     for padding in architecture.paddings:
@@ -165,7 +165,7 @@ def test_nan_at_one_exit_holds_an_example_there_only(architecture, load_exits):
 
 
 def test_each_mode_evaluates_the_exits_that_it_needs(architecture, load_exits):
-    """Training on the rows that stay, or evaluating exits that some rows skipped, would both go unnoticed."""
+    """Training on the rows that continue, or evaluating exits that some rows skipped, would both go unnoticed."""
     model, inputs = load_exits(architecture, exit_layers=EXIT_LAYERS), architecture.inputs()
     with torch.no_grad():
         plain = model(**inputs)
@@ -189,7 +189,7 @@ def test_each_mode_evaluates_the_exits_that_it_needs(architecture, load_exits):
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
 def test_asking_for_hidden_states_runs_every_layer(architecture, load_exits, monkeypatch, criterion, asked):
-    """Rows that have left have no later hidden states: all layers must run, with the answers unchanged, and say so."""
+    """Rows that have exited have no later hidden states: all layers must run, with equal answers, and say so."""
     warnings = []
     monkeypatch.setattr(staged_forward.logger, "warning_once", warnings.append)
     model = load_exits(architecture, exit_layers=exit_layers_for(criterion), attn_implementation="eager")

@@ -22,7 +22,7 @@ from een_hf.models import ExitConfigurationError, ExitPolicy
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_policy_for_one_call(architecture, load_exits, training):
-    """What breaks: one service with several budgets; in training, a row's gradient at the exit where it leaves."""
+    """What breaks: one service with several budgets; in training, a row's gradient at the exit where it exits."""
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model, inputs = load_exits(architecture, exit_layers=EXIT_LAYERS, **no_dropout), architecture.inputs(32)
     model.set_exit_policy(policy_of("confidence", [0.0, 0.0, 0.0]))
@@ -53,7 +53,7 @@ def test_a_policy_for_one_call(architecture, load_exits, training):
 
 
 def test_policy_survives_saving(architecture, load_exits, tmp_path):
-    """A calibrated model must leave early after reload, without any further call."""
+    """A calibrated model must exit early after reload, without any further call."""
     model, inputs = load_exits(architecture, exit_layers=EXIT_LAYERS), architecture.inputs(32)
     scores = [
         scores_by_hand("margin", row, TEMPERATURES[:NUM_EXITS])

@@ -76,7 +76,7 @@ def test_scores_follow_their_definition(criterion, temperatures):
 
 @pytest.mark.parametrize("temperatures", [None, [0.5, 1.0, 2.0, 3.0, 0.25]])
 def test_patience_in_regression_counts_small_moves(temperatures):
-    """A temperature must not shrink the moves that the tolerance is held against: rows would leave unsettled."""
+    """A temperature must not shrink the moves that the tolerance is held against: rows would exit unsettled."""
     logits = _logits(num_labels=1)
     expected = [_expected_scores("patience", row, [1.0] * NUM_EXITS, tolerance=1.2) for row in logits.tolist()]
     policy = ExitPolicy("patience", [NEVER] * NUM_EXITS, temperatures, {"tolerance": 1.2})
@@ -88,24 +88,24 @@ def test_patience_in_regression_counts_small_moves(temperatures):
 @pytest.mark.parametrize("temperatures", [None, [0.5, 1.0, 2.0, 3.0, 0.25]])
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_running_loop_equals_all_exits_at_once(criterion, temperatures):
-    """The model decides exit by exit on a shrinking batch, calibration on whole arrays: they must leave alike."""
+    """The model decides exit by exit on a shrinking batch, calibration on whole arrays: they must exit alike."""
     logits = _logits(seed=1)
     scores = ExitPolicy(criterion, [NEVER] * NUM_EXITS, temperatures).scores(logits)
     counts = {"patience": [1, 1, 2, 2, 0], "vote": [2, 2, 3, 3, 0]}
     policy = ExitPolicy(criterion, counts.get(criterion, scores.quantile(0.7, 0).tolist()), temperatures)
     rows, state, exits = torch.arange(len(logits)), (), torch.full((len(logits),), NUM_EXITS - 1)
     for index in range(NUM_EXITS - 1):
-        leaves, state = policy.decide(index, logits[rows, index], state)
-        exits[rows[leaves]] = index
+        exiting, state = policy.decide(index, logits[rows, index], state)
+        exits[rows[exiting]] = index
         # Compaction need not keep the order.
-        keep = (~leaves).nonzero().squeeze(1).flip(0)
+        keep = (~exiting).nonzero().squeeze(1).flip(0)
         rows, state = rows[keep], tuple(tensor[keep] for tensor in state)
     assert policy.exits_of(logits).equal(exits)
     assert exits.unique().numel() > 2
 
 
-def test_exits_of_is_the_first_exit_sure_enough():
-    """Leaving at a later exit than the first that is sure wastes compute; at an earlier one, accuracy."""
+def test_exits_of_is_the_first_exit_confident_enough():
+    """Exiting after the first exit that is confident enough wastes compute, before it accuracy."""
     logits = _logits()
     policy = ExitPolicy("confidence", [0.95, 0.9, 0.8, 0.85, 2.0])
     scores = policy.scores(logits).tolist()
@@ -143,7 +143,7 @@ def test_half_precision_logits_are_scored_in_float32(criterion, dtype):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_nan_never_exits_early(criterion):
-    """A broken row that leaves looks like a sure one; the rows beside it must not be held up by it."""
+    """A row with NaN that exits looks like a confident one; the rows beside it must not be held up by it."""
     logits = _logits(num_rows=6)
     logits[2] = float("nan")
     logits[4, :, 1] = float("nan")
@@ -276,7 +276,7 @@ def test_an_unknown_criterion_is_refused_where_it_is_written(criterion, params, 
 @pytest.mark.parametrize(("problem_type", "num_labels"), [("regression", 1), (None, 1)])
 @pytest.mark.parametrize("criterion", ["confidence", "entropy", "margin", "vote"])
 def test_criteria_of_classes_refuse_regression(criterion, problem_type, num_labels):
-    """The softmax of one label is always 1: every row would leave at exit 1."""
+    """The softmax of one label is always 1: every row would exit at exit 1."""
     with pytest.raises(ExitConfigurationError, match=f"--exit_criterion {criterion}.*patience"):
         ExitPolicy(criterion, [0.5] * 3).validate(3, problem_type, num_labels)
     ExitPolicy("patience", [0.5] * 3).validate(3, problem_type, num_labels)
@@ -291,7 +291,7 @@ def test_multi_label_problems_are_refused(criterion):
 
 @pytest.mark.parametrize("temperatures", [None, [0.5, 1.0, 2.0, 3.0, 0.25]])
 def test_several_labels_exit_by_the_least_certain(temperatures):
-    """A row that leaves because one label is clear would answer the others by chance."""
+    """A row that exits because one label is clear would answer the others by chance."""
     logits = _logits()
     logits[3, 1, 2] = float("nan")
     expected = [

@@ -157,7 +157,7 @@ def test_bf16_predictions_agree_with_what_the_exits_say(finished, files, tmp_pat
 
 
 def test_a_run_of_several_labels_calibrates(minilm_path, tmp_path, capsys):
-    """Such a model could never leave early; budgets, a policy and a certified share of labels come as for others."""
+    """Such a model could never exit early; budgets, a policy and a certified share of labels come as for others."""
     kind = datasets.List(datasets.ClassLabel(names=["a", "b"]))
     features = datasets.Features({"text": datasets.Value("string"), "label": kind})
     for split, count in (("train", 40), ("validation", 400)):

@@ -163,7 +163,7 @@ def test_survivors_of_several_requests_share_the_deeper_stages(bert):
     while worker.step():
         pass
     assert log.steps == [(0, 4), (1, 4), (2, 4)]
-    # Ten rows, eight fit: the two that are left run while the eight wait, and join them as far as there is room.
+    # Ten rows, eight fit: the two others run while the eight wait, and join them as far as there is room.
     log.steps.clear()
     worker.add(rows_of(bert, ["a b c"] * 10, policy))
     while worker.step():

@@ -170,7 +170,7 @@ def test_a_boosted_model_cannot_be_frozen_as_a_plain_one(fine_tuned, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_metrics_of_every_exit(tmp_path, kind):
-    """On the whole split, row by row, also when a policy is set: evaluation never leaves early."""
+    """On the whole split, row by row, also when a policy is set: evaluation never exits early."""
     model = tiny_model(kind).eval()
     metrics = make_compute_metrics(["accuracy"], "single_label_classification")
     trainer = make_trainer(tmp_path, model, compute_metrics=metrics, per_device_eval_batch_size=5)
@@ -231,7 +231,7 @@ def test_a_batch_without_labels_is_named(tmp_path):
 
 
 def test_predictions_are_made_in_the_precision_of_the_evaluation(tmp_path):
-    """Thresholds are calibrated under --bf16; answers in float32 would leave at other exits than these promise."""
+    """Thresholds are calibrated under --bf16; answers in float32 would exit at other exits than these promise."""
     model = tiny_model(initializer_range=0.5)
     with torch.no_grad():
         plain = model.eval()(torch.stack([row["input_ids"] for row in tiny_rows()])).logits.numpy()

@@ -210,7 +210,7 @@ def test_the_look_ahead_of_central_differences_is_float32_under_mixed_precision(
 def test_exact_gradient_is_the_numerical_one(tmp_path, optimizer, size, length):
     batches = [text_batch(8, 100 + step) for step in range(5)]
     model = bert().double()
-    # The meta half's rows leave where they are charged; where it draws all of its masks before that, they are those of
+    # The meta half's rows exit where they are charged; where it draws all of its masks before that, they are those of
     # the plain forward pass below.
     for part in (*model.backbone_layers[1:], *model.exit_head_modules(1), model.dropout):
         for module in part.modules():
