@@ -217,7 +217,8 @@ def _encode_rows(
 
 def _load_tokenizer(name: str | None, args: TextDataArguments, config: Any, **hub) -> PreTrainedTokenizerBase:
     """The tokenizer of `--tokenizer_name`, else the model's own."""
-    name = args.tokenizer_name or name
+    if args.tokenizer_name is not None:
+        name, hub = args.tokenizer_name, {**hub, "revision": None}  # which is the model's
     if name is None:
         raise DataError("A model from scratch (--model_type) has no tokenizer: give --tokenizer_name.")
     try:

@@ -55,8 +55,7 @@ def load_for_run(modality: Modality, args: RunArguments, data: TaskData) -> Load
     new_head = model.is_new_head(model.num_exits - 1)
     history = history_of(name, has_head=not new_head)
     modality.fit_model(model, args.data)
-    hub = {"cache_dir": args.model.cache_dir, "token": args.model.token}
-    processor = modality.load_processor(name and model_source(name), args.data, model.config, **hub)
+    processor = modality.load_processor(name and model_source(name), args.data, model.config, **_hub(args.model))
     return LoadedModel(model, processor, history, new_head)
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from factory import tiny_stock_config
+from factory import TOKENS, tiny_model, tiny_processor, tiny_stock_config
 from safetensors.torch import load_file, save_file
 from text_runs import tiny
 from transformers import (
@@ -15,7 +15,7 @@ from transformers import (
 from een_hf.commands.train import main
 from een_hf.data.text import TEXT, load_text_data
 from een_hf.runs import parse_arguments
-from een_hf.runs.model import load_model
+from een_hf.runs.model import load_for_run, load_model
 
 
 def test_a_boosted_model_is_evaluated_as_one(files, minilm_path, tmp_path):
@@ -119,3 +119,24 @@ def test_a_checkpoint_of_another_scheme_is_not_resumed(files, minilm_path, tmp_p
     ]
     main(TEXT, [*words, f"--model_name_or_path={checkpoint}"])
     assert json.loads((tmp_path / "boosted" / "config.json").read_text())["exit_aggregation"] == "boosted"
+
+
+def test_the_tokenizer_is_of_the_models_revision(files, tmp_path):
+    """What breaks: --model_revision takes the weights of one commit and the tokens of another, or is asked of the
+    repository of another tokenizer, which has no such commit."""
+    hub, other = tmp_path / "hub", TOKENS[::-1]
+    for number, (name, revision, tokens) in enumerate(
+        (("model", "main", TOKENS), ("model", "old", other), ("tokens", "main", TOKENS))
+    ):
+        repository, commit = hub / f"models--someone--{name}", f"{number:040x}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        for part in (tiny_model(num_labels=2), tiny_processor(tokens=tokens)):
+            part.save_pretrained(repository / "snapshots" / commit)
+    flags = ["--model_name_or_path=someone/model", "--model_revision=old", f"--cache_dir={hub}", "--use_cpu"]
+    flags += [f"--validation_file={files['validation']}", "--do_eval", f"--output_dir={tmp_path / 'out'}"]
+    for more, wanted in (([], other), (["--tokenizer_name=someone/tokens"], TOKENS)):
+        args = parse_arguments(TEXT, [*flags, *more])
+        data = load_text_data(args.data, splits_needed=["validation"], seed=0)
+        processor = load_for_run(TEXT, args, data).processor
+        assert processor.convert_tokens_to_ids("a") == wanted.index("a")
