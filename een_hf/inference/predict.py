@@ -200,7 +200,10 @@ def in_eval_mode(model: EarlyExitMixin) -> EarlyExitMixin:
     If the mode of the model itself were changed, another thread that trains it would lose its dropout, and changing it
     back would turn dropout on for other threads that predict.
     """
-    if not any(module.training for module in model.modules()):
+    present = [model]
+    for module in present:  # the list grows; `modules()` also names them, which takes longer
+        present.extend(filter(None, module._modules.values()))
+    if not any(module.training for module in present):
         return model
     copies = {id(module): copy.copy(module) for module in model.modules()}
     for module in copies.values():

@@ -229,7 +229,8 @@ class ExitPolicy:
         Returns:
             0-based exits at which examples can exit; all if the criterion remembers earlier exits.
         """
-        return [index for index in range(len(self.thresholds) - 1) if self.remembers or self.lets_exit(index)]
+        early = range(len(self.thresholds) - 1)
+        return [*early] if self.remembers else [index for index in early if self.lets_exit(index)]
 
     def decide(self, exit_index: int, logits: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
         """Decide which examples exit at an exit before the last.

@@ -97,7 +97,7 @@ def calibrate_run(
     )
     parts = results.get("exit_costs")
     costs = ExitCosts(**parts) if parts else [entry["relative_cost"] for entry in results["anytime"]]
-    calibration, reported = _load_rows(folder, config, len(costs))
+    calibration, reported = _load_rows(folder, config.num_labels, problem_type, len(costs))
     report = calibrate(
         *calibration,
         costs,
@@ -137,12 +137,12 @@ def _load_config(folder: Path) -> PreTrainedConfig:
 
 
 def _load_rows(
-    folder: Path, config: PreTrainedConfig, num_exits: int
+    folder: Path, num_labels: int, problem_type: str, num_exits: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Logits and labels of the calibration rows, and of the other rows."""
     saved = load_exit_logits(folder)
     num_rows, *found = saved["logits"].shape
-    wanted = (("exits", num_exits, "exit_results.json"), ("labels", config.num_labels, "config.json"))
+    wanted = (("exits", num_exits, "exit_results.json"), ("labels", num_labels, "config.json"))
     for count, (what, number, file) in zip(found, wanted, strict=True):
         if count != number:
             raise ExitConfigurationError(
@@ -156,9 +156,8 @@ def _load_rows(
         )
     if calibrates.all():
         raise ExitConfigurationError(f"{folder}/exit_logits.npz has only calibration rows: none measures a policy.")
-    problem_type = resolve_problem_type(config.problem_type, config.num_labels)
     try:
-        check_labels(saved["labels"], num_rows, config.num_labels, problem_type)
+        check_labels(saved["labels"], num_rows, num_labels, problem_type)
     except ExitConfigurationError as error:
         raise ExitConfigurationError(f"{folder}/exit_logits.npz: {error}") from error
     return tuple((saved["logits"][rows], saved["labels"][rows]) for rows in (calibrates, ~calibrates))
