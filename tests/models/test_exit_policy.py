@@ -1,6 +1,9 @@
 """The policy of a model: how it is set, kept, changed and refused."""
 
 import copy
+import importlib
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from models.criteria_by_hand import (
     threshold_grid,
 )
 
+import een_hf.models
 from een_hf.models import ExitConfigurationError, ExitPolicy
 
 
@@ -135,3 +139,16 @@ def test_early_exit_is_no_string(bert, load_exits, given):
     model = load_exits(bert, exit_layers=EXIT_LAYERS).eval()
     with pytest.raises(ExitConfigurationError, match="early_exit is True, False"):
         model(**bert.inputs(), early_exit=given)
+
+
+def test_a_policy_for_one_call_of_another_copy_of_the_class(bert, load_exits, monkeypatch):
+    """What breaks: a model loaded with trust_remote_code has its own `ExitPolicy`, which was used without a check."""
+    package = ModuleType("copied")
+    package.__path__ = een_hf.models.__path__
+    monkeypatch.setitem(sys.modules, "copied", package)
+    other = importlib.import_module("copied.policies").ExitPolicy
+    assert other is not ExitPolicy
+    model, inputs = load_exits(bert, exit_layers=EXIT_LAYERS).eval(), bert.inputs(3)
+    assert model(**inputs, early_exit=other("confidence", [2.0, 0.0, 0.0])).exit_index.tolist() == [1, 1, 1]
+    with pytest.raises(ExitConfigurationError, match="2 thresholds.*3 exits"):
+        model(**inputs, early_exit=other("confidence", [2.0, 0.0]))
