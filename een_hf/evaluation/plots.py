@@ -11,7 +11,6 @@ from ..extras import named_extras
 
 
 with named_extras():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -47,14 +46,13 @@ def plot_exit_curves(results: dict[str, Any], path: str | os.PathLike) -> Figure
     metric = results["metric"]
 
     figure = Figure(figsize=(7.5, 6.5 if chosen else 5.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     if chosen:
         axes, shares = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         _draw_shares(shares, exits, chosen, "policy" if policy else f"budget {chosen['target_cost']:.2f}")
         bottom = shares
     else:
         axes = bottom = figure.subplots()
-    axes.set_title(literal(_title(results)))
+    axes.set_title(literal(f"{_data_of(results)}: {results['model_type']}, {results['method']}"))
     axes.set_ylabel(literal(metric.replace("_", " ")))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -94,10 +92,8 @@ def plot_comparison(runs: dict[str, dict[str, Any]], path: str | os.PathLike) ->
     first = next(iter(runs.values()))
     metric = first["metric"]
     figure = Figure(figsize=(7.5, 5.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
-    data = dict.fromkeys(name for name in (first["dataset"], first["task_name"]) if name)
-    axes.set_title(literal(" / ".join(data)))
+    axes.set_title(literal(_data_of(first)))
     axes.set_xlabel("relative cost (plain model = 1)")
     axes.set_ylabel(literal(metric.replace("_", " ")))
     axes.grid(alpha=0.25)
@@ -153,6 +149,5 @@ def _points(entries: list[dict], metric: str) -> tuple[list[float], list[float]]
     return [entry["relative_cost"] for entry in entries], [np.nan if score is None else score for score in scores]
 
 
-def _title(results: dict) -> str:
-    data = dict.fromkeys(name for name in (results["dataset"], results["task_name"]) if name)
-    return f"{' / '.join(data)}: {results['model_type']}, {results['method']}"
+def _data_of(results: dict) -> str:
+    return " / ".join(dict.fromkeys(name for name in (results["dataset"], results["task_name"]) if name))

@@ -22,7 +22,6 @@ from ..extras import named_extras
 
 with named_extras():
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.image import imread
     from matplotlib.ticker import MaxNLocator
@@ -155,7 +154,6 @@ def plot_history(curves: dict[str, dict[str, list]], path: str | os.PathLike) ->
         the figure.
     """
     figure = Figure(figsize=(4.5 * len(curves), 3.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (name, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         exits = [column for column in curve if column != "step"]
         colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(exits)))

@@ -17,7 +17,6 @@ def plot_partition(label_counts: np.ndarray, label_names: Sequence[str], path: s
     Returns:
         the figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from ...evaluation.plots import literal
@@ -27,7 +26,6 @@ def plot_partition(label_counts: np.ndarray, label_names: Sequence[str], path: s
     # At least two pixels per part and class at 150 dpi, within the size of a page or a wide screen.
     width, height = np.clip([num_parts / 75 + 2, num_classes / 75 + 3], (8, 5), (24, 18))
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     above, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 4))
     above.stairs(sizes, np.arange(num_parts + 1) - 0.5, fill=True, color="#2f5d9b")
     above.set_ylabel("rows")
