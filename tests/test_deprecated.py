@@ -75,7 +75,7 @@ def test_the_old_name_of_the_calibration_rows_is_taken():
         def __init__(self):
             pass
 
-        def predict_exits(self, dataset, metric_key_prefix="test"):
+        def costs_of(self, dataset, *settings):
             assert dataset == [{"input_ids": [1, 2]}]
             raise Asked
 

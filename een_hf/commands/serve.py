@@ -14,7 +14,7 @@ import socket
 
 import torch
 
-from ..inference.loading import load_early_exit_model, load_processor
+from ..inference.loading import DTYPES, load_early_exit_model, load_processor
 from ..models import ExitConfigurationError
 from ..serving import AsyncExitEngine, Auditor, PrometheusObserver, ServerLimits, create_app
 
@@ -25,11 +25,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="Port; 0: any free one. Default: 8000.")
     parser.add_argument("--reuse_port", action="store_true", help="Let several servers listen on one port (Linux).")
     parser.add_argument("--device", help="cpu, cuda, cuda:1. Default: cuda if there is one.")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="Precision of the weights. Default: the checkpoint's.",
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="Precision of the weights. Default: the checkpoint's.")
     parser.add_argument("--no_cuda_graphs", action="store_true", help="On CUDA, run the stages without CUDA graphs.")
     parser.add_argument("--threads", type=int, help="Number of torch's threads on the CPU. Default: torch's own.")
     parser.add_argument(

@@ -10,6 +10,9 @@ from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
 from ..models.checkpoint_loading import checkpoint_config
 
 
+DTYPES = ("float32", "bfloat16", "float16")  # of weights
+
+
 def load_early_exit_model(
     name: str, *, device: str | None = None, dtype: str | None = None, what: str = "MODEL"
 ) -> EarlyExitMixin:

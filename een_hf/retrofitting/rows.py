@@ -25,6 +25,7 @@ from ..data.transforms import EvaluationTransform
 from ..errors import loading
 from ..evaluation import cost_inputs, stock_model, text_functions
 from ..inference import pad_rows, predict
+from ..inference.programs import on_device
 from ..models import EarlyExitMixin
 from ..training.history import trained_on
 from .arguments import RowArguments
@@ -178,7 +179,7 @@ class UnlabelledImages(RetrofitRows):
 
 def to_batch(model: EarlyExitMixin, rows: list[dict]) -> dict[str, torch.Tensor]:
     """Rows as one padded batch on the model's device."""
-    return {name: value.to(model.device) for name, value in pad_rows(rows, model.config).items()}
+    return on_device(pad_rows(rows, model.config), model.device)
 
 
 def _image_files(args: RowArguments) -> datasets.Dataset:

@@ -9,6 +9,7 @@ from transformers.utils import ExplicitEnum
 from .._deprecated import moved_names
 from ..errors import check_seed, refuse_nan
 from ..hub.settings import public_settings
+from ..inference.loading import DTYPES
 from ..models import MODEL_CLASSES, ExitConfigurationError
 from ..models.auto import find_architecture
 from ..models.criteria import CRITERIA
@@ -16,7 +17,6 @@ from ..models.exits import find_exit_head, find_pooling
 from .publishing import is_publishing
 
 
-DTYPES = ("float32", "bfloat16", "float16")
 # The smallest values of numbers that transformers does not check, or checks only after a run has begun.
 _AT_LEAST = {
     -1: "max_steps",  # none given
