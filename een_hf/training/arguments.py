@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
-from transformers.utils import ExplicitEnum
+from transformers.utils import ExplicitEnum, is_torch_bf16_gpu_available, is_torch_xla_available
 
 from .._deprecated import moved_names
 from ..errors import check_seed, refuse_nan
@@ -180,6 +180,11 @@ class EarlyExitTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_numbers()
+        if self.bf16 and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+            raise ExitConfigurationError(
+                "--bf16 needs an accelerator with bfloat16, and none was found. Give --bf16 false, or --use_cpu to "
+                "compute in bfloat16 on the CPU."
+            )
         super().__post_init__()
         if isinstance(self.exit_loss_weights, str):
             self.exit_loss_weights = self.exit_loss_weights.split(",")

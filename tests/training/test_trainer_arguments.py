@@ -13,9 +13,11 @@ import torch
 from factory import NO_DROPOUT, QUIET, tiny_model, tiny_rows, tiny_stock_model
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import AutoTokenizer, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from een_hf.evaluation import make_compute_metrics
 from een_hf.models import EarlyExitBertForSequenceClassification, ExitConfigurationError
+from een_hf.training import EarlyExitTrainingArguments
 
 
 make_trainer = functools.partial(factory.make_trainer, max_steps=2)
@@ -231,6 +233,13 @@ def mean_loss(outputs, labels, num_items_in_batch=None):
     """As people write it for `Trainer`: the examples of all micro-batches divide."""
     summed = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
     return 3 * summed / num_items_in_batch
+
+
+@pytest.mark.skipif(is_torch_bf16_gpu_available(), reason="this machine has an accelerator with bfloat16")
+def test_bf16_without_an_accelerator_names_the_flags(tmp_path):
+    """What breaks: on a machine without a GPU, a recipe for one ends in words that are no flags."""
+    with pytest.raises(ExitConfigurationError, match="--bf16 false, or --use_cpu"):
+        EarlyExitTrainingArguments(tmp_path, bf16=True)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
