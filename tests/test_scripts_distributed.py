@@ -62,7 +62,7 @@ def run(flags, processes, folder):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def files(folder):
@@ -89,7 +89,9 @@ def test_two_processes_equal_one(modality, request, tmp_path):
     flags = text_flags(tmp_path, request.getfixturevalue("minilm_path")) if modality == "text" else None
     flags = flags or image_flags(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run(flags, 1, one).count("Calibration: ") == run(flags, 2, two).count("Calibration: ") == 1
+    outputs = [run(flags, 1, one), run(flags, 2, two)]
+    for message in ("LOAD REPORT", "Calibration: "):
+        assert [output.count(message) for output in outputs] == [1, 1]
     # A checkpoint holds the random state of each process, under a number if there are several.
     processes = {f"checkpoint-{NUM_STEPS}/rng_state_{index}.pth" for index in range(2)}
     assert files(two) - files(one) == processes

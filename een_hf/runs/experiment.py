@@ -75,8 +75,11 @@ def run_experiment(modality: Modality, args: RunArguments) -> Run:
     Raises:
         ExitConfigurationError: flags, data or a model that do not fit, before any training.
     """
-    check_flags(modality, args)
     training = args.training
+    if not training.should_log:
+        logging.set_verbosity(training.get_process_log_level())
+        logging.get_logger("een_hf").setLevel(training.get_process_log_level())
+    check_flags(modality, args)
     # One process holds the folder for all of a run.
     with only_run_in(args.folder) if training.process_index == 0 else nullcontext():
         checkpoint = find_start(args)

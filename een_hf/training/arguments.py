@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.training_args import trainer_log_levels
 from transformers.utils import ExplicitEnum, is_torch_bf16_gpu_available, is_torch_xla_available
 
 from .._deprecated import moved_names
@@ -169,6 +170,14 @@ class EarlyExitTrainingArguments(TrainingArguments):
     push_handler: bool = field(
         default=False,
         metadata={"help": "Save handler.py with the model, for Inference Endpoints; a push includes it."},
+    )
+
+    log_level_replica: str = field(
+        default="error",
+        metadata={
+            "help": "Log level of all processes but the first, whose messages would appear again.",
+            "choices": trainer_log_levels.keys(),
+        },
     )
 
     def to_dict(self):
