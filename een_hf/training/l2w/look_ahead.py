@@ -103,6 +103,7 @@ class LookAhead:
     def __init__(self, trainer: "MetaWeightedExitTrainer"):
         self.trainer = trainer
         self.share_offset = 0.0  # u of `charged_shares`, drawn at each look-ahead
+        self._linear: set[int] | None = None  # parameters that one linear layer alone has, by id; `None`: not known
         self.programs = Programs(self) if trainer.scheme_args.meta_cuda_graphs else None
 
     def gradient(self, train: dict, meta: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -115,7 +116,7 @@ class LookAhead:
         Returns:
             w of the train part, (n, K), with its graph through W; dL_meta/dw, (n, K); L_meta.
         """
-        method = self.method()
+        method, self._linear = self.method(), None
         # The rounding of TF32 is larger than a change of 1e-6 in a parameter.
         with float32_precision(None if method == "forward" else "ieee"):
             if method == "exact":
@@ -252,10 +253,12 @@ class LookAhead:
             if not torch.is_autocast_enabled(kind):
                 return tensors
             dtype = torch.get_autocast_dtype(kind)
-        modules = list(self.trainer.network.modules())
-        users = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
-        linear = {id(part) for module in modules if type(module) is nn.Linear for part in module._parameters.values()}
-        places = [n for n, part in enumerate(parameters) if id(part) in linear and users[id(part)] == 1]
+        if self._linear is None:  # they are looked for once in a look-ahead, which asks for them several times
+            modules = list(self.trainer.network.modules())
+            users = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
+            linear = (module._parameters.values() for module in modules if type(module) is nn.Linear)
+            self._linear = {id(part) for parts in linear for part in parts if users[id(part)] == 1}
+        places = [n for n, part in enumerate(parameters) if id(part) in self._linear]
         cast = [torch.empty_like(tensors[n], dtype=dtype) for n in places]
         if places:
             torch._foreach_copy_(cast, [tensors[n] for n in places])
