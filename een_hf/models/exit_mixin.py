@@ -227,7 +227,6 @@ class EarlyExitMixin(CheckpointLoadingMixin, StagedForwardMixin):
             ExitConfigurationError: the policy does not fit the number of exits or the problem.
         """
         if policy is not None:
-            # A model loaded with trust_remote_code has its own class ExitPolicy: both classes know the dict.
             values = policy.to_dict() if hasattr(policy, "to_dict") else policy
             if not isinstance(values, dict):
                 raise ExitConfigurationError(
@@ -247,9 +246,11 @@ class EarlyExitMixin(CheckpointLoadingMixin, StagedForwardMixin):
             the policy, or `None`.
 
         Raises:
-            ExitConfigurationError: the policy does not fit the number of exits or the problem.
+            ExitConfigurationError: it is no policy, or does not fit the number of exits or the problem.
         """
-        policy = ExitPolicy.from_dict(policy) if isinstance(policy, dict) else policy
+        if policy is not None and not isinstance(policy, ExitPolicy):
+            # A model loaded with trust_remote_code has its own class ExitPolicy: both classes know the dict.
+            policy = ExitPolicy.from_dict(policy.to_dict() if hasattr(policy, "to_dict") else policy)
         if policy is not None:
             policy.validate(self.num_exits, self.config.problem_type, self.config.num_labels)
         return policy

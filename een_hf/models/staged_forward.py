@@ -168,9 +168,7 @@ class StagedForwardMixin:
         )
 
     def _policy_of_call(self, early_exit: bool | ExitPolicy | dict) -> ExitPolicy | None:
-        if hasattr(early_exit, "to_dict") and not isinstance(early_exit, ExitPolicy):
-            early_exit = early_exit.to_dict()  # of the class that a model brings by trust_remote_code
-        if isinstance(early_exit, ExitPolicy | dict):
+        if isinstance(early_exit, dict) or hasattr(early_exit, "to_dict"):
             return self.checked_policy(early_exit)
         if not isinstance(early_exit, bool | None):
             raise ExitConfigurationError(

@@ -223,7 +223,7 @@ class AsyncExitEngine:
         if policy is False:
             return None, False
         values = policy.to_dict() if isinstance(policy, ExitPolicy) else policy
-        return self.model.checked_policy(ExitPolicy.from_dict(values)), False
+        return self.model.checked_policy(values), False
 
     def _seconds_to_room(self) -> float:
         return max(1.0, math.ceil(self._num_waiting / self._rate)) if self._rate else 1.0

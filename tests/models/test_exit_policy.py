@@ -21,6 +21,7 @@ from models.criteria_by_hand import (
 )
 
 import een_hf.models
+from een_hf.inference import ExitRunner
 from een_hf.models import ExitConfigurationError, ExitPolicy
 
 
@@ -131,6 +132,13 @@ def test_what_is_no_policy_is_answered_with_a_sentence(bert, load_exits, given):
     model = load_exits(bert, exit_layers=EXIT_LAYERS)
     with pytest.raises(ExitConfigurationError, match="set_exit_policy takes an ExitPolicy.*not .*from_results"):
         model.set_exit_policy(given)
+
+
+@pytest.mark.parametrize("given", [0.5, "confidence", [0.5, 0.5, 0.0], True])
+def test_a_runner_answers_what_is_no_policy_with_a_sentence(bert, load_exits, given):
+    """What breaks: an AttributeError of a float says nothing of policies."""
+    with pytest.raises(ExitConfigurationError, match="exit_policy must be a dict"):
+        ExitRunner(load_exits(bert, exit_layers=EXIT_LAYERS), given)
 
 
 @pytest.mark.parametrize("given", ["no", 0.5, 1, [True]])
