@@ -1,6 +1,7 @@
 """Tiny random models, rows and trainers; a test that depends on a size or a setting names it itself."""
 
 import inspect
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -107,6 +108,15 @@ def tiny_processor(kind: str = "bert", tokens=TOKENS, size: int = IMAGE["image_s
     if reads_text(kind):
         return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
     return ViTImageProcessor(size={"height": size, "width": size})
+
+
+def download(hub: Path, name: str, revision: str, *parts) -> None:
+    """Save models or processors as the cache of the Hub `hub` holds a revision of the repository `someone/name`."""
+    repository, commit = hub / f"models--someone--{name}", revision.encode().hex().zfill(40)
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    for part in parts:
+        part.save_pretrained(repository / "snapshots" / commit)
 
 
 def tiny_rows(kind: str = "bert", count: int = 24, *, length: int = 8, seed: int = 1, learnable: bool = False) -> list:

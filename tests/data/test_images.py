@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from factory import tiny_model
+from factory import download, tiny_config, tiny_model
 from PIL import Image
 from transformers import DeiTImageProcessor, ViTForImageClassification, ViTImageProcessor
 
@@ -339,3 +339,15 @@ def test_the_union_of_all_parts(parts):
 def test_parts_that_are_not_there(parts, flags, message):
     with pytest.raises(DataError, match=message):
         load(partition_dir=str(parts), **flags)
+
+
+def test_the_image_processor_is_of_the_models_revision(tmp_path):
+    """What breaks: images are normalized as for the weights of another commit, or the commit of the model is asked of
+    the repository of another processor, which does not have it."""
+    for name, revision, mean in (("model", "main", 0.1), ("model", "old", 0.2), ("other", "main", 0.3)):
+        download(tmp_path, name, revision, ViTImageProcessor(image_mean=[mean] * 3))
+    hub = {"cache_dir": tmp_path, "revision": "old"}
+    for more, mean in (({}, 0.2), ({"image_processor_name": "someone/other"}, 0.3)):
+        args = ImageDataArguments(dataset_name="digits", **more)
+        found = IMAGES.load_processor("someone/model", args, tiny_config("vit"), **hub)
+        assert list(found.image_mean) == [mean] * 3

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from factory import TOKENS, tiny_model, tiny_processor, tiny_stock_config
+from factory import TOKENS, download, tiny_model, tiny_processor, tiny_stock_config
 from safetensors.torch import load_file, save_file
 from text_runs import tiny
 from transformers import (
@@ -125,14 +125,8 @@ def test_the_tokenizer_is_of_the_models_revision(files, tmp_path):
     """What breaks: --model_revision takes the weights of one commit and the tokens of another, or is asked of the
     repository of another tokenizer, which has no such commit."""
     hub, other = tmp_path / "hub", TOKENS[::-1]
-    for number, (name, revision, tokens) in enumerate(
-        (("model", "main", TOKENS), ("model", "old", other), ("tokens", "main", TOKENS))
-    ):
-        repository, commit = hub / f"models--someone--{name}", f"{number:040x}"
-        (repository / "refs").mkdir(parents=True, exist_ok=True)
-        (repository / "refs" / revision).write_text(commit)
-        for part in (tiny_model(num_labels=2), tiny_processor(tokens=tokens)):
-            part.save_pretrained(repository / "snapshots" / commit)
+    for name, revision, tokens in (("model", "main", TOKENS), ("model", "old", other), ("tokens", "main", TOKENS)):
+        download(hub, name, revision, tiny_model(num_labels=2), tiny_processor(tokens=tokens))
     flags = ["--model_name_or_path=someone/model", "--model_revision=old", f"--cache_dir={hub}", "--use_cpu"]
     flags += [f"--validation_file={files['validation']}", "--do_eval", f"--output_dir={tmp_path / 'out'}"]
     for more, wanted in (([], other), (["--tokenizer_name=someone/tokens"], TOKENS)):
