@@ -24,7 +24,13 @@ def right_answers(last_answers: np.ndarray, labels: np.ndarray | None, problem_t
 
 
 def probability_of(targets: np.ndarray, logits: np.ndarray, problem_type: str) -> np.ndarray:
-    """The probability (num_rows, num_exits) of the right class; for multi-label problems the mean over the labels."""
+    """The probability (num_rows, num_exits) of the right class; for multi-label problems the mean over the labels.
+
+    It is 0 where it is not defined, because a logit is NaN or too large.
+    """
     if problem_type == "multi_label_classification":
-        return scipy.special.expit(np.where(targets[:, None] == 1, logits, -logits)).mean(-1)
-    return np.take_along_axis(scipy.special.softmax(logits, -1), targets[:, None], -1)[..., 0]
+        found = scipy.special.expit(np.where(targets[:, None] == 1, logits, -logits)).mean(-1)
+    else:
+        with np.errstate(invalid="ignore"):
+            found = np.take_along_axis(scipy.special.softmax(logits, -1), targets[:, None], -1)[..., 0]
+    return np.nan_to_num(found)

@@ -59,7 +59,9 @@ def check_target_cost(target_cost: float, costs: Sequence[float]) -> None:
     """
     alone = ExitCosts.of(costs).alone
     cheapest = min(alone)  # costs in time: the decision of an early exit may take longer than the layers after it
-    if not target_cost >= cheapest:
+    if not target_cost < math.inf:
+        raise ExitConfigurationError(f"--target_cost is a share of the full cost, not {target_cost:g}.")
+    if target_cost < cheapest:
         which = "first" if cheapest == alone[0] else "cheapest"
         raise ExitConfigurationError(
             f"--target_cost {target_cost:g} is below the cost of the {which} exit, {cheapest:.4g}: no policy is so "

@@ -66,11 +66,12 @@ class ScoredRows:
             self.right = (self.predictions == targets[:, None]).mean(-1)
             # Of policies with equally many right answers, prefer the one with the higher probability of the targets.
             scaled = logits.numpy() / np.array(temperatures).reshape(1, -1, 1)
-            probability = np.nan_to_num(probability_of(targets, scaled, problem_type))
+            probability = probability_of(targets, scaled, problem_type)
             self.gains = self.right + probability / (2 * self.num_rows * targets.shape[1])
         else:
-            # An answer that is NaN counts as the worst finite answer: otherwise the gain of all policies would be NaN.
-            self.gains = -np.square(self.predictions.astype(np.float64)[..., 0] - targets)
+            # Answers that are not finite count as the worst finite one: otherwise all gains would be NaN.
+            with np.errstate(invalid="ignore"):
+                self.gains = -np.square(self.predictions.astype(np.float64)[..., 0] - targets)
             finite = np.isfinite(self.gains)
             self.gains[~finite] = self.gains[finite].min(initial=0.0)
             self.right = self.gains

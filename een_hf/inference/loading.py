@@ -6,6 +6,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from ..errors import loading
+from ..extras import named_extras
 from ..models import MODEL_CLASSES, EarlyExitMixin, ExitConfigurationError
 from ..models.checkpoint_loading import checkpoint_config
 
@@ -68,13 +69,30 @@ def load_processor(name: str, model: EarlyExitMixin, *, what: str = "MODEL") -> 
     """
     if model.main_input_name != "input_ids":
         with loading(f"The image processor of {what} {name}"):
-            return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+            _check_image_processor(processor, model)
+        return processor
     with loading(f"The tokenizer of {what} {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer("a")  # some damage shows only in use
         if not has_vocabulary(tokenizer):
             raise ExitConfigurationError("it has no vocabulary.")
     return tokenizer
+
+
+def _check_image_processor(processor: Any, model: EarlyExitMixin) -> None:
+    """Raise an error if the model cannot embed what the processor makes of an image."""
+    with named_extras():
+        from PIL import Image
+
+        from ..data.transforms import EvaluationTransform
+
+    image = Image.new("RGB", (48, 32), "gray")
+    pixels = EvaluationTransform(processor, model.config.num_channels)(image)
+    if not pixels.isfinite().all():
+        raise ExitConfigurationError("it gives pixels that are not finite.")
+    with torch.inference_mode():
+        model.embed(pixel_values=pixels[None].to(model.device, model.dtype))
 
 
 def has_vocabulary(tokenizer: Any) -> bool:

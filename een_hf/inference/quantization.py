@@ -5,7 +5,8 @@ quantized to uint8 at run time, with one scale for each tensor. Weights use 7 of
 overflow on processors without int8 instructions, and the answers of a graph would differ there.
 
 The examples of a batch share the scale of their activations, so that the answer for an example depends a little on the
-other examples. Calibration and its guarantee apply to examples that run one at a time.
+other examples and on padding. Calibration and its guarantee apply to examples that run one at a time, without padding.
+An input that is not finite gets a finite answer, and changes the other answers of its batch: check inputs before.
 """
 
 import logging

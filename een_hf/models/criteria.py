@@ -1,6 +1,8 @@
 """Exit criteria: each scores how confident the exits are.
 
-A higher score is more confident. A score of NaN reaches no threshold.
+A higher score is more confident. A score of NaN reaches no threshold. With one label per example, a score is NaN where
+the probabilities are not defined: if a logit is NaN or plus infinity, or if all are minus infinity. If only some are
+minus infinity, these classes have probability 0.
 """
 
 import math
@@ -247,7 +249,8 @@ class Entropy(ExitCriterion):
     highest = 1e-6  # it can be rounded to a number above 0
 
     def step(self, logits, state):
-        log_probabilities = logits.log_softmax(-1)
+        # 0 log 0 is 0.
+        log_probabilities = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
         return -entropy / math.log(max(logits.shape[-1], 2)), state
 
@@ -298,8 +301,8 @@ class Patience(ExitCriterion):
 
     def step(self, logits, state):
         regression = logits.shape[-1] == 1
-        broken = logits.isnan().any(-1)
-        # An exit with NaN predicts nothing that a later exit could agree with.
+        broken = _is_undefined(logits)
+        # Such an exit predicts nothing that a later exit could agree with.
         prediction = logits[:, 0] if regression else logits.argmax(-1).masked_fill(broken, -1)
         if not state:
             streak = torch.zeros_like(logits[:, 0])
@@ -321,12 +324,17 @@ class Vote(ExitCriterion):
         return exit_index + 1
 
     def step(self, logits, state):
-        broken = logits.isnan().any(-1)
+        broken = _is_undefined(logits)
         classes = torch.arange(logits.shape[-1], device=logits.device)
         vote = (logits.argmax(-1, keepdim=True) == classes).to(logits.dtype)  # `one_hot` would read from the device
         vote = vote.masked_fill(broken.unsqueeze(-1), 0.0)
         votes = vote + state[0] if state else vote
         return votes.amax(-1).masked_fill(broken, float("nan")), (votes,)
+
+
+def _is_undefined(logits: torch.Tensor) -> torch.Tensor:
+    """The rows (num_rows,) of logits (num_rows, num_labels) that are no prediction."""
+    return logits.isnan().any(-1) | logits.amax(-1).isinf()
 
 
 def decide(

@@ -164,12 +164,16 @@ class EarlyExitConfigMixin:
         """Check that the embeddings have every token: one that they lack ends the whole process on CUDA.
 
         Args:
-            inputs: model inputs, of which `input_ids` and `token_type_ids` are read.
+            inputs: model inputs, of which `input_ids`, `token_type_ids` and a mask (..., length) are read.
             what: the name of the text in the message.
 
         Raises:
-            ExitConfigurationError: a token or token type that the model does not have.
+            ExitConfigurationError: a token or token type that the model does not have, or a text whose tokens are all
+                masked: its answer could depend on the padding.
         """
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() <= 2 and not mask.any(-1).all():
+            raise ExitConfigurationError(f"{what} has a text without tokens: its attention_mask is 0 everywhere.")
         for name, size in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
             count, values = getattr(self, size, None), inputs.get(name)
             if count and values is not None and not (0 <= int(values.min()) and int(values.max()) < count):

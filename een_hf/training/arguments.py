@@ -313,7 +313,7 @@ class CalibrationArguments:
             raise ExitConfigurationError(f"--latency_batch_size must be at least 1, not {self.latency_batch_size}.")
         if self.target_cost is not None and self.max_risk is not None:
             raise ExitConfigurationError("--target_cost and --max_risk both choose the policy: give one of them.")
-        if self.target_cost is not None and self.target_cost <= 0:
+        if self.target_cost is not None and not 0 < self.target_cost < float("inf"):
             raise ExitConfigurationError(
                 f"--target_cost is a share of the full cost, above 0, not {self.target_cost}."
             )

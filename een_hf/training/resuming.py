@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 from safetensors import SafetensorError
-from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import CheckpointError, DiskFullError, is_full_disk
@@ -62,6 +62,13 @@ class ResumingMixin:
                     "--output_dir."
                 )
             return
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # their states are in files of other names
+        for name in () if sharded else (OPTIMIZER_NAME, SCHEDULER_NAME):
+            if not os.path.exists(os.path.join(checkpoint, name)):  # Trainer would begin with a new one
+                raise CheckpointError(
+                    f"--resume_from_checkpoint {checkpoint} is not complete ({name} is missing): give another "
+                    "checkpoint, or start again from its weights with --model_name_or_path."
+                )
         with reading_checkpoint(checkpoint), open(path) as file:
             written = json.load(file)
             found, self._new_heads = written["method"], written.get("new_heads")

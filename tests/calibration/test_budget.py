@@ -211,6 +211,8 @@ def test_target_below_the_first_exit_is_refused():
     with pytest.raises(ExitConfigurationError, match="--target_cost 0.2.*0.25"):
         calibrate(logits, labels, even_costs(4), target_cost=0.2)
     assert calibrate(logits, labels, even_costs(4), target_cost=0.25).exit_fractions == [1, 0, 0, 0]
+    with pytest.raises(ExitConfigurationError, match="--target_cost is a share of the full cost, not inf"):
+        calibrate(logits, labels, even_costs(4), target_cost=np.inf)  # which a policy could not store
 
 
 def test_regression_calibrates_by_squared_error():
@@ -234,14 +236,15 @@ def test_regression_calibrates_by_squared_error():
         calibrate(logits, labels, costs, target_cost=0.6)
 
 
-@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
-def test_regression_does_not_depend_on_the_unit_or_on_broken_rows(unit):
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("unit, broken", [(1e-3, np.nan), (1.0, np.inf), (1e3, -np.inf)])
+def test_regression_does_not_depend_on_the_unit_or_on_broken_rows(unit, broken):
     """Prices in kilometres or metres must exit alike, and one NaN must not make all policies look the same."""
     rng = np.random.default_rng(0)
     labels = rng.normal(size=300)
     noise = rng.normal(size=(300, 5)) * np.linspace(1, 0.2, 5) * rng.exponential(size=(300, 1))
     logits = (labels[:, None] + noise)[..., None]
-    logits[0] = np.nan
+    logits[0] = broken
     settings = {"criterion": "patience", "target_cost": 0.6}
     expected = calibrate(logits, labels, even_costs(5), **settings, params={"tolerance": 0.5})
     report = calibrate(unit * logits, unit * labels, even_costs(5), **settings, params={"tolerance": unit * 0.5})
@@ -256,10 +259,12 @@ def test_regression_does_not_depend_on_the_unit_or_on_broken_rows(unit):
     assert np.isclose(open_.policy.params["tolerance"] / unit, deciles, rtol=1e-3).any()
 
 
-def test_rows_with_nan_never_exit_early_and_their_cost_counts():
-    """Rows with NaN never exit early: their cost counts, and a budget that they exceed is refused, not missed."""
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_never_exit_early_and_their_cost_counts(broken):
+    """Such rows never exit early: their cost counts, and a budget that they exceed is refused, not missed."""
     logits, labels = make_rows(100)
-    logits[:10] = np.nan
+    logits[:10] = broken
     report = calibrate(logits, labels, even_costs(4), target_cost=0.5)
     exits = report.policy.exits_of(torch.tensor(logits)).numpy()
     assert (exits[:10] == 3).all()

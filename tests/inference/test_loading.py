@@ -71,3 +71,22 @@ def test_a_tokenizer_made_from_nothing_is_refused(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ExitConfigurationError, match="has no vocabulary"):
         load_processor(str(folder), model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"size": {"height": 16, "width": 16}}, "16"),
+        ({"image_std": [0.0, 0.0, 0.0]}, "not finite"),
+        ({"image_mean": [0.5, 0.5]}, "size of tensor"),
+        ({"size": {"width": 8}}, "size"),
+    ],
+)
+def test_an_image_processor_that_does_not_work_is_refused(fields, named, tmp_path):
+    """What breaks: a server starts, and every request for an image fails."""
+    model = tiny_model("vit").eval()
+    tiny_processor("vit").save_pretrained(tmp_path)
+    assert load_processor(str(tmp_path), model)
+    change(tmp_path / "preprocessor_config.json", **fields)
+    with pytest.raises(ExitConfigurationError, match=f"The image processor of MODEL {tmp_path} cannot.*{named}"):
+        load_processor(str(tmp_path), model)

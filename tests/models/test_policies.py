@@ -141,23 +141,44 @@ def test_half_precision_logits_are_scored_in_float32(criterion, dtype):
     assert half.decide(1, logits[:, 1], ())[0].equal(half.decide(1, logits[:, 1].float(), ())[0])
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_nan_never_exits_early(criterion):
+def test_nan_never_exits_early(criterion, broken):
     """A row with NaN that exits looks like a confident one; the rows beside it must not be held up by it."""
     logits = _logits(num_rows=6)
     logits[2] = float("nan")
-    logits[4, :, 1] = float("nan")
+    logits[4, :, 1] = broken
     exits = ExitPolicy(criterion, [-NEVER] * NUM_EXITS).exits_of(logits).tolist()
     last = NUM_EXITS - 1
     assert exits == [0, 0, last, 0, last, 0]
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_class_that_is_ruled_out_counts_as_probability_zero(criterion):
+    """What breaks: a logit of minus infinity is 0 to some criteria, and NaN to others, which then disable exits."""
+    logits = _logits(num_rows=8)
+    logits[..., 2] = -math.inf
+    logits[0, :, 1] = -math.inf
+    expected = [_expected_scores(criterion, row, [1.0] * NUM_EXITS) for row in logits.tolist()]
+    scores = ExitPolicy(criterion, [0.0] * NUM_EXITS).scores(logits)
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=2e-6)
+    logits[1] = -math.inf
+    assert ExitPolicy(criterion, [0.0] * NUM_EXITS).scores(logits)[1].isnan().all()
+
+
+def test_a_number_that_is_infinite_is_no_prediction():
+    logits = torch.tensor([[[1.0], [math.inf], [math.inf], [1.0]]])
+    scores = ExitPolicy("patience", [0.0] * 4).scores(logits)[0]
+    assert scores.isnan().tolist() == [False, True, True, False] and scores[3] == 0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("criterion", ["patience", "vote"])
-def test_a_broken_exit_neither_agrees_nor_votes(criterion):
+def test_a_broken_exit_neither_agrees_nor_votes(criterion, broken):
     """One broken exit must not count as support for what a later exit predicts."""
     logits = torch.zeros(1, 4, 3)
     logits[:, 1:, 0] = 1
-    logits[0, 0] = float("nan")
+    logits[0, 0] = broken
     scores = ExitPolicy(criterion, [NEVER] * 4).scores(logits)[0]
     assert scores[0].isnan()
     assert scores[1:].tolist() == ([0, 1, 2] if criterion == "patience" else [1, 2, 3])

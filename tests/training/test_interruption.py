@@ -130,6 +130,16 @@ def test_damage_without_checksums_ends_in_one_line(part, finished_l2w, tmp_path,
     assert refused >= count
 
 
+@pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "weight_network.pt"])
+def test_a_part_that_is_missing_without_checksums_is_named(part, finished_l2w, tmp_path):
+    """What breaks: a run resumes with a new optimizer or schedule, and says nothing of it."""
+    folder = shutil.copytree(finished_l2w, tmp_path / "run") / "checkpoint-1"
+    (folder / "checksums.json").unlink()
+    (folder / part).unlink()
+    with pytest.raises(ExitConfigurationError, match=f"checkpoint-1 .*{part}"):
+        make_trainer(tmp_path / "out", "l2w", save_strategy="no", max_steps=2).train(str(folder))
+
+
 def test_the_curves_of_a_resumed_run_are_those_of_one_in_one_go(tmp_path):
     """The last checkpoint lies between two logs: losses of the steps before it belong into the next log's mean."""
     settings = {"logging_steps": 3, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
