@@ -293,7 +293,7 @@ def check_rows(args, model: str, step: int, dtype: str) -> list[dict]:
         batches = [torch.arange(start, min(start + 16, count)) for start in range(0, count, 16)]
         found = engine.run((ids, pad_rows([rows[index] for index in ids], network.config)) for ids in batches)
         parts["engine"].append(compare(gather(found), exit_logits, policy))
-        requests = serve_rows(make_worker(args, network, args.static, 16), rows, 64)
+        requests = serve_rows(make_worker(network, args.static, 16), rows, 64)
         found = [(torch.tensor([n]), row.logits[None], row.exit_index) for n, row in enumerate(requests)]
         parts["server"].append(compare(gather(found), exit_logits, policy))
     return [{"what": what, "criterion": "confidence", **verdict(part, dtype)} for what, part in parts.items() if part]
@@ -567,7 +567,7 @@ def texts(args, part: Part) -> None:
 # Serving
 
 
-def make_worker(args, network, static: bool, max_rows: int) -> StageWorker:
+def make_worker(network, static: bool, max_rows: int) -> StageWorker:
     return StageWorker(network, max_rows, 0.005, EngineObserver(), cuda_graphs=static)
 
 
@@ -601,8 +601,8 @@ def through_the_worker(args, network, model: str, step: int) -> list[dict]:
     sample = {name: tensor.to(network.device) for name, tensor in pad_rows(rows[:256], network.config).items()}
     shares = exit_in_shares(network, sample, half_cost_shares(network))
     workers = {
-        "captured": make_worker(args, network, args.static, limit),
-        "eager": make_worker(args, network, False, limit),
+        "captured": make_worker(network, args.static, limit),
+        "eager": make_worker(network, False, limit),
     }
     functions = {name: partial(serve_rows, worker, rows, waiting) for name, worker in workers.items()}
     with torch.device(args.device):
