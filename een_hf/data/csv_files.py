@@ -39,8 +39,8 @@ def csv_settings(path: str, source: str, text_columns: Sequence[str] = (), strea
         streaming: check only the first 100,000 rows.
 
     Raises:
-        DataError: another encoding or separator, no rows, a column that is named twice, or a row with too few or too
-            many fields.
+        DataError: another encoding or separator, no rows, a column that is named twice or not at all, or a row with
+            too few or too many fields.
     """
     with open(path, encoding="utf-8-sig", newline="") as file, _long_fields():
         reader = csv.reader(file)
@@ -124,6 +124,11 @@ def _check_header(header: list[str], source: str) -> None:
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{source} names the column {twice!r} twice: rename one of them.")
+    if "" in header:
+        raise DataError(
+            f"{source} has a column without a name, the {header.index('') + 1}. of its header: name or remove it. "
+            "pandas writes its index so: `to_csv(..., index=False)` leaves it out."
+        )
 
 
 def _whole_rows(reader, header: list[str], source: str) -> Iterator[list[str]]:

@@ -173,7 +173,8 @@ def load_files(
         try:
             splits[split] = datasets.load_dataset(kind, data_files=[glob.escape(path) for path in paths], **settings)
         except _LOAD_ERRORS as error:
-            if "corresponds to no data" in str(error):
+            # Of an empty json and an empty parquet file.
+            if any(text in f"{error} {error.__cause__}" for text in ("corresponds to no data", "BatchSize must be")):
                 raise DataError(f"{source} has no rows: give a file with rows.") from error
             raise DataError(f"{source} cannot be read as {kind}: {in_one_line(error.__cause__ or error)}") from error
     return splits

@@ -1,5 +1,6 @@
 """The encoded rows of a run, for training, evaluation and calibration."""
 
+import logging
 import os
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from ..data.streaming import EndlessStream
-from ..data.task import DataError, Modality, TaskData
+from ..data.task import ROW_ID, DataError, Modality, TaskData
 from ..models import ExitConfigurationError
 from .arguments import RunArguments
 from .model import LoadedModel
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,9 +107,17 @@ def _rows_of_file(path: str, modality: Modality, args: RunArguments, data: TaskD
     other = "dataset_name dataset_config_name partition_dir partition_id train_val_split max_predict_samples".split()
     other += [f"{split}_{args.data.path_kind}" for split in ("train", "validation", "test")]
     flag = f"test_{args.data.path_kind}"
-    data_args = replace(args.data, **(dict.fromkeys(names.intersection(other)) | {flag: path}))
+    # The columns and the kind of labels are those of the run.
+    same = {"text_column_names": data.input_columns}
+    if getattr(args.data, "task_name", None) is None:
+        same["problem_type"] = data.problem_type
+    same = {name: value for name, value in same.items() if name in names}
     try:
+        data_args = replace(args.data, **(dict.fromkeys(names.intersection(other)) | same | {flag: path}))
         found = modality.load_data(data_args, splits_needed=["test"], seed=args.training.seed, like=data)
+        unread = [name for name in found.splits["test"].column_names if name not in (*found.input_columns, ROW_ID)]
+        if unread and found.label_column not in unread:
+            logger.warning("--calibration_file %s: no label is read from the columns %s.", path, ", ".join(unread))
         return modality.encode_data(found, loaded.processor, data_args, loaded.model.config)["test"]
     except DataError as error:
         message = str(error).replace(f"--{flag} ", "--calibration_file ").replace(", split 'test'", "")

@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from factory import tiny_stock_model
+from factory import tiny_config, tiny_processor, tiny_stock_model
 from text_runs import sentences, tiny, write_csv
 from transformers import (
     AutoModelForSequenceClassification,
@@ -16,12 +19,15 @@ from transformers import (
 
 from een_hf.commands import main as command_main
 from een_hf.commands.train import main
+from een_hf.data import DataError
 from een_hf.data.text import TEXT
+from een_hf.data.text_arguments import TextDataArguments
 from een_hf.evaluation import ExitCosts
 from een_hf.models import ExitPolicy
 from een_hf.runs import parse_arguments
 from een_hf.runs.experiment import prepare
 from een_hf.runs.results import split_for_calibration
+from een_hf.runs.rows import _rows_of_file
 
 
 LEAKS = {
@@ -208,3 +214,53 @@ def test_the_half_that_calibrates_has_half_of_every_class():
         calibrates = split_for_calibration(labels, "single_label_classification", seed)
         assert np.bincount(labels[calibrates]).tolist() == [20, 2, 1]
     assert split_for_calibration(labels / 2, "regression", 0).sum() == 23
+
+
+def rows_of_file(folder, classes, name, content, **flags):
+    """The calibration rows of a file, for a run that was trained on texts of these classes."""
+    train, path = folder / "train.jsonl", folder / name
+    train.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in classes))
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        pq.write_table(pa.table(content), path)
+    args = TextDataArguments(train_file=str(train), **flags)
+    data = TEXT.load_data(args, splits_needed=["train"], seed=0)
+    names = data.label_names or ["LABEL_0"]
+    config = tiny_config(id2label=dict(enumerate(names)), num_labels=len(names))
+    loaded = SimpleNamespace(processor=tiny_processor(), model=SimpleNamespace(config=config))
+    settings = SimpleNamespace(data=args, training=SimpleNamespace(seed=0))
+    return _rows_of_file(str(path), TEXT, settings, data, loaded)
+
+
+def test_whole_numbers_with_a_decimal_point_are_classes_where_the_run_has_classes(tmp_path):
+    """What breaks: pandas writes a column with a gap as 0.0, which is then a number to learn; the run ends in an error
+    after its training."""
+    rows = rows_of_file(tmp_path, ["no", "yes"], "new.csv", "text,label\na,1.0\nb,0.0\n")
+    assert rows["labels"] == [1, 0]
+    rows = rows_of_file(tmp_path, [0.5, 1.5], "new.csv", "text,label\na,1\nb,0\n")
+    assert rows["labels"] == [1.0, 0.0]
+
+
+NOT_ROWS = {
+    "fractions": ("new.csv", "text,label\na,0.5\n", "--calibration_file .*new.csv, .*label 0.5"),
+    "another column": ("new.csv", "body,label\na,no\n", "has no column 'text'; its columns are: body, label"),
+    "an index": ("new.csv", ",text,label\n0,a,no\n", "a column without a name, the 1.*index=False"),
+    "another ending": ("new.txt", "text,label\na,no\n", "^--calibration_file .*new.txt must end in"),
+    "no rows": ("new.parquet", {"text": pa.array([], pa.string())}, "new.parquet has no rows"),
+    "bytes": ("new.parquet", {"text": [b"\xff"], "label": ["no"]}, "column 'text' of type .*binary.* holds no texts"),
+}
+
+
+@pytest.mark.parametrize("name, content, named", NOT_ROWS.values(), ids=NOT_ROWS)
+def test_files_that_do_not_fit_the_run_are_named(name, content, named, tmp_path):
+    with pytest.raises(DataError, match=named):
+        rows_of_file(tmp_path, ["no", "yes"], name, content)
+
+
+def test_columns_are_those_of_the_run(tmp_path, caplog):
+    """What breaks: a model of single texts is calibrated on pairs, or labels of another column are passed over."""
+    rows = rows_of_file(tmp_path, ["no", "yes"], "new.csv", "text,other,label\na,b b,no\n")
+    assert len(rows[0]["input_ids"]) == 3 and "no label" not in caplog.text
+    assert "labels" not in rows_of_file(tmp_path, ["no", "yes"], "new.csv", "text,category\na,no\n").column_names
+    assert "new.csv: no label is read from the columns category" in caplog.text
