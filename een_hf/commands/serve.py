@@ -11,6 +11,7 @@ After SIGTERM the server answers the requests in progress and ends. The content 
 """
 
 import socket
+from contextlib import suppress
 
 import torch
 
@@ -106,7 +107,8 @@ def serve(app, listening: socket.socket, timeout: float) -> None:
     config = uvicorn.Config(
         app, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=int(timeout) + 1
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has ended
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int, reuse_port: bool) -> socket.socket:
