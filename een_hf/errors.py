@@ -8,6 +8,7 @@ import errno
 import math
 import numbers
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from pathlib import Path
 from .models import ExitConfigurationError, ExitError
 
 
+# Tokens of the Hub, and user and password of an address: a message may end in a log that others read.
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Messages of writers that do not raise Python's OSError: safetensors and torch.save.
 _FULL_MESSAGES = (
@@ -157,7 +160,7 @@ def one_line_errors() -> Iterator[None]:
         message = str(error)
         if message.startswith("Caught "):  # by a worker of a data loader, with its traceback
             message = message.rstrip().rsplit("\n", 1)[-1].split(": ", 1)[-1]
-        sys.exit(f"error: {message}")
+        sys.exit(f"error: {_SECRET.sub('***', message)}")
     except (PermissionError, IsADirectoryError) as error:
         sys.exit(f"error: a file cannot be read or written ({in_one_line(error)}).")
     except Exception as error:

@@ -10,11 +10,12 @@ from dataclasses import replace
 from datetime import date
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from factory import TEXT, reads_text, tiny_model
 
-from een_hf import ExitPolicy, export_onnx
+from een_hf import ExitConfigurationError, ExitPolicy, calibrate, export_onnx
 from een_hf.inference import ExitRunner, predict
 from een_hf.inference.programs import main_input
 from een_hf.inference.runner import input_names
@@ -302,3 +303,35 @@ def test_a_row_that_takes_anothers_answer_would_be_seen():
     found = predict(draw.model, draw.rows, 7)
     with pytest.raises(AssertionError, match="exits at 0"):
         draw.check("another policy", found.exit_index, found.logits)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_odd_logits_are_calibrated_as_they_exit():
+    """What breaks: NaN, infinite, huge or equal logits, by which rows exit elsewhere than calibration says."""
+    chosen = 0
+    for seed in range(int(f"{date.today():%Y%m%d}"), int(f"{date.today():%Y%m%d}") + 80):
+        chance, rng = random.Random(seed), np.random.default_rng(seed)
+        problem = chance.choice(["single_label_classification", "multi_label_classification", "regression"])
+        num_labels = 1 if problem == "regression" else chance.choice([2, 3, 17])
+        num_rows, num_exits = chance.choice([1, 2, 20, 120]), chance.choice([1, 2, 4])
+        logits = (rng.normal(size=(num_rows, num_exits, num_labels)) * chance.choice([0, 3, 3e37])).astype(np.float32)
+        odd = rng.random(logits.shape) < chance.choice([0, 0.02, 0.3])
+        logits[odd] = rng.choice([np.nan, np.inf, -np.inf], odd.sum())
+        criterion, target_cost = chance.choice(fitting_criteria(problem)), chance.choice([0.5, 0.8, 1.0])
+        costs = chance.choice([np.linspace(1 / num_exits, 1, num_exits), np.ones(num_exits), rng.random(num_exits)])
+        what = f"seed {seed}: {problem}, {criterion}, {target_cost}, {costs}"
+        try:
+            settings = {"criterion": criterion, "problem_type": problem, "target_cost": target_cost}
+            report = calibrate(logits, None, costs, **settings)
+        except ExitConfigurationError as error:
+            assert "--target_cost" in str(error), what
+            continue
+        chosen += 1
+        exits = report.policy.exits_of(torch.from_numpy(logits)).numpy()
+        assert report.exit_fractions == (np.bincount(exits, minlength=num_exits) / num_rows).tolist(), what
+        assert report.relative_cost <= target_cost + 1e-9 and np.isfinite(report.score), what
+        taken = logits[np.arange(num_rows), exits][exits < num_exits - 1]
+        broken = np.isnan(taken).any(-1) | (problem == "single_label_classification") & np.isposinf(taken).any(-1)
+        assert not broken.any(), what
+    assert chosen >= 20

@@ -94,3 +94,13 @@ def test_errors_say_what_they_are_about(error, about_settings, builtin):
     assert issubclass(error, ExitConfigurationError) == about_settings
     with pytest.raises(SystemExit, match="^error: the message$"), one_line_errors():
         raise error("the message")
+
+
+def test_no_token_is_printed():
+    """What breaks: an address with a token, given where none fits, ends in the log of a cluster."""
+    token = "hf_" + "aB3" * 11
+    for text in (f"https://user:{token}@host/x", f"https://user:password@host/{token}", f"--token {token}"):
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            raise ExitConfigurationError(f"The model {text} cannot be loaded from hf_models/x.")
+        assert token not in str(ended.value) and "password" not in str(ended.value)
+        assert "***" in str(ended.value) and "hf_models/x" in str(ended.value)
