@@ -6,6 +6,7 @@ curl localhost:8000/predict -H 'Content-Type: application/json' -d '{"inputs": "
 """
 
 import argparse
+from contextlib import suppress
 
 import ray
 from ray import serve
@@ -43,7 +44,8 @@ def main() -> None:
         max_ongoing_requests=256,
         ray_actor_options={"num_cpus": 1, "num_gpus": args.gpus},
     )
-    serve.run(deployment.bind(), blocking=True)  # until SIGINT or SIGTERM
+    with suppress(KeyboardInterrupt):
+        serve.run(deployment.bind(), blocking=True)  # until SIGINT or SIGTERM
 
 
 if __name__ == "__main__":
