@@ -39,13 +39,14 @@ def csv_settings(path: str, source: str, text_columns: Sequence[str] = (), strea
         streaming: check only the first 100,000 rows.
 
     Raises:
-        DataError: another encoding or separator, no rows, a column that is named twice or not at all, or a row with
-            too few or too many fields.
+        DataError: another encoding or separator, no rows, a column that is named twice, or a row with too few or too
+            many fields.
     """
     with open(path, encoding="utf-8-sig", newline="") as file, _long_fields():
         reader = csv.reader(file)
         try:
-            header = next(reader, [])
+            # pandas names columns without a name, of which an index is one, in the same way.
+            header = [name or f"Unnamed: {place}" for place, name in enumerate(next(reader, []))]
             _check_header(header, source)
             rows = _whole_rows(reader, header, source)
             types, num_rows = _column_types(itertools.islice(rows, _STREAM_ROWS if streaming else None), header)
@@ -124,11 +125,6 @@ def _check_header(header: list[str], source: str) -> None:
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{source} names the column {twice!r} twice: rename one of them.")
-    if "" in header:
-        raise DataError(
-            f"{source} has a column without a name, the {header.index('') + 1}. of its header: name or remove it. "
-            "pandas writes its index so: `to_csv(..., index=False)` leaves it out."
-        )
 
 
 def _whole_rows(reader, header: list[str], source: str) -> Iterator[list[str]]:

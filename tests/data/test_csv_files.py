@@ -112,7 +112,6 @@ def test_types_of_labels(load, tmp_path, column, names):
         ("text,label\na,1,\nb,0,\n", "utf-8", "line 2, has 3 fields, but the header has 2"),
         ("text,label\na,1\nb\n", "utf-8", "line 3, has 1 fields, but the header has 2"),
         ("text,text,label\na,b,1\n", "utf-8", "names the column 'text' twice"),
-        (",text,label\n0,a,1\n", "utf-8", "a column without a name, the 1.*index=False"),
         ('text,label\n"a,1\nb,0\n', "utf-8", "line 3, has 1 fields"),
     ],
 )

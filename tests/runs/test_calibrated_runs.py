@@ -245,7 +245,6 @@ def test_whole_numbers_with_a_decimal_point_are_classes_where_the_run_has_classe
 NOT_ROWS = {
     "fractions": ("new.csv", "text,label\na,0.5\n", "--calibration_file .*new.csv, .*label 0.5"),
     "another column": ("new.csv", "body,label\na,no\n", "has no column 'text'; its columns are: body, label"),
-    "an index": ("new.csv", ",text,label\n0,a,no\n", "a column without a name, the 1.*index=False"),
     "another ending": ("new.txt", "text,label\na,no\n", "^--calibration_file .*new.txt must end in"),
     "no rows": ("new.parquet", {"text": pa.array([], pa.string())}, "new.parquet has no rows"),
     "bytes": ("new.parquet", {"text": [b"\xff"], "label": ["no"]}, "column 'text' of type .*binary.* holds no texts"),
@@ -256,6 +255,12 @@ NOT_ROWS = {
 def test_files_that_do_not_fit_the_run_are_named(name, content, named, tmp_path):
     with pytest.raises(DataError, match=named):
         rows_of_file(tmp_path, ["no", "yes"], name, content)
+
+
+def test_an_index_of_pandas_is_no_text(tmp_path):
+    """What breaks: files that pandas writes by default are refused."""
+    rows = rows_of_file(tmp_path, ["no", "yes"], "new.csv", ",text,label\n0,a,no\n1,b,yes\n")
+    assert rows["labels"] == [0, 1]
 
 
 def test_columns_are_those_of_the_run(tmp_path, caplog):
