@@ -37,6 +37,7 @@ image=(--images --model_name_or_path "$data/vit" --dataset_name "$data/cifar100"
 image+=(--max_train_samples 50000 --max_eval_samples 10000 --min_crop 0.5 --dataloader_num_workers 2)
 image+=(--per_device_train_batch_size 128 --per_device_eval_batch_size 256 --learning_rate 1e-4)
 image+=(--head_learning_rate 2e-3 --num_train_epochs 6)
+image+=(--second_stage_samples 20000 --second_stage_views 1) # of two_stage: 300 kB of memory for each
 
 if [ -e "$data/sst2" ]; then
     quality sst2_whole recipes/sst2_minilm_joint.yaml "cut-3 cut-2" --dataset_name "$data/sst2" \
