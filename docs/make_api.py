@@ -106,9 +106,12 @@ def _fields(node: ast.ClassDef) -> str:
         settings = {keyword.arg: keyword.value for keyword in part.value.keywords}
         if "metadata" not in settings:
             continue
+        metadata = dict(
+            zip(map(ast.literal_eval, settings["metadata"].keys), settings["metadata"].values, strict=True)
+        )
         try:
-            text = ast.literal_eval(settings["metadata"]).get("help")
-        except ValueError:  # help put together from other names
+            text = ast.literal_eval(metadata["help"])
+        except (KeyError, ValueError):  # none, or put together from other names
             text = None
         default = f", default `{ast.unparse(settings['default'])}`" if "default" in settings else ""
         lines.append(f"- `{ast.unparse(part.target)}` (`{ast.unparse(part.annotation)}`{default})")

@@ -18,7 +18,7 @@ from .models import ExitConfigurationError, ExitError
 
 
 # Tokens of the Hub, and user and password of an address: a message may end in a log that others read.
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(?<=://)[^/\s]+(?=@)|(?<=[?&]token=)[^&\s]+")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Messages of writers that do not raise Python's OSError: safetensors and torch.save.
 _FULL_MESSAGES = (
@@ -60,18 +60,19 @@ def refuse_nan(flags: Mapping[str, object]) -> None:
                 raise ExitConfigurationError(f"--{name} must be a number, not {number}.")
 
 
-def check_seed(seed: int | None, name: str = "seed") -> None:
-    """Raise an error for a seed that the random generators of Python, NumPy or PyTorch do not take.
+def check_seed(seed: int | None, name: str = "seed", bits: int = 32) -> None:
+    """Raise an error for a seed that the random generators do not take.
 
     Args:
         seed: the value; `None`: not given.
         name: of its flag.
+        bits: size of the largest seed; those that all generators share have 32.
 
     Raises:
-        ExitConfigurationError: it is not a whole number of 32 bits.
+        ExitConfigurationError: it is not a whole number of so many bits.
     """
-    if seed is not None and not (isinstance(seed, numbers.Integral) and 0 <= seed < 2**32):
-        raise ExitConfigurationError(f"--{name} must be a whole number, at least 0 and below 2**32, not {seed!r}.")
+    if seed is not None and not (isinstance(seed, numbers.Integral) and 0 <= seed < 2**bits):
+        raise ExitConfigurationError(f"--{name} must be a whole number, at least 0 and below 2**{bits}, not {seed!r}.")
 
 
 def make_folder(flag: str, folder: str | os.PathLike) -> None:

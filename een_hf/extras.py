@@ -9,7 +9,7 @@ from .models import ExitConfigurationError
 
 
 _PACKAGES = {
-    "train": ("accelerate", "datasets", "evaluate", "matplotlib", "pyarrow", "scipy", "sklearn"),
+    "train": ("accelerate", "datasets", "evaluate", "matplotlib", "psutil", "pyarrow", "scipy", "sklearn"),
     "vision": ("PIL", "timm", "torchvision"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "peft": ("peft",),

@@ -57,7 +57,7 @@ def locked(path: Path, busy: Exception) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    held = os.open(path, os.O_RDONLY)
+    held = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks no file that is opened to read
     try:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -99,8 +99,13 @@ def test_errors_say_what_they_are_about(error, about_settings, builtin):
 def test_no_token_is_printed():
     """What breaks: an address with a token, given where none fits, ends in the log of a cluster."""
     token = "hf_" + "aB3" * 11
-    for text in (f"https://user:{token}@host/x", f"https://user:password@host/{token}", f"--token {token}"):
+    addresses = [
+        f"https://user:{token}@host/x",
+        f"https://user:pass@word@host/{token}",
+        f"https://host/x?token={token}",
+    ]
+    for text in (*addresses, f"--token {token}"):
         with pytest.raises(SystemExit) as ended, one_line_errors():
             raise ExitConfigurationError(f"The model {text} cannot be loaded from hf_models/x.")
-        assert token not in str(ended.value) and "password" not in str(ended.value)
+        assert token not in str(ended.value) and "word" not in str(ended.value)
         assert "***" in str(ended.value) and "hf_models/x" in str(ended.value)

@@ -74,7 +74,7 @@ def calibrate(
     """
     if (target_cost is None) == (max_risk is None):
         raise ExitConfigurationError("Give either target_cost (--target_cost) or max_risk (--max_risk).")
-    check_seed(seed)
+    check_seed(seed, bits=64)
     scored = score_rows(exit_logits, labels, costs, criterion, params, problem_type, reference)
     if target_cost is not None:
         return calibrate_cost(scored.choices(), target_cost)

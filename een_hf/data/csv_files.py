@@ -45,9 +45,9 @@ def csv_settings(path: str, source: str, text_columns: Sequence[str] = (), strea
     with open(path, encoding="utf-8-sig", newline="") as file, _long_fields():
         reader = csv.reader(file)
         try:
-            # pandas names columns without a name, of which an index is one, in the same way.
-            header = [name or f"Unnamed: {place}" for place, name in enumerate(next(reader, []))]
+            header = next(reader, [])
             _check_header(header, source)
+            header = _named(header)
             rows = _whole_rows(reader, header, source)
             types, num_rows = _column_types(itertools.islice(rows, _STREAM_ROWS if streaming else None), header)
         except UnicodeDecodeError as error:
@@ -122,9 +122,19 @@ def _check_header(header: list[str], source: str) -> None:
                 f"commas, for example by pandas: `read_csv(..., sep={separator!r}, keep_default_na=False).to_csv(..., "
                 "index=False)`."
             )
-    twice = next((name for name in header if header.count(name) > 1), None)
+    twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{source} names the column {twice!r} twice: rename one of them.")
+
+
+def _named(header: list[str]) -> list[str]:
+    """The header as pandas reads it: columns without a name, of which an index is one, get a name of their own."""
+    named = list(header)
+    for place, name in enumerate(header):
+        if not name:
+            names = (f"Unnamed: {place}" + (f".{count}" if count else "") for count in itertools.count())
+            named[place] = next(name for name in names if name not in named)
+    return named
 
 
 def _whole_rows(reader, header: list[str], source: str) -> Iterator[list[str]]:

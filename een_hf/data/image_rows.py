@@ -44,7 +44,8 @@ class ImageRows(torch.utils.data.Dataset):
         encoded = self.rows[int(index)][self.image_column]
         image, problem = decode_image(encoded)
         if problem:
-            raise DataError(f"The image {encoded['path'] or f'of row {index}'} is corrupt ({problem}).")
+            name = (encoded or {}).get("path") or f"of row {index}"
+            raise DataError(f"The image {name} is corrupt ({problem}).")
         row = {} if self.labels is None else {"labels": self.labels[index].item()}
         if self.seed is None:
             return row | {"pixel_values": self.transform(image)}
@@ -117,7 +118,7 @@ class ImageStream(torch.utils.data.IterableDataset):
                 num_read += 1
                 image, problem = decode_image(row[self.image_column])
                 if problem:
-                    name = row[self.image_column]["path"] or f"row {position} of the stream"
+                    name = (row[self.image_column] or {}).get("path") or f"row {position} of the stream"
                     if not self.skip_corrupt:
                         raise DataError(
                             f"The image {name} is corrupt ({problem}): repair or remove it, or give --skip_corrupt."

@@ -119,7 +119,7 @@ def _image_column(args: ImageDataArguments, rows: datasets.Dataset, source: str)
 def _load_processor(name: str | None, args: ImageDataArguments, config: Any, **hub) -> ViTImageProcessor:
     """The image processor of `--image_processor_name`, else the model's own, else a plain one, at the model's size."""
     size = config.image_size
-    if args.image_processor_name is not None:
+    if args.image_processor_name not in (None, name):
         name, hub = args.image_processor_name, {**hub, "revision": None}  # which is the model's
     if name is None:
         return ViTImageProcessor(size={"height": size, "width": size})

@@ -217,7 +217,7 @@ def _encode_rows(
 
 def _load_tokenizer(name: str | None, args: TextDataArguments, config: Any, **hub) -> PreTrainedTokenizerBase:
     """The tokenizer of `--tokenizer_name`, else the model's own."""
-    if args.tokenizer_name is not None:
+    if args.tokenizer_name not in (None, name):
         name, hub = args.tokenizer_name, {**hub, "revision": None}  # which is the model's
     if name is None:
         raise DataError("A model from scratch (--model_type) has no tokenizer: give --tokenizer_name.")

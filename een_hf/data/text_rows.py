@@ -1,6 +1,7 @@
 """The text columns of a data set, and rows with missing texts."""
 
 import logging
+import re
 
 import datasets
 
@@ -11,6 +12,10 @@ from .text_arguments import TextDataArguments
 
 
 logger = logging.getLogger(__name__)
+
+
+# As pandas names a column of a csv file that has no name, such as an index.
+_UNNAMED = re.compile(r"Unnamed: \d+(\.\d+)?")
 
 
 def text_columns(
@@ -27,7 +32,7 @@ def text_columns(
         columns = [
             name
             for name, feature in rows.features.items()
-            if is_text_column(feature) and name not in (label_column, ROW_ID)
+            if is_text_column(feature) and name not in (label_column, ROW_ID) and not _UNNAMED.fullmatch(name)
         ]
         if not 1 <= len(columns) <= most:
             raise DataError(

@@ -87,7 +87,9 @@ def _check_image_processor(processor: Any, model: EarlyExitMixin) -> None:
 
         from ..data.transforms import EvaluationTransform
 
-    image = Image.new("RGB", (48, 32), "gray")
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    image = Image.new("RGB", (width, height), "gray")
     pixels = EvaluationTransform(processor, model.config.num_channels)(image)
     if not pixels.isfinite().all():
         raise ExitConfigurationError("it gives pixels that are not finite.")

@@ -67,7 +67,7 @@ class GraphCalibration:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ExitConfigurationError(f"--{name} must lie between 0 and 1, not {value}.")
-        check_seed(self.seed)
+        check_seed(self.seed, bits=64)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The settings of a retrofit: the flags of `een-hf retrofit` and keywords of `een_hf.retrofit`."""
 
 import math
+import numbers
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ class RetrofitArguments(RowArguments):
         self.exit_head = self.exit_head and find_exit_head(self.exit_head)
         for name in ("batch_size", "chunk_size", "num_train_epochs", "train_batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, numbers.Integral) or value < 1:
                 raise ExitConfigurationError(f"--{name} must be a whole number, at least 1, not {value!r}.")
         check_seed(self.seed)
         if self.speed_samples < 0:

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from ..errors import make_folder
 from ..files import replacing, room_for
-from ..models import EarlyExitMixin, ExitConfigurationError
-from ..training.frozen_heads import read_features
+from ..models import EarlyExitMixin, ExitConfigurationError, ExitHead
+from ..training.frozen_heads import new_features, read_features
 from .arguments import FEATURES_FOLDER
 from .rows import RetrofitRows
 
@@ -70,7 +70,8 @@ def compute_features(
                     file.flush()
                     os.fsync(file.fileno())
             if not number:
-                features = np.empty((len(rows), *found[0].shape[1:]), dtype=feature_dtype)
+                remedy = "give fewer rows, --feature_dtype float16, or another --exit_head"
+                features = new_features((len(rows), *found[0].shape[1:]), feature_dtype, remedy)
             features[start : chunk.stop], logits[start : chunk.stop] = found
             bar.update(len(chunk))
     return features, logits
@@ -79,7 +80,9 @@ def compute_features(
 def _fingerprint(model: EarlyExitMixin, rows: RetrofitRows, chunk_size: int, feature_dtype: str) -> str:
     """A name for these features, which changes with the model, the rows and the settings."""
     config, digest = model.config, hashlib.sha256()
-    settings = [config.exit_layers, config.exit_pooling, config.exit_head, config.last_exit_pooling, str(model.dtype)]
+    settings = [config.exit_layers, config.exit_pooling, config.last_exit_pooling, str(model.dtype)]
+    if type(model.exit_head_modules(0)[0]).pool is not ExitHead.pool:
+        settings.append(config.exit_head)
     settings += [chunk_size, feature_dtype, len(rows)]
     digest.update(json.dumps(settings).encode())
     for name, tensor in model.state_dict().items():

@@ -108,12 +108,11 @@ def _rows_of_file(path: str, modality: Modality, args: RunArguments, data: TaskD
     other += [f"{split}_{args.data.path_kind}" for split in ("train", "validation", "test")]
     flag = f"test_{args.data.path_kind}"
     # The columns and the kind of labels are those of the run.
-    same = {"text_column_names": data.input_columns}
-    if getattr(args.data, "task_name", None) is None:
-        same["problem_type"] = data.problem_type
-    same = {name: value for name, value in same.items() if name in names}
+    same = {"problem_type": data.problem_type} if getattr(args.data, "task_name", None) is None else {}
     try:
         data_args = replace(args.data, **(dict.fromkeys(names.intersection(other)) | same | {flag: path}))
+        if "text_column_names" in names:
+            data_args.text_column_names = data.input_columns
         found = modality.load_data(data_args, splits_needed=["test"], seed=args.training.seed, like=data)
         unread = [name for name in found.splits["test"].column_names if name not in (*found.input_columns, ROW_ID)]
         if unread and found.label_column not in unread:

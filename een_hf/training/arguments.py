@@ -230,8 +230,8 @@ class EarlyExitTrainingArguments(TrainingArguments):
                 value = getattr(self, name, None)
                 if value is not None and not least <= value < float("inf"):
                     raise ExitConfigurationError(f"--{name} must be at least {least}, not {value}.")
-        for name in ("seed", "data_seed"):
-            check_seed(getattr(self, name), name)
+        check_seed(self.seed)
+        check_seed(self.data_seed, "data_seed", bits=64)
         for name in _BELOW_ONE:
             if getattr(self, name) >= 1:
                 raise ExitConfigurationError(f"--{name} must be below 1, not {getattr(self, name)}.")

@@ -3,12 +3,13 @@
 import math
 
 import numpy as np
+import psutil
 import torch
 from tqdm.auto import tqdm
 from transformers import set_seed
 
 from ..errors import NonFiniteLossError
-from ..models import EarlyExitMixin
+from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import loss_matrix, reduce_losses
 
 
@@ -31,6 +32,29 @@ def read_features(model: EarlyExitMixin, inputs: dict) -> tuple[torch.Tensor, to
         features.append(model.exit_head_modules(index)[0].pool(hidden, mask))
     logits = model.compute_exit(last, model.run_layers(last - 1, last, hidden, context), mask)
     return torch.stack(features, 1).float(), logits.float()
+
+
+def new_features(shape: tuple[int, ...], dtype: str, remedy: str) -> np.ndarray:
+    """An array for features, whose values are not set.
+
+    Args:
+        shape: (num_rows, num_exits - 1, width).
+        dtype: their precision.
+        remedy: the end of the message of the error.
+
+    Returns:
+        the array.
+
+    Raises:
+        ExitConfigurationError: it would be larger than the free memory.
+    """
+    needed, free = math.prod(shape) * np.dtype(dtype).itemsize, psutil.virtual_memory().available
+    if needed > free:
+        raise ExitConfigurationError(
+            f"The inputs of the exits' heads take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: "
+            f"{remedy}."
+        )
+    return np.empty(shape, dtype)
 
 
 def train_heads(
@@ -103,7 +127,7 @@ def logits_of_features(model: EarlyExitMixin, features: np.ndarray, teacher_logi
     """The logits of all exits (num_rows, num_exits, num_labels), float32, from features and the last exit's logits."""
     parts = [
         _head_logits(model, torch.from_numpy(part).to(model.device, model.dtype)).float().cpu()
-        for part in np.array_split(features, max(1, len(features) // 1024))
+        for part in np.array_split(features, math.ceil(features.nbytes / 2**26) or 1)
     ]
     return np.concatenate([torch.cat(parts).numpy(), teacher_logits[:, None]], 1)
 

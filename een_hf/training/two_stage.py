@@ -3,14 +3,26 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from accelerate.utils import broadcast
 from torch.utils.data import Subset
 
 from ..models import ExitConfigurationError
 from ..models.exit_losses import infer_problem_type
-from .frozen_heads import read_features, train_heads
+from .frozen_heads import new_features, read_features, train_heads
 from .registry import register_scheme
 from .trainer import EarlyExitTrainer
+
+
+_REMEDY = "give a smaller --second_stage_samples or --second_stage_views, or another --exit_head"
+
+
+class _SomeRows(Subset):
+    """A part of a data set that augments its rows by epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
 
 @dataclass
@@ -28,7 +40,7 @@ class TwoStageArguments:
         default=50_000,
         metadata={
             "help": "Largest number of training rows, drawn at random, for the early exits; each needs 4 bytes of "
-            "memory for every number that a head reads."
+            "memory, in every process, for every number that a head reads."
         },
     )
     second_stage_views: int = field(
@@ -101,6 +113,7 @@ class TwoStageExitTrainer(EarlyExitTrainer):
 
     def train(self, *args, **kwargs):
         """As in `Trainer`; trains both stages."""
+        self._check_memory()
         outcome = super().train(*args, **kwargs)
         self.train_early_exits()
         return outcome
@@ -123,13 +136,25 @@ class TwoStageExitTrainer(EarlyExitTrainer):
             parameter.data.copy_(broadcast(parameter.data))
         self.log({"second_stage_loss": loss})
 
+    def _check_memory(self) -> None:
+        """Raise an error, before the first stage, if memory is too small for the inputs of the heads."""
+        with torch.random.fork_rng(devices=[]):
+            [batch] = self.get_test_dataloader(Subset(self.train_dataset, [0]))
+        inputs = {name: value for name, value in self._prepare_inputs(batch).items() if name != "labels"}
+        read, _ = read_features(self.network.eval(), inputs)
+        new_features((self._num_views(), *read.shape[1:]), "float32", _REMEDY)
+
+    def _num_views(self) -> int:
+        settings = self.scheme_args
+        return min(len(self.train_dataset), settings.second_stage_samples) * settings.second_stage_views
+
     def _read_training_rows(self, model) -> tuple[np.ndarray, np.ndarray]:
         """Features and the last exit's logits of training rows, in their order, view after view, of all processes."""
         rows, settings = self.train_dataset, self.scheme_args
         if len(rows) > settings.second_stage_samples:
             generator = np.random.default_rng(self.args.seed)
             chosen = np.sort(generator.choice(len(rows), settings.second_stage_samples, replace=False)).tolist()
-            rows = rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
+            rows = rows.select(chosen) if hasattr(rows, "select") else _SomeRows(rows, chosen)
         found, start = None, 0
         model.eval()
         # Not as evaluation rows: Trainer keeps their data loader where its workers persist.
@@ -145,8 +170,7 @@ class TwoStageExitTrainer(EarlyExitTrainer):
                 with self.accelerator.autocast():
                     read = self.accelerator.gather_for_metrics(read_features(model, inputs))
                 if found is None:
-                    count = len(rows) * settings.second_stage_views
-                    found = [np.empty((count, *part.shape[1:]), dtype=np.float32) for part in read]
+                    found = [new_features((self._num_views(), *part.shape[1:]), "float32", _REMEDY) for part in read]
                 for values, part in zip(found, read, strict=True):
                     values[start : start + len(part)] = part.cpu()
                 start += len(read[0])

@@ -4,6 +4,7 @@ import csv
 import json
 
 import datasets
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -11,6 +12,7 @@ from een_hf.commands import main as commands_main
 from een_hf.data import DataError, TextDataArguments, load_partition, load_text_data
 from een_hf.data.image_arguments import ImageDataArguments
 from een_hf.data.images import load_image_data
+from een_hf.data.sources import load_files
 
 
 @pytest.fixture
@@ -30,6 +32,19 @@ def write(path, content, encoding="utf-8"):
 
 def texts_of(data, split="train"):
     return data.splits[split]["text"][:]
+
+
+HEADERS = [",text,label", ",Unnamed: 0,text,label", ",Unnamed: 0.1,Unnamed: 0,text,label", ",text,label,"]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_columns_without_a_name_are_read_as_by_pandas_and_are_no_text(load, tmp_path, header):
+    """Breaks if a file that pandas wrote once or several times is refused, or its index is half of a pair of texts."""
+    row = "".join({"text": "a", "label": "no"}.get(name, f"id-{name}") + "," for name in header.split(","))[:-1]
+    path = write(tmp_path / "rows.csv", f"{header}\n{row}\n{row.replace('no', 'yes')}\n")
+    found = load_files({"train": [str(path)]}, "rows", str(tmp_path / "cache"))["train"]
+    assert found.column_names == list(pd.read_csv(path).columns)
+    assert load(train_file=path).input_columns == ["text"]
 
 
 WORDS = ["null", "NA", "None", "nan", "N/A", "NULL", "#N/A", "true", "-", "  padded  ", 'a "quoted" one', "two\nlines"]

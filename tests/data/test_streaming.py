@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from een_hf.commands.train import main
 from een_hf.data import DataError
 from een_hf.data.image_arguments import ImageDataArguments
+from een_hf.data.image_rows import ImageStream
 from een_hf.data.images import IMAGES, load_image_data
 from een_hf.data.samples import load_digits
 from een_hf.data.text import TEXT, encode_text_data, load_text_data
@@ -192,6 +193,22 @@ def spoilt_folder(tmp_path):
 def test_a_corrupt_image_in_a_stream(spoilt_folder):
     with pytest.raises(DataError, match=r"[38]\.png is corrupt.*--skip_corrupt"):
         list(image_rows(spoilt_folder, True)["train"])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_row_without_an_image_in_a_stream(skip):
+    images = [load_digits()["train"][0]["image"], None]
+    held = datasets.Dataset.from_dict(
+        {"image": images, "label": [0, 1]},
+        datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    stream = held.cast_column("image", datasets.Image(decode=False)).to_iterable_dataset()
+    rows = ImageStream(stream, "image", "label", None, lambda image: torch.zeros(1), skip, "here")
+    if skip:
+        assert len(list(rows)) == 1
+    else:
+        with pytest.raises(DataError, match="row 1 of the stream is corrupt .there is no image"):
+            list(rows)
 
 
 def test_a_corrupt_image_beside_a_stream(tmp_path):

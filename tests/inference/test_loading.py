@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from damage import wrong_json
 from factory import tiny_model, tiny_processor
+from transformers import ViTImageProcessor
 
 from een_hf import AutoEarlyExitModel
 from een_hf.inference.loading import load_early_exit_model, load_processor
@@ -71,6 +72,13 @@ def test_a_tokenizer_made_from_nothing_is_refused(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ExitConfigurationError, match="has no vocabulary"):
         load_processor(str(folder), model)
+
+
+def test_an_image_processor_that_changes_no_size_is_taken(tmp_path):
+    """What breaks: a server refuses a model whose images have its size already."""
+    model = tiny_model("vit").eval()
+    ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    assert load_processor(str(tmp_path), model)
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,18 @@ def test_an_index_of_pandas_is_no_text(tmp_path):
     assert rows["labels"] == [0, 1]
 
 
+def test_a_column_may_have_a_comma_in_its_name(tmp_path):
+    """What breaks: the name is taken for two."""
+    train = tmp_path / "train.csv"
+    train.write_text('"a, b",label\na,no\nb,yes\n')
+    args = TextDataArguments(train_file=str(train))
+    data = TEXT.load_data(args, splits_needed=["train"], seed=0)
+    loaded = SimpleNamespace(processor=tiny_processor(), model=SimpleNamespace(config=tiny_config(num_labels=2)))
+    loaded.model.config.id2label, loaded.model.config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
+    settings = SimpleNamespace(data=args, training=SimpleNamespace(seed=0))
+    assert len(_rows_of_file(str(train), TEXT, settings, data, loaded)) == 2
+
+
 def test_columns_are_those_of_the_run(tmp_path, caplog):
     """What breaks: a model of single texts is calibrated on pairs, or labels of another column are passed over."""
     rows = rows_of_file(tmp_path, ["no", "yes"], "new.csv", "text,other,label\na,b b,no\n")
