@@ -4,6 +4,7 @@ import errno
 import resource
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -15,6 +16,7 @@ from een_hf.errors import (
     DiskFullError,
     ExportError,
     NonFiniteLossError,
+    check_seed,
     is_full_disk,
     one_line_errors,
 )
@@ -94,6 +96,23 @@ def test_errors_say_what_they_are_about(error, about_settings, builtin):
     assert issubclass(error, ExitConfigurationError) == about_settings
     with pytest.raises(SystemExit, match="^error: the message$"), one_line_errors():
         raise error("the message")
+
+
+@pytest.mark.parametrize(("seed", "bits"), [(-1, 64), (2**32, 32), (2**64, 64), (1.5, 64), ("1", 64)])
+def test_seeds_that_no_generator_takes_are_refused(seed, bits):
+    """What breaks: a run ends in an error of NumPy after its training."""
+    with pytest.raises(ExitConfigurationError, match="--seed must be a whole number"):
+        check_seed(seed, bits=bits)
+
+
+@pytest.mark.parametrize(("seed", "bits"), [(None, 32), (0, 32), (2**32 - 1, 32), (np.int64(7), 32), (2**40, 64)])
+def test_seeds_that_all_generators_of_their_size_take_are_taken(seed, bits):
+    check_seed(seed, bits=bits)
+    if seed is not None:
+        np.random.default_rng(seed)
+        torch.Generator().manual_seed(int(seed))
+        if bits == 32:
+            np.random.RandomState(seed)
 
 
 def test_no_token_is_printed():
