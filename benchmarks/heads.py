@@ -17,10 +17,10 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from common import add_results_argument, command_line, machine
+from screen import right_answers
 from tqdm.auto import tqdm
 
 from een_hf import AutoEarlyExitModel, relative_costs
-from een_hf.calibration import calibrate
 from een_hf.data.images import IMAGES
 from een_hf.models import EarlyExitMixin
 from een_hf.runs import parse_arguments
@@ -51,19 +51,6 @@ def pooled(model: EarlyExitMixin, tokens: np.ndarray) -> np.ndarray:
         for part in torch.from_numpy(tokens).split(1024)
     ]
     return torch.cat(parts).numpy()
-
-
-def under_budgets(logits: np.ndarray, labels: np.ndarray, costs: list[float]) -> dict[str, float]:
-    """Accuracy under each budget."""
-    found, halves = {}, np.array_split(np.random.default_rng(100).permutation(len(labels)), 2)
-    for budget in BUDGETS:
-        right = []
-        for half, others in (halves, halves[::-1]):
-            policy = calibrate(logits[others], labels[others], costs, target_cost=budget).policy
-            exits = policy.exits_of(torch.from_numpy(logits[half])).numpy()
-            right.append(logits[half, exits].argmax(-1) == labels[half])
-        found[f"at {budget:g} of the cost"] = float(np.concatenate(right).mean())
-    return found
 
 
 def main() -> None:
@@ -104,7 +91,8 @@ def main() -> None:
             exits = (logits.argmax(-1) == evaluation[2][:, None]).mean(0)
             row = {"seed": args.seed, "head": head, "pooling": fresh.config.exit_pooling, "views": count}
             row |= {f"exit {number}": float(value) for number, value in enumerate(exits, 1)}
-            rows.append(row | under_budgets(logits, evaluation[2], list(relative_costs(fresh))))
+            right = right_answers(logits, evaluation[2], BUDGETS, list(relative_costs(fresh)))
+            rows.append(row | {f"at {budget:g} of the cost": float(right[f"{budget:g}"].mean()) for budget in BUDGETS})
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
             print(rows[-1], flush=True)

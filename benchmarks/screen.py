@@ -215,18 +215,19 @@ def train(
     return exit_logits(network, evaluation_rows)
 
 
-def right_answers(logits: np.ndarray, labels: np.ndarray, budgets: Iterable[float]) -> dict[str, np.ndarray]:
+def right_answers(
+    logits: np.ndarray, labels: np.ndarray, budgets: Iterable[float], costs: list[float]
+) -> dict[str, np.ndarray]:
     """Which rows are answered rightly at the last exit and under budgets, each half by the policy of the other."""
-    num_rows, num_exits = logits.shape[:2]
+    num_rows = len(logits)
     right = logits.argmax(-1) == labels[:, None]
-    costs = np.arange(1, num_exits + 1) / num_exits
     order = np.random.default_rng(100).permutation(num_rows)
     found = {"last": right[:, -1]}
     for share in budgets:
         found[f"{share:g}"] = answers = np.zeros(num_rows, dtype=bool)
         for half in (order[: num_rows // 2], order[num_rows // 2 :]):
             others = np.setdiff1d(order, half)
-            policy = calibrate(logits[others], labels[others], costs.tolist(), target_cost=share).policy
+            policy = calibrate(logits[others], labels[others], costs, target_cost=share).policy
             answers[half] = right[half, policy.exits_of(torch.from_numpy(logits[half])).numpy() if policy else -1]
     return found
 
@@ -236,7 +237,9 @@ def row_of(name: str, option: str, seed: int, logits: np.ndarray, labels: np.nda
     single = option == "stock" or option.startswith(("cut-", "student-"))
     if single:
         logits = logits[:, -1:]
-    right = right_answers(logits, labels, () if single else SHARES)
+    num_exits = logits.shape[1]
+    costs = [exit_number / num_exits for exit_number in range(1, num_exits + 1)]
+    right = right_answers(logits, labels, () if single else SHARES, costs)
     return {
         "data": name,
         "option": option,

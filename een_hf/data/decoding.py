@@ -34,7 +34,7 @@ def whole_images(rows: datasets.Dataset, column: str, skip: bool, where: str) ->
     if not broken:
         return rows
     row, problem = next(iter(broken.items()))
-    named = (raw[row][column] or {}).get("path") or f"row {row} (counted from 0)"
+    named = image_name(raw[row][column], f"row {row} (counted from 0)")
     count = f"{len(broken)} of {len(rows)}"
     if not skip:
         raise DataError(
@@ -48,6 +48,11 @@ def whole_images(rows: datasets.Dataset, column: str, skip: bool, where: str) ->
 def warn_of_skipped(where: str, num_broken: int, num_rows: int, first: str) -> None:
     text = "%s: %d of %d images are corrupt and left out, the first is %s."
     logger.warning(text, where, num_broken, num_rows, first)
+
+
+def image_name(image: dict | None, place: str) -> str:
+    """The path of an undecoded image of a data set, or its place if it has none, for messages."""
+    return (image or {}).get("path") or place
 
 
 def decode_image(image: dict | None) -> tuple[Image.Image | None, str]:

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import torch
 
-from .decoding import decode_image, warn_of_skipped
+from .decoding import decode_image, image_name, warn_of_skipped
 from .task import DataError
 from .transforms import seeded
 
@@ -44,8 +44,7 @@ class ImageRows(torch.utils.data.Dataset):
         encoded = self.rows[int(index)][self.image_column]
         image, problem = decode_image(encoded)
         if problem:
-            name = (encoded or {}).get("path") or f"of row {index}"
-            raise DataError(f"The image {name} is corrupt ({problem}).")
+            raise DataError(f"The image {image_name(encoded, f'of row {index}')} is corrupt ({problem}).")
         row = {} if self.labels is None else {"labels": self.labels[index].item()}
         if self.seed is None:
             return row | {"pixel_values": self.transform(image)}
@@ -118,7 +117,7 @@ class ImageStream(torch.utils.data.IterableDataset):
                 num_read += 1
                 image, problem = decode_image(row[self.image_column])
                 if problem:
-                    name = (row[self.image_column] or {}).get("path") or f"row {position} of the stream"
+                    name = image_name(row[self.image_column], f"row {position} of the stream")
                     if not self.skip_corrupt:
                         raise DataError(
                             f"The image {name} is corrupt ({problem}): repair or remove it, or give --skip_corrupt."

@@ -45,7 +45,9 @@ class TwoStageArguments:
     )
     second_stage_views: int = field(
         default=1,
-        metadata={"help": "How often the training images are read for the early exits, each time augmented anew."},
+        metadata={
+            "help": "How often the training images are read for the early exits, each time augmented differently."
+        },
     )
 
     def __post_init__(self):
