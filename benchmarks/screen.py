@@ -12,6 +12,7 @@ cell of MiniLM takes half a minute of one core. What the page shows is paired by
 - `cut-K`: the model's layers up to exit K alone; `student-K`: the same, which learns the probabilities of `stock`.
 - `distill-A-T`: exits before the last learn its detached probabilities too: l[k] + A T^2 KL(p_K^(1/T) || p_k^(1/T)).
 - `last-W`: joint, the last exit's loss times W, as `--exit_loss_weights 1 1 1 1 1 W`.
+- `alternate`: every other step trains the last exit alone (BERxiT, Xin et al., EACL 2021, section 3.2).
 - `detach`: a layer is trained by the next exit only (SWEET, Jazbec et al. 2023).
 - `cosee-B`: w[i,k] proportional to exp(-b |k - e_i(tau)|), e_i the first exit whose confidence reaches tau, averaged
   over ten thresholds, b growing from 0 to B; without the paper's calibration term (He et al., AAAI 2025).
@@ -51,6 +52,7 @@ OPTIONS = [
     "student-3",
     "distill-1-2",
     "last-6",
+    "alternate",
     "detach",
     "cosee-1",
     "recycle",
@@ -122,7 +124,9 @@ class Exits(nn.Module):
                 hidden = hidden.detach()
         return torch.stack(logits, 1)
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor, progress: float) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, step: int, num_steps: int) -> torch.Tensor:
+        if self.option == "alternate" and step % 2 == 0:
+            return F.cross_entropy(logits[:, -1], labels)
         batch, num_exits, num_labels = logits.shape
         losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(num_exits, 0), reduction="none")
         losses, weights = losses.view(batch, num_exits), torch.ones(num_exits)
@@ -137,7 +141,7 @@ class Exits(nn.Module):
             divergence = F.kl_div(own, target, reduction="none").sum(-1)
             losses = losses + F.pad(share * temperature**2 * divergence, (0, 1))
         elif self.option == "cosee":
-            weights = cosee_weights(logits.detach(), self.numbers[0] * progress)
+            weights = cosee_weights(logits.detach(), self.numbers[0] * step / num_steps)
         return (weights * losses).mean(0).sum()
 
 
@@ -187,7 +191,7 @@ def train(
         network.train()
         for step in range(steps):
             rows = order[step * batch_size : (step + 1) * batch_size]
-            loss = network.loss(logits_of(network, train_rows, rows), targets[rows], step / steps)
+            loss = network.loss(logits_of(network, train_rows, rows), targets[rows], step, steps)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
