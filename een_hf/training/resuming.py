@@ -66,8 +66,9 @@ class ResumingMixin:
         for name in () if sharded else (OPTIMIZER_NAME, SCHEDULER_NAME):
             if not os.path.exists(os.path.join(checkpoint, name)):  # Trainer would begin with a new one
                 raise CheckpointError(
-                    f"--resume_from_checkpoint {checkpoint} is not complete ({name} is missing): give another "
-                    "checkpoint, or start again from its weights with --model_name_or_path."
+                    f"--resume_from_checkpoint {checkpoint} has no {name}: it is not complete, or was written under "
+                    "FSDP or DeepSpeed, which must resume it. Give another checkpoint, or start again from its "
+                    "weights with --model_name_or_path."
                 )
         with reading_checkpoint(checkpoint), open(path) as file:
             written = json.load(file)
