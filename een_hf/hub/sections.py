@@ -34,11 +34,11 @@ NETWORKS = {
 }
 # The flags that a card shows, in addition to those of the scheme; none of them is a path.
 _SHOWN = (
-    "method exit_layers exit_pooling freeze_backbone exit_loss_weights max_seq_length image_size auto_augment mixup "
-    "cutmix random_erase learning_rate head_learning_rate per_device_train_batch_size gradient_accumulation_steps "
-    "num_train_epochs max_steps warm_start_epochs optim weight_decay lr_scheduler_type lr_milestones warmup_steps "
-    "label_smoothing_factor max_train_samples load_best_model_at_end seed exit_criterion target_cost max_risk risk "
-    "risk_confidence calibration_samples cost"
+    "method exit_layers exit_pooling exit_head freeze_backbone exit_loss_weights max_seq_length image_size "
+    "auto_augment mixup cutmix random_erase learning_rate head_learning_rate per_device_train_batch_size "
+    "gradient_accumulation_steps num_train_epochs max_steps warm_start_epochs optim weight_decay lr_scheduler_type "
+    "lr_milestones warmup_steps label_smoothing_factor max_train_samples load_best_model_at_end seed exit_criterion "
+    "target_cost max_risk risk risk_confidence calibration_samples cost"
 ).split()
 
 

@@ -29,6 +29,9 @@ class _SomeRows(Subset):
 class TwoStageArguments:
     """Settings of `--method two_stage`."""
 
+    joint_first_stage: bool = field(
+        default=False, metadata={"help": "Train all exits in the first stage, as --method joint, not only the last."}
+    )
     second_stage_epochs: int = field(
         default=20, metadata={"help": "Epochs of the early exits over the stored inputs of their heads."}
     )
@@ -70,7 +73,10 @@ class TwoStageExitTrainer(EarlyExitTrainer):
     weights are frozen: a few seconds of training for each thousand rows. Until then their metrics have no meaning, and
     checkpoints contain them untrained; resuming from the last checkpoint trains them again, to the same result.
 
-    `--exit_loss_weights` has no effect; label smoothing and class weights are used in the first stage.
+    With `--joint_first_stage` the first stage is that of `--method joint`, warm start included: the layers learn to
+    serve early exits too, and the last exit's predictions are those of joint training, which differ from plain
+    fine-tuning. Otherwise `--exit_loss_weights` has no effect. Label smoothing and class weights are used in the first
+    stage.
 
     References:
         DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference (Xin et al., ACL 2020), section 3.1, trains in
@@ -93,9 +99,10 @@ class TwoStageExitTrainer(EarlyExitTrainer):
             raise ExitConfigurationError(
                 "--method two_stage trains early exits, and the model has its last exit only: give --exit_layers."
             )
-        if args.warm_start_epochs:
+        if args.warm_start_epochs and not self.scheme_args.joint_first_stage:
             raise ExitConfigurationError(
-                "--method two_stage trains the last exit alone: leave out --warm_start_epochs."
+                "--method two_stage trains the last exit alone: leave out --warm_start_epochs, or give "
+                "--joint_first_stage."
             )
         if train_dataset is not None and not hasattr(train_dataset, "__len__"):
             raise ExitConfigurationError(
@@ -110,8 +117,8 @@ class TwoStageExitTrainer(EarlyExitTrainer):
             )
 
     def in_warm_start(self) -> bool:
-        """As in `EarlyExitTrainer`: in all of the first stage only the last exit is trained."""
-        return True
+        """As in `EarlyExitTrainer`: in all of the first stage, unless `--joint_first_stage` is given."""
+        return not self.scheme_args.joint_first_stage or super().in_warm_start()
 
     def train(self, *args, **kwargs):
         """As in `Trainer`; trains both stages."""

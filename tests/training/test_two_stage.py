@@ -53,6 +53,24 @@ def test_the_model_is_the_one_that_plain_fine_tuning_gives(tmp_path):
         torch.testing.assert_close(trained[name], wanted, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("warm_start", [0.0, 1.0])
+def test_the_first_stage_may_be_joint_training(warm_start, tmp_path):
+    """What breaks: layers that learn nothing from early exits, or heads that the second stage does not train."""
+    models = [tiny_model(problem_type="single_label_classification", **NO_DROPOUT) for _ in range(2)]
+    settings = {"max_steps": 5, "warm_start_epochs": warm_start, "exit_loss_weights": ["1", "2", "3"]}
+    trainer = make_trainer(tmp_path, models[0], second_stage={"joint_first_stage": True}, **settings)
+    joint = factory.make_trainer(
+        tmp_path, models[1], "joint", train_dataset=trainer.train_dataset, learning_rate=1e-2, **settings
+    )
+    trainer.train()
+    joint.train()
+    trained, wanted = (model.state_dict() for model in models)
+    early = {name for name in wanted if name.startswith("exit_heads.")}
+    for name in wanted.keys() - early:
+        torch.testing.assert_close(trained[name], wanted[name], rtol=0, atol=0, msg=name)
+    assert early and not any(torch.equal(trained[name], wanted[name]) for name in early)
+
+
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
 def test_early_exits_learn_what_the_last_one_answers(problem_type, tmp_path):
     """The second stage is AdamW, here on all rows at once, on the distance of each exit to the last."""
