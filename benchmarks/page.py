@@ -22,7 +22,8 @@ from een_hf.evaluation import curve_area, metric_at_cost
 
 
 HERE = Path(__file__).parent
-SCHEMES = ("joint", "two_stage", "boosted", "l2w")
+SCHEMES = ("joint", "two_stage", "boosted", "l2w", "two_stage-joint")
+SUMMARIZED = {"joint": ".:", "two_stage": "o-", "two_stage-joint": "o--"}  # with their lines in the plot
 SHARES = (0.25, 0.5, 0.75)
 LIMITS = ("0.01", "0.02", "0.05")  # of the certified risk
 
@@ -34,7 +35,7 @@ measure it: half of the evaluation rows calibrate, the other half is reported, a
 little (plots show it). Differences are paired: both runs of a pair share seed and evaluation rows. [low, high] is the
 95 % interval of a difference when seeds and evaluation rows are drawn again (bootstrap); each half of the rows is then
 reported under the policy that the other half calibrates. `-warm`: a scheme after a warm start, the last exit trained
-alone for half of the epochs (`--warm_start_epochs`).
+alone for half of the epochs (`--warm_start_epochs`); `two_stage-joint`: with `--joint_first_stage`.
 """
 
 PAPERS = """## What the papers report
@@ -249,11 +250,13 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
         words += sentence(scheme, "the smaller fine-tuned model of the same cost", against_cut[scheme])
 
     between = []
-    for scheme in schemes[1:] if schemes[:1] == ["joint"] else ():
-        places = {f"budget {share:.0%}": difference(scheme, share, "joint", share) for share in SHARES}
-        places["last exit"] = difference(scheme, None, "joint")
-        between.append([f"{scheme} - joint", *map(str, places.values())])
-        words += sentence(scheme, "joint", places)
+    pairs = [(scheme, "joint") for scheme in schemes[1:]] if schemes[:1] == ["joint"] else []
+    pairs += [(scheme, "two_stage") for scheme in schemes if scheme == "two_stage-joint"]
+    for scheme, other in pairs:
+        places = {f"budget {share:.0%}": difference(scheme, share, other, share) for share in SHARES}
+        places["last exit"] = difference(scheme, None, other)
+        between.append([f"{scheme} - {other}", *map(str, places.values())])
+        words += sentence(scheme, other, places)
     plain = [value for value in scores("stock").values() if value is not None]
     if metric == "matthews_correlation" and plain and np.mean(plain) < 0.1:
         words.append(
@@ -329,7 +332,7 @@ def one_seed(data: dict, name: str, plots: Path | None) -> str:
 
 
 def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
-    """What a reader wants to know first: `joint`, the default scheme, and `two_stage` on each data set."""
+    """What a reader wants to know first: `joint`, the default scheme, and `two_stage`, on each data set."""
     lines, curves, kept = [], {}, defaultdict(list)
     current = {data.get("recipe") for _, data in files if "note" not in data}
     for name, data in files:
@@ -345,7 +348,7 @@ def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
         costs = {method: next(iter(found.runs[method].values()))["relative_cost"] for method in small}
         best = max((m for m in small if costs[m] <= 0.51), key=lambda method: small[method].mean, default=None)
         rival = "not run" if best is None else f"{small[best]}, {found.labels[best]}"
-        for scheme in ("joint", "two_stage"):
+        for scheme in SUMMARIZED:
             if scheme not in found.schemes:
                 continue
             half, quarter = (found.difference(scheme, share, "stock") for share in (0.5, 0.25))
@@ -370,13 +373,13 @@ def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
     if not lines:
         return ""
     labels = {"xlabel": "relative cost (plain model = 1)", "ylabel": "metric, less plain fine-tuning"}
-    with plot(plots, "summary", **labels, title="two_stage (solid), joint (dotted)", xlim=(0, None)) as axes:
+    labels["title"] = "joint (dotted), two_stage (solid), two_stage-joint (dashed)"
+    with plot(plots, "summary", **labels, xlim=(0, None)) as axes:
         axes.axhline(0, color="0.6", lw=1)
         colors = {task: f"C{place}" for place, task in enumerate(dict.fromkeys(task for task, _ in curves))}
         for (task, scheme), points in curves.items():
-            style = ".:" if scheme == "joint" else "o-"
             label = task if scheme == "two_stage" or (task, "two_stage") not in curves else None
-            axes.plot(*zip(*points, strict=True), style, color=colors[task], ms=3, lw=1, label=label)
+            axes.plot(*zip(*points, strict=True), SUMMARIZED[scheme], color=colors[task], ms=3, lw=1, label=label)
     head = ["data", "scheme", "plain fine-tuning", "half of the cost", "a quarter", "certified", "fewer layers"]
     counts = ", ".join(f"{sum(each)} of {len(each)} with `{scheme}`" for scheme, each in kept.items())
     parts = [
