@@ -17,6 +17,8 @@ from een_hf.calibration import (
     policy_row,
     without_idle_exits,
 )
+from een_hf.calibration.rows import score_rows
+from een_hf.calibration.search import LineSearch
 from een_hf.calibration.thresholds import threshold_between
 from een_hf.evaluation import ExitCosts
 from een_hf.models import ExitConfigurationError, ExitPolicy
@@ -313,6 +315,16 @@ def test_several_labels_meet_a_cost(labelled):
     assert soft.policy == calibrate(logits, labels, costs, target_cost=0.5, **MULTI).policy
 
 
+def test_no_probability_outweighs_a_right_label():
+    """Fails if the tie-breaker of all rows together can exceed one label of one row: a policy with more right answers
+    would lose to one that is more confident."""
+    logits, labels = make_multi_label_rows(40, num_labels=20)
+    scored = score_rows(5 * logits, labels, even_costs(4), "label_confidence", None, "multi_label_classification")
+    right = ((logits > 0) == labels[:, None]).mean(-1)
+    ties = scored.gains - right
+    assert (ties >= 0).all() and ties.sum(0).max() < 1 / 20
+
+
 LAYERS, HEADS = (0.25, 0.5, 0.75, 1.0), (0.05, 0.08, 0.02)
 PARTS = ExitCosts(LAYERS, [*HEADS, 0.0])
 
@@ -356,6 +368,23 @@ def test_budgets_at_the_ends_count_the_evaluated_heads():
     assert {*LAYERS} <= {*targets} and (targets[0], targets[-1]) == (0.25, 1.0)
     assert all(row["relative_cost"] <= row["target_cost"] + 1e-12 for row in rows)
     assert rows[-1]["relative_cost"] == 1.0
+
+
+def test_the_search_sees_what_each_threshold_costs_and_gains():
+    """Fails if the search, which tries all thresholds of an exit at once, counts the head of an exit that no row
+    takes, or rows that have exited before: the budget would buy less."""
+    logits, labels = make_rows(100)
+    scored = score_rows(logits, labels, PARTS, "confidence", None, "single_label_classification")
+    search, seen = LineSearch(scored), []
+    start = np.array([*np.quantile(scored.scores, 0.7, 0)[:3], -NEVER])
+    search.run(start, lambda *found: seen.append(found) or len(found[0]) // 2, max_sweeps=1)
+    for index, (*_, candidates) in enumerate(search.columns):
+        for candidate, cost, gain in zip(candidates, *seen[index], strict=True):
+            start[index] = candidate
+            exits = [next(k for k in range(4) if row[k] >= start[k]) for row in scored.scores]
+            assert cost == pytest.approx(_cost_by_enumeration(start, scored.scores)), (index, candidate)
+            assert gain == pytest.approx(np.mean([scored.gains[row, k] for row, k in enumerate(exits)]))
+        start[index] = candidates[len(candidates) // 2]
 
 
 @pytest.mark.parametrize(

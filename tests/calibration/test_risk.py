@@ -256,16 +256,18 @@ def test_rows_that_chose_the_model_certify_nothing():
     assert used.policy.thresholds == free.policy.thresholds
 
 
-def test_custom_risk():
-    """A loss in [0, 1] of one's own is certified by the bound that holds for any; one outside would break it."""
+@pytest.mark.parametrize("size", [0.5, 1.0])
+def test_custom_risk(size):
+    """A loss in [0, 1] of one's own is certified by the bound that holds for any, also if these losses happen to be 0
+    or 1: the losses must not choose the test. One outside would break it."""
     logits, labels = make_rows(800)
 
-    def half(exit_logits, exits, labels):
+    def own(exit_logits, exits, labels):
         rows = np.arange(len(exits))
-        return 0.5 * (exit_logits[rows, exits].argmax(-1) != exit_logits[:, -1].argmax(-1))
+        return size * (exit_logits[rows, exits].argmax(-1) != exit_logits[:, -1].argmax(-1))
 
-    guarantee = calibrate(logits, labels, even_costs(4), max_risk=0.1, risk=half).policy.guarantee
-    assert guarantee["risk"] == "half"
+    guarantee = calibrate(logits, labels, even_costs(4), max_risk=0.1, risk=own).policy.guarantee
+    assert guarantee["risk"] == "own"
     mean = guarantee["errors"] / 640
     divergence = mean * math.log(mean / 0.1) + (1 - mean) * math.log((1 - mean) / 0.9)
     bentkus = math.e * scipy.stats.binom.cdf(math.ceil(guarantee["errors"]), 640, 0.1)

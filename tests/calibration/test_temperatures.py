@@ -58,4 +58,8 @@ def test_temperature_without_an_optimum_is_one():
     temperatures = fit_temperatures(logits, labels)
     assert temperatures[1] == 1.0
     assert temperatures[0] != 1.0
+    # Soft labels have one, also where every answer is right.
+    soft = scipy.special.softmax(logits[:, 0].astype(np.float64), -1)
+    scaled = logits[:, :1] * np.array([1.0, 2.0, 3.0])[:, None]
+    assert fit_temperatures(scaled, soft) == pytest.approx([1.0, 2.0, 3.0], rel=1e-3)
     assert fit_temperatures(np.full((3, 2, 2), np.nan), np.zeros(3, int)) == [1.0, 1.0]

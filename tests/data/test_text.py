@@ -307,6 +307,12 @@ def test_validation_split_with_a_rare_class(load, write):
     assert len(data.splits["validation"]) == 2
 
 
+def test_validation_split_that_leaves_fewer_training_rows_than_classes(load, write):
+    """Breaks if a small rest is stratified too, which is an error of scikit-learn's."""
+    data = load("train", train_file=write("train.csv", rows_of([*"abcde"] * 4)), train_val_split=0.9)
+    assert len(data.splits["train"]) == 2
+
+
 def test_limits_take_the_first_rows(load, write):
     """Breaks if --max_*_samples change which row is which: row ids must stay those of the file."""
     path = write("rows.csv", rows_of(["a", "b"] * 5))

@@ -53,7 +53,7 @@ def test_a_card_names_hub_sources_and_hides_local_paths(tmp_path):
 def test_a_new_policy_keeps_the_rest_of_the_card(tmp_path):
     """`een-hf calibrate --save` knows neither where the run was pushed nor what it started from."""
     sources = {"base_model": "google/bert", "dataset_id": "stanfordnlp/sst2", "repo_id": "someone/mine"}
-    path = write_model_card(tmp_path, RESULTS, tiny_config(), metadata={"license": "mit"}, **sources)
+    path = write_model_card(tmp_path, RESULTS, tiny_config(), metadata={"license": "mit", "language": "en"}, **sources)
     before = ModelCard.load(path)
     policy = {"criterion": "margin", "thresholds": [0.25, 0.0], "calibrated_for": {"max_risk": 0.02}}
     policy |= {
@@ -64,7 +64,7 @@ def test_a_new_policy_keeps_the_rest_of_the_card(tmp_path):
     }
     refresh_model_card(tmp_path, {**RESULTS, "policy": policy}, tiny_config(), {})
     after = ModelCard.load(path)
-    for name in ("model_name", "base_model", "datasets", "license", "tags"):
+    for name in ("model_name", "base_model", "datasets", "license", "language", "tags"):
         assert getattr(after.data, name) == getattr(before.data, name)
     assert "`margin`" in after.text and "0.2500" in after.text
     assert guarantee_in_words(GUARANTEE) in after.text and "No exit policy" in before.text

@@ -298,6 +298,10 @@ def test_numbers_have_no_risk_that_is_counted(tmp_path):
 FLAGS = {
     "a risk without rows": ("--quantize int8 --max_risk 0.1", "give --calibration_file too"),
     "rows for float32": ("--calibration_file {0}/texts.csv --max_risk 0.1", "give --quantize int8"),
+    "few rows": (
+        "--quantize int8 --max_risk 0.1 --risk_confidence 0.8 --calibration_file {0}/texts.csv",
+        "9 calibration rows are too few: --max_risk 0.1 with --risk_confidence 0.8 takes",
+    ),
     "no such file": ("--quantize int8 --max_risk 0.1 --calibration_file {0}/nowhere.csv", "nowhere.csv"),
     "rows it knows": ("--quantize int8 --max_risk 0.1 --calibration_file {0}/known.csv", "trained on these rows"),
     "images in text": (

@@ -12,6 +12,7 @@ from operations import Operations
 from een_hf import ExitConfigurationError, ExitPolicy
 from een_hf.inference import ExitRunner, predict
 from een_hf.inference.programs import row_bucket, segments_of
+from een_hf.inference.runner import runner_of
 from een_hf.models.policies import NEVER
 
 
@@ -317,6 +318,13 @@ def recorded():
     return sum(tensor.grad_fn is not None or tensor.is_inference() for tensor in tensors)
 
 
+def test_what_fills_up_a_text_is_masked_whatever_its_token():
+    """What breaks: with RoBERTa's padding token, 1, padding counts as text."""
+    model = make_model("bert", pad_token_id=1)
+    inputs = make_inputs(model, 3, padding="none")
+    torch.testing.assert_close(ExitRunner(model)(**inputs).logits, anytime(model, inputs)[:, -1], atol=2e-5, rtol=0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_masks_on_the_device():
     """A batch that is taken for unpadded, since the last one was, attends to its padding."""
@@ -394,7 +402,7 @@ def lend(tensor):
     return weakref.ref(memory)
 
 
-@pytest.mark.parametrize("change", ["data", "parameter", "module", "part"])
+@pytest.mark.parametrize("change", ["data", "parameter", "module", "part", "attention"])
 def test_what_graphs_read_is_watched_and_kept(change):
     """A graph of replaced weights or modules answers for another network; one of freed memory ends the process."""
     model = make_model("bert")
@@ -404,6 +412,7 @@ def test_what_graphs_read_is_watched_and_kept(change):
         "parameter": lambda: setattr(head, "weight", torch.nn.Parameter(head.weight.data.clone())),
         "module": lambda: setattr(layer, "dense", Twice(layer.dense)),
         "part": lambda: model.register_module("another", torch.nn.Linear(1, 1)),
+        "attention": lambda: model.set_attn_implementation("eager"),
     }
     held, runner = lend(head.weight), ExitRunner(model)
     assert makes_buffers(runner, inputs) and not makes_buffers(runner, inputs)
@@ -411,6 +420,16 @@ def test_what_graphs_read_is_watched_and_kept(change):
     assert held() is not None  # a graph may be running
     assert makes_buffers(runner, inputs) and not makes_buffers(runner, inputs)
     assert (held() is None) == (change in ("data", "parameter"))
+
+
+def test_a_copy_of_a_model_has_a_runner_of_its_own():
+    """What breaks: a shallow copy with another head is answered by the network that it was copied from."""
+    model = make_model("bert")
+    runner, other = runner_of(model), copy.copy(model)
+    other._modules = {**model._modules, "classifier": Twice(model.classifier)}
+    inputs = make_inputs(model, 3)
+    torch.testing.assert_close(runner_of(other)(**inputs).logits, 2 * runner(**inputs).logits)
+    assert runner_of(model) is runner
 
 
 def test_what_the_network_cannot_take_is_refused_before_it_runs():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from factory import tiny_config, tiny_processor, tiny_stock_model
+from factory import make_trainer, tiny_config, tiny_processor, tiny_rows, tiny_stock_model
 from text_runs import sentences, tiny, write_csv
 from transformers import (
     AutoModelForSequenceClassification,
@@ -22,12 +22,14 @@ from een_hf.commands.train import main
 from een_hf.data import DataError
 from een_hf.data.text import TEXT
 from een_hf.data.text_arguments import TextDataArguments
-from een_hf.evaluation import ExitCosts
+from een_hf.evaluation import ExitCosts, relative_costs
 from een_hf.models import ExitPolicy
 from een_hf.runs import parse_arguments
+from een_hf.runs.costs import RunCosts
 from een_hf.runs.experiment import prepare
 from een_hf.runs.results import split_for_calibration
 from een_hf.runs.rows import _rows_of_file
+from een_hf.training.arguments import CalibrationArguments
 
 
 LEAKS = {
@@ -145,6 +147,24 @@ def test_a_budget_may_be_time_on_this_machine(finished, files, tmp_path):
     assert all(line["relative_cost"] == under_policy[line["exit"] - 1] for line in lines)
     card = (tmp_path / "README.md").read_text()
     assert "Time up to and with the exit" in card and "at batch size 2, where the model" in card
+
+
+def test_operations_are_counted_for_the_rows_they_are_spent_on(tmp_path):
+    """What breaks: predictions of short texts state the costs of the long ones that were evaluated before."""
+    trainer = make_trainer(tmp_path)
+    costs = RunCosts(trainer, CalibrationArguments(), "single_label_classification")
+    for length in (3, 12):
+        wanted = relative_costs(trainer.model, sequence_length=length)
+        assert costs.of(tiny_rows(count=2, length=length)) == wanted and costs.latency is None
+
+
+def test_training_goes_on_without_the_policy_of_the_checkpoint(finished, files, tmp_path, caplog):
+    """What breaks: a model that was trained further exits by thresholds that were chosen for other weights."""
+    flags = [f"--model_name_or_path={finished}", f"--train_file={files['train']}", "--do_train", "--use_cpu"]
+    flags += ["--max_seq_length=16", f"--output_dir={tmp_path / 'run'}"]
+    with caplog.at_level("WARNING"):
+        model = prepare(TEXT, parse_arguments(TEXT, flags)).loaded.model
+    assert model.get_exit_policy() is None and "exit policy is reset" in caplog.text
 
 
 def test_bf16_predictions_agree_with_what_the_exits_say(finished, files, tmp_path):

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy.special import log_softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from text_runs import tiny, write_task
@@ -44,19 +45,25 @@ def test_every_task_runs_with_its_own_metrics(task, minilm_path, tmp_path):
     main(TEXT, tiny(minilm_path, *flags))
     results = json.loads((tmp_path / "run" / "exit_results.json").read_text())
     saved = np.load(tmp_path / "run" / "exit_logits.npz")
-    labels = saved["labels"]
-    for k, row in enumerate(results["anytime"]):
-        logits = saved["logits"][:, k]
-        if task == "stsb":
-            wanted = {"pearson": pearsonr(logits[:, 0], labels)[0], "spearmanr": spearmanr(logits[:, 0], labels)[0]}
-        elif task == "cola":
-            wanted = {"matthews_correlation": matthews_corrcoef(labels, logits.argmax(-1))}
-        else:
-            wanted = {"accuracy": accuracy_score(labels, logits.argmax(-1))}
-            if task in ("mrpc", "qqp"):
-                wanted["f1"] = f1_score(labels, logits.argmax(-1))
-        for name, value in wanted.items():
-            assert row["metrics"][name] == pytest.approx(value, abs=1e-6), (name, k)
+    # Of all rows, and of those that chose nothing.
+    for table, rows in (("anytime", np.full(40, True)), ("anytime_report", saved["part"] == "report")):
+        labels = saved["labels"][rows]
+        for k, row in enumerate(results[table]):
+            logits = saved["logits"][rows, k]
+            if task == "stsb":
+                scores = logits[:, 0]
+                wanted = {"pearson": pearsonr(scores, labels)[0], "spearmanr": spearmanr(scores, labels)[0]}
+            elif task == "cola":
+                wanted = {"matthews_correlation": matthews_corrcoef(labels, logits.argmax(-1))}
+            else:
+                wanted = {"accuracy": accuracy_score(labels, logits.argmax(-1))}
+                if task in ("mrpc", "qqp"):
+                    wanted["f1"] = f1_score(labels, logits.argmax(-1))
+            for name, value in wanted.items():
+                assert row["metrics"][name] == pytest.approx(value, abs=1e-6), (table, name, k)
+            chances = log_softmax(logits.astype(np.float64), -1)
+            losses = (logits[:, 0] - labels) ** 2 if task == "stsb" else -chances[np.arange(len(labels)), labels]
+            assert row["loss"] == pytest.approx(losses.mean(), rel=1e-5), (table, k)
     assert saved["row_ids"].tolist() == list(range(100, 140))
     names = {"mnli": ["MNLI-m", "MNLI-mm"], "sst2": ["SST-2"], "stsb": ["STS-B"], "cola": ["CoLA"]}
     names = names.get(task, [task.upper()])

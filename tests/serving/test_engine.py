@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import gc
+import io
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -289,6 +291,34 @@ def test_padding_on_the_left_that_changes_answers_is_refused(pooling, refused, k
     served = SimpleNamespace(model=model)
     assert_answers(served, rows, asyncio.run(main()))
     assert_answers(served, rows, predict(model, rows))
+
+
+def test_images_of_too_many_pixels_are_refused(vit):
+    """What breaks: a small file that holds a huge image fills the memory, or one at the limit is refused."""
+    file = io.BytesIO()
+    vit.images[0].save(file, "png")  # 8 x 8
+
+    async def ask(limit):
+        async with AsyncExitEngine(vit.model, vit.processor, max_pixels=limit) as engine:
+            return await engine.predict([file.getvalue()])
+
+    assert_answers(vit, vit.images[:1], asyncio.run(ask(64)))
+    with pytest.raises(ExitConfigurationError, match="8 x 8 pixels, more than 63"):
+        asyncio.run(ask(63))
+
+
+def test_answered_requests_are_forgotten(bert):
+    """What breaks: a server keeps the texts of all its users, and its memory grows until it ends."""
+
+    async def main():
+        async with AsyncExitEngine(bert.model, bert.processor) as engine:
+            for text in random_texts(6):
+                await engine.predict([text])
+            loop = asyncio.get_running_loop()
+            gc.collect()  # a request and its rows name each other
+            return sum(isinstance(o, Request) and o.future.get_loop() is loop for o in gc.get_objects())
+
+    assert asyncio.run(main()) <= 1  # the worker holds the last one while it waits
 
 
 def test_cancelled_rows_are_removed_at_the_next_stage(bert):

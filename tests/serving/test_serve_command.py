@@ -13,7 +13,8 @@ import pytest
 import torch
 from factory import tiny_model
 
-from een_hf.commands import main
+from een_hf.commands import main, serve
+from een_hf.serving import PrometheusObserver, ServerLimits
 
 from .conftest import random_texts
 
@@ -31,6 +32,22 @@ from .conftest import random_texts
 def test_bad_flags_are_refused_in_one_line(bert, flags, said):
     with pytest.raises(SystemExit, match=f"error: .*{said}"):
         main(["serve", str(bert.folder), "--port", "0", *flags])
+
+
+def test_flags_reach_the_engine(bert, monkeypatch):
+    """What breaks: a limit that was given does not hold, or an audit promises another confidence."""
+    made = []
+    monkeypatch.setattr(serve, "create_app", lambda engine, **settings: made.append((engine, settings)))
+    monkeypatch.setattr(serve, "serve", lambda app, listening, timeout: (listening.close(), made.append(timeout)))
+    flags = "--max_rows 3 --max_wait_ms 7 --max_waiting 11 --max_length 9 --max_inputs 5 --max_body_bytes 999"
+    flags += " --timeout 13 --audit_rate 0.25 --audit_limit 0.1 --audit_confidence 0.8 --on_alarm full --port 0"
+    main(["serve", str(bert.folder), *flags.split()])
+    (engine, settings), timeout = made
+    assert settings == {"name": str(bert.folder), "limits": ServerLimits(999, 5, 13.0)} and timeout == 13
+    worker, auditor, monitor = engine.worker, engine.auditor, engine.auditor.monitor
+    assert (worker.max_rows, worker.max_wait, engine.max_waiting, engine.reader.max_length) == (3, 0.007, 11, 9)
+    assert (auditor.rate, auditor.on_alarm, monitor.limit, monitor.confidence) == (0.25, "full", 0.1, 0.8)
+    assert worker.auditor is auditor and isinstance(engine.observer, PrometheusObserver)
 
 
 def test_what_cannot_be_served(tmp_path):

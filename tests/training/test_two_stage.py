@@ -1,6 +1,7 @@
 """`--method two_stage`: plain fine-tuning, then early exits on the frozen model."""
 
 import factory
+import psutil
 import pytest
 import torch
 from factory import NO_DROPOUT, assert_same_weights, tiny_model, tiny_rows, tiny_stock_model
@@ -9,6 +10,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainingArgumen
 
 from een_hf.models import ExitConfigurationError
 from een_hf.training import get_scheme, two_stage
+from een_hf.training.frozen_heads import new_features
 from een_hf.training.two_stage import TwoStageArguments
 
 
@@ -183,6 +185,13 @@ def test_too_little_memory_is_an_error_before_the_first_stage(tmp_path):
     with pytest.raises(ExitConfigurationError, match=r"GB of memory, .* are free: .*--second_stage_views"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_memory_that_others_use_is_not_free():
+    """What breaks: the machine's whole memory counts as free, and the process is killed."""
+    memory = psutil.virtual_memory()
+    with pytest.raises(ExitConfigurationError, match="are free: give less"):
+        new_features(((memory.available + memory.total) // 8, 1, 1), "float32", "give less")  # 4 bytes each
 
 
 def test_exits_that_read_all_patches_agree_with_the_last_one(tmp_path):
