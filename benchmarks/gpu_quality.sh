@@ -20,7 +20,7 @@ results=$1 data=$2
 shift 2
 python=${PYTHON:-python} end=$((SECONDS + ${LIMIT:-3000})) unfinished=0
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-read -ra methods <<< "${METHODS:-joint two_stage boosted l2w stock}"
+read -ra methods <<< "${METHODS:-joint two_stage two_stage-joint boosted l2w stock}"
 
 quality() { # NAME RECIPE CUTS FLAGS: the cells of one data set
     local name=$1 recipe=$2 cuts=$3
