@@ -43,7 +43,7 @@ LOWEST := .venv-lowest
 LOWEST_PYTHON ?= python3
 $(LOWEST)/.installed: pyproject.toml
 	$(LOWEST_PYTHON) -m venv $(LOWEST)
-	sed 1,/^dependencies/d pyproject.toml | grep -oE '"[a-z0-9-]+>=[0-9.]+"' | tr -d '"' | sed 's/>=/==/' | sort -u > $(LOWEST)/lowest.txt
+	sed 1,/^dependencies/d pyproject.toml | grep -oE '"[a-z0-9_-]+(\[[a-z,]+\])?>=[0-9.]+"' | sed -E 's/"|\[.*\]//g; s/>=/==/' | sort -u > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/lowest.txt \
 		--editable ".[dev]"
 	@touch $@

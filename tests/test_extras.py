@@ -133,3 +133,20 @@ def test_version_is_in_one_place():
     assert 'version = {attr = "een_hf.__version__"}' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name in ("pyproject.toml", "setup.py"):
         assert een_hf.__version__ not in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_lowest_versions_are_installed_for_every_bound(tmp_path):
+    """What breaks: a bound with a name or extras that the Makefile does not read is never tested."""
+    folder = tmp_path / "lowest"
+    folder.mkdir()
+    made = subprocess.run(
+        ["make", "--always-make", "--dry-run", f"LOWEST={folder}", f"{folder}/.installed"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    subprocess.run(next(line for line in made.stdout.splitlines() if "lowest.txt" in line), shell=True, cwd=ROOT)
+    needs = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.scripts]")[0].split("dynamic = ")[1]
+    bounds = {f"{name.split('[')[0]}=={version}" for name, version in re.findall(r'"([^"]+)>=([^"]+)"', needs)}
+    assert {*(folder / "lowest.txt").read_text().split()} == bounds
