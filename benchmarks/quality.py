@@ -7,10 +7,10 @@ python benchmarks/quality.py recipes/cifar100_vit_small.yaml --images --jobs 8 -
 One cell is one run of the recipe by one method under one seed; `stock` is the recipe's model with its last exit only,
 also evaluated with its linear layers in int8, `cut-3` the same with the first three layers, `joint-warm` the scheme
 after a warm start of the last exit for half of the recipe's epochs, `two_stage-joint` the scheme with
-`--joint_first_stage`. Flags that this script does not know go to every run. Each cell is a process of its own, `--jobs`
-of them side by side, with a log beside its folder. Finished cells are kept in benchmarks/results/quality_<recipe>.json
-and not run again; what is stopped, by `--time_limit` or by hand, goes on from its last checkpoint when the same command
-is given again.
+`--joint_first_stage`. Flags that this script does not know go to every run. Each cell is a process of its own,
+`--jobs` of them side by side, with a log beside its folder. Finished cells are kept in
+benchmarks/results/quality_<recipe>.json and not run again; what is stopped, by `--time_limit` or by hand, goes on from
+its last checkpoint when the same command is given again.
 """
 
 import argparse
