@@ -11,7 +11,8 @@ from factory import tiny_config, tiny_processor
 from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser
 
 from een_hf.data import DataError, TextDataArguments, encode_text_data, load_text_data
-from een_hf.data.glue import GLUE_TASKS
+from een_hf.data.glue import GLUE_TASKS, write_submission
+from een_hf.data.task import TaskData
 from een_hf.data.text import TEXT
 
 
@@ -144,6 +145,17 @@ def test_mnli_brings_its_mismatched_halves(load, write, tmp_path):
         "validation_mismatched": 4,
     }
     assert list(load("train", **flags).splits) == ["train"]
+    streamed = load("validation", **flags, streaming=True).splits
+    assert {s: len(rows) for s, rows in streamed.items()} == {"validation": 4, "validation_mismatched": 4}
+
+
+def test_scores_that_are_submitted_lie_on_the_scale(tmp_path):
+    """Breaks if the benchmark's server refuses a prediction below 0 or above 5."""
+    rows = hub_rows("stsb", 3).remove_columns("label")
+    data = TaskData({"test": rows}, "regression", None, HUB_SCHEMA["stsb"][0], "label", "glue", "stsb", ["pearson"])
+    write_submission(tmp_path, data, "test", [-0.2, 5.3, 2.25])
+    lines = (tmp_path / "glue_submission" / "STS-B.tsv").read_text().splitlines()
+    assert lines == ["index\tprediction", "100\t0.000", "101\t5.000", "102\t2.250"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])

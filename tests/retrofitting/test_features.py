@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import pytest
 from factory import NUM_LABELS
 from retrofitting.running import CHUNK, NUM_ROWS, chunks, weights, words_of
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     BertForSequenceClassification,
 )
 
 from een_hf.commands import main, retrofit
 from een_hf.evaluation import load_exit_logits
+from een_hf.retrofitting.arguments import RowArguments
+from een_hf.retrofitting.rows import UnlabelledImages
 
 
 def test_every_row_is_read_once(sources, tmp_path, rows_read):
@@ -54,6 +58,18 @@ def test_other_features_are_not_reused(sources, tmp_path, rows_read):
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
     main(words_of((str(tmp_path / "model"), flag, path), tmp_path / "out"))
     assert rows_read() == NUM_ROWS
+
+
+def test_an_image_that_was_replaced_is_another_row(sources, tmp_path):
+    """What breaks: features of the image before, which had the same name, are taken for its own."""
+    folder, _, images = sources["vit"]
+    for path in sorted(Path(images).iterdir())[:3]:
+        shutil.copy(path, tmp_path)
+    args, config = RowArguments(model=folder, train_dir=str(tmp_path)), AutoConfig.from_pretrained(folder)
+    before = UnlabelledImages(args, config).fingerprint()
+    shutil.copy(sorted(Path(images).iterdir())[3], tmp_path / "001.png")
+    after = UnlabelledImages(args, config).fingerprint()
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, True, False, True]
 
 
 def test_exits_are_trained_on_no_row_that_certifies(sources, tmp_path):

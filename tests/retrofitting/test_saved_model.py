@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calibration.samples import make_rows
 from PIL import Image
 from retrofitting.running import EXIT_CLASSES, MODEL_CLASSES, NUM_ROWS, words_of
 from transformers import (
@@ -19,6 +20,8 @@ from een_hf.calibration import calibrate
 from een_hf.commands import main
 from een_hf.evaluation import ExitCosts, load_exit_logits
 from een_hf.models import EarlyExitBertForSequenceClassification
+from een_hf.retrofitting.arguments import RetrofitArguments
+from een_hf.retrofitting.certify import certify
 
 
 @pytest.fixture(scope="module", params=["bert", "vit"])
@@ -111,6 +114,15 @@ def test_the_certificate_is_that_of_the_saved_model(finished):
     np.testing.assert_allclose(report.policy.thresholds, model.config.exit_policy["thresholds"], rtol=1e-4)
     assert len(rows) == record["num_calibration_rows"] == round(NUM_ROWS / 3)
     assert record["num_training_rows"] == NUM_ROWS - len(rows)
+
+
+def test_a_policy_that_saves_nothing_is_not_kept(tmp_path):
+    """What breaks: where exits take more time than the layers after them, the model is called cheaper than itself."""
+    logits, args = make_rows(400)[0], RetrofitArguments(model="mine", output_dir=tmp_path, max_risk=0.2)
+    dear, cheap = ExitCosts([1.1, 1.1, 1.1, 1.0], [0.2, 0.2, 0.2, 0.0]), ExitCosts([0.25, 0.5, 0.75, 1.0])
+    report = certify(logits, dear, args)
+    assert report.policy is None and "costs 1.000 of your model's cost" in report.message
+    assert certify(logits, cheap, args).policy is not None
 
 
 def test_time_may_be_what_a_policy_saves(sources, tmp_path, capsys):
