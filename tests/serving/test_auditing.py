@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from een_hf import ExitConfigurationError
+from een_hf import ExitConfigurationError, ExitPolicy
 from een_hf.commands import main as een_hf
 from een_hf.serving import AsyncExitEngine, Auditor, EngineObserver
 from een_hf.serving.stages import StageWorker
@@ -75,6 +75,27 @@ def test_an_answer_does_not_wait_for_its_audit(bert):
     while worker.step():
         pass
     assert worker.auditor.monitor.num_values == 2 and worker.num_through == 2
+
+
+def test_an_audit_that_fails_leaves_the_answer_as_it_was(bert):
+    """What breaks: rows that were answered count twice, and a request that has its answer gets an error too."""
+    worker = StageWorker(bert.model, 8, 100.0, EngineObserver(), Auditor(bert.model, 1.0, limit=0.5))
+    rows = rows_of(bert, ["a b c", "d"], ExitPolicy("confidence", [-1e30, 0.9, 0.0]))
+    worker.add(rows)
+    while not worker.finished:
+        worker.step()
+
+    def fail(*_):
+        raise RuntimeError("the device has failed")
+
+    hook = bert.model.bert.encoder.layer[-1].register_forward_pre_hook(fail)
+    try:
+        while worker.step():
+            pass
+    finally:
+        hook.remove()
+    assert worker.finished == [(rows[0].request, None)] and worker.num_through == 2
+    assert worker.num_in_flight() == 0
 
 
 def test_a_share_of_the_rows_is_audited(bert):

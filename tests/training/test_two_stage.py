@@ -6,7 +6,7 @@ import pytest
 import torch
 from factory import NO_DROPOUT, assert_same_weights, tiny_model, tiny_rows, tiny_stock_model
 from torch import nn
-from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from een_hf.models import ExitConfigurationError
 from een_hf.training import get_scheme, two_stage
@@ -185,6 +185,19 @@ def test_too_little_memory_is_an_error_before_the_first_stage(tmp_path):
     with pytest.raises(ExitConfigurationError, match=r"GB of memory, .* are free: .*--second_stage_views"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_the_check_of_memory_draws_no_random_number(tmp_path):
+    """What breaks: with the same seed, dropout differs from that of plain fine-tuning."""
+    states = []
+
+    class Record(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            states.append(torch.get_rng_state())
+
+    for scheme in ("two_stage", "joint"):
+        factory.make_trainer(tmp_path, tiny_model(), scheme, max_steps=1, callbacks=[Record()]).train()
+    assert torch.equal(*states)
 
 
 def test_memory_that_others_use_is_not_free():

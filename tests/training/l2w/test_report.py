@@ -37,6 +37,17 @@ def test_logs_what_w_has_learned(tmp_path):
     assert sum(map(sum, table["counts"])) == 16 * 3
 
 
+def test_each_log_has_the_meta_loss_since_the_last(tmp_path):
+    """What breaks: the logged meta loss is the mean over the whole run, and says late what changes."""
+    trainer = make_trainer(bert(), tmp_path, size=16, max_steps=2, logging_steps=1)
+    meta_gradient, found = trainer.meta_gradient, []
+    trainer.meta_gradient = lambda *parts: found.append(meta_gradient(*parts)) or found[-1]
+    trainer.train()
+    logged = [entry["l2w_meta_loss"] for entry in trainer.state.log_history if "l2w_meta_loss" in entry]
+    losses = [meta_loss.item() for _, _, meta_loss in found]  # two for each step, one of each half
+    assert logged == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2]) and len(set(losses)) == 4
+
+
 def test_the_weight_map_is_the_mean_weight_by_loss(tmp_path):
     losses = torch.tensor([[1e-5, 0.5], [100.0, 0.5], [0.5, 0.02]], dtype=torch.float64)
     weights = torch.tensor([[0.5, 1.0], [1.5, 2.0], [0.7, 0.1]], dtype=torch.float64)
