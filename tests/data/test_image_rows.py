@@ -119,6 +119,8 @@ def test_select_keeps_images_and_labels_together(photos, processor):
     chosen = rows.select([5, 2])
     assert [row["labels"] for row in chosen] == [5, 2] == chosen["labels"].tolist()
     assert torch.equal(chosen[0]["pixel_values"], rows[5]["pixel_values"])
+    drawn = make_rows(photos, processor).select([5, 2])  # whose draws repeat too
+    assert torch.equal(drawn[0]["pixel_values"], drawn[0]["pixel_values"]) and "draw" in drawn[0]
 
 
 # Mixing

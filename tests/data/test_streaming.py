@@ -272,6 +272,15 @@ def test_random_transforms_of_a_stream_repeat(tmp_path):
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
 
 
+def test_each_worker_of_a_stream_draws_its_own(spoilt_folder):
+    """What breaks: images at the same place of two files are augmented alike."""
+    args = ImageDataArguments(dataset_name=spoilt_folder, auto_augment="rand-m9")
+    rows = image_rows(spoilt_folder, True, skip_corrupt=True)["train"]
+    rows = IMAGES.augment(rows, IMAGES.load_processor(None, args, IMAGES_CONFIG), args, IMAGES_CONFIG, 3)
+    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=2)
+    assert len({tuple(row["draw"]) for row in loader}) == 8
+
+
 # Through the script
 
 SHAPE = "--config_overrides=hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32"

@@ -1,6 +1,7 @@
 """The handler of Inference Endpoints, loaded from its file as they do, against the pipelines."""
 
 import base64
+import copy
 import importlib.util
 import io
 
@@ -35,6 +36,17 @@ def test_texts(bert):
     assert_same(handler({"inputs": texts[0], "parameters": parameters}), [classify(texts[0], top_k=2)])
     labels = handler({"inputs": "a " * 100})[0]  # more than the model takes
     assert len(labels) == 3 and set(labels[0]) == {"label", "score"}
+
+
+def test_scores_are_of_tempered_logits(bert, tmp_path):
+    """What breaks: what people read as confidence is not the probability that the policy decided by."""
+    model = copy.deepcopy(bert.model)
+    model.set_exit_policy({**bert.model.config.exit_policy, "temperatures": [3.0, 0.5, 2.0]})
+    for part in (model, bert.processor):
+        part.save_pretrained(tmp_path)
+    classify = pipeline("early-exit-text-classification", model=model, tokenizer=bert.processor, device="cpu")
+    found = load_handler(tmp_path)({"inputs": ["a b c", "d"], "parameters": {"exits": True}})
+    assert_same(found, classify(["a b c", "d"], top_k=None))
 
 
 def test_images(vit):
