@@ -202,6 +202,7 @@ def test_texts_of_other_lengths_join_where_their_padding_costs_less_than_a_step(
         (["a b c"] * 2 + ["a b c d e f g h"] * 2, [4, 4, 4]),  # 5 tokens of padding for each of two rows
         (["a b c"] * 3 + ["a b c d e f g h i j k l"] * 2, [2, 2, 2, 3, 3, 3]),  # 9 for each of three
         (["a b c"] * 2 + ["a b c d e f g h"] * 7, [2, 2, 2, 7, 7, 7]),  # nine rows, eight fit
+        (["a b c"] * 2 + ["a b c d e f g h"] * 6, [8, 8, 8]),
     ):
         log = Log()
         worker = StageWorker(bert.model, 8, max_wait=100.0, observer=log)
@@ -222,6 +223,12 @@ def test_no_more_rows_are_in_flight_than_there_are_slots(bert):
             most = max(most, worker.num_in_flight())
         assert 2 < most <= 8 and len(worker.finished) == 30  # 2 for each of 3 stages, and 2 that start
         assert worker.num_in_flight() == 0
+    worker, most = StageWorker(bert.model, 8, 100.0, EngineObserver()), 0
+    for length in range(2, 38, 8):  # 7 rows each, which wait for an eighth that never comes
+        worker.add(rows_of(bert, [" ".join("a" * length)] * 7, policy))
+    while worker.step():
+        most = max(most, worker.num_in_flight())
+    assert 8 < most <= 32
 
 
 @pytest.mark.parametrize("cuda_graphs", [None, True])

@@ -495,6 +495,7 @@ def test_evaluation_drops_no_row(tmp_path):
     assert exits.label_ids.tolist() == [int(row["labels"]) for row in trainer.eval_dataset]
     right = (exits.predictions[:, -1].argmax(-1) == exits.label_ids).mean()
     assert trainer.evaluate()["eval_accuracy"] == exits.metrics["test_accuracy"] == right
+    assert len(trainer.get_train_dataloader()) == 4
 
 
 def test_a_tokenizer_pads_batches_and_is_saved(tmp_path, minilm_path):
