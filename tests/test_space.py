@@ -62,6 +62,33 @@ def test_it_shows_the_exit_that_the_policy_takes(app, folder, monkeypatch):
     assert layers == [3, 3, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("num_labels", "problem_type"),
+    [(1, "regression"), (1, "multi_label_classification"), (3, "multi_label_classification"), (3, None)],
+)
+def test_the_answer_fits_the_problem(app, tmp_path, num_labels, problem_type):
+    """What breaks: several labels share one probability, or a regression is "100 %" of its only label."""
+    model = tiny_model(vocab_size=len(TOKENS), num_labels=num_labels, problem_type=problem_type, noise=0.5).eval()
+    model.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    explainer = app.Explainer(str(tmp_path))
+    found, shown = explainer.explain("a b c")
+    with torch.no_grad():
+        logits = model(**explainer.processor("a b c", return_tensors="pt")).exit_logits[0]
+    answers = [re.findall("<td>(.*?)</td>", row)[1] for row in shown.split("<tr")[2:]]
+    if problem_type == "regression":
+        assert float(found) == pytest.approx(float(logits[-1, 0]), abs=1e-3)
+        assert [*map(float, answers)] == pytest.approx(logits[:, 0].tolist(), abs=1e-3)
+        return
+    names = [model.config.id2label[index] for index in range(num_labels)]
+    if problem_type is None:
+        wanted, named = logits[-1].softmax(-1), [names[int(row.argmax())] for row in logits]
+    else:
+        wanted = 1 / (1 + (-logits[-1]).exp())
+        named = [", ".join(name for name, z in zip(names, row, strict=True) if z > 0) or "no label" for row in logits]
+    assert [found[name] for name in names] == pytest.approx(wanted.tolist()) and answers == named
+
+
 @pytest.mark.slow
 def test_the_page_answers(app, folder, monkeypatch):
     pytest.importorskip("gradio", reason="needs the extra demo-app")

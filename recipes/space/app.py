@@ -17,6 +17,7 @@ from een_hf import AutoEarlyExitModel, ExitPolicy
 from een_hf.errors import one_line_errors
 from een_hf.evaluation import read_exit_results, relative_costs
 from een_hf.extras import named_extras
+from een_hf.models.criteria import resolve_problem_type
 
 
 PROBABILITIES = ("confidence", "margin", "label_confidence")  # criteria whose scores lie between 0 and 1
@@ -33,6 +34,9 @@ class Explainer:
     def __init__(self, name: str):
         self.name = name
         self.model = AutoEarlyExitModel.from_pretrained(name).eval()
+        config = self.model.config
+        self.names = [config.id2label[index] for index in range(config.num_labels)]
+        self.problem_type = resolve_problem_type(config.problem_type, config.num_labels)
         self.text = self.model.main_input_name == "input_ids"
         self.processor = (AutoTokenizer if self.text else AutoImageProcessor).from_pretrained(name)
         self.results = cached_file(name, "exit_results.json", _raise_exceptions_for_missing_entries=False)
@@ -46,8 +50,17 @@ class Explainer:
         return ExitPolicy.from_results(self.results, target_cost=max(budget, self.budgets[0]) + 1e-4)
 
     @torch.no_grad()
-    def explain(self, given, budget: float | None = None) -> tuple[dict[str, float], str]:
-        """Probability of each label where the input exits, and HTML that shows how it got there."""
+    def explain(self, given, budget: float | None = None) -> tuple[dict[str, float] | str, str]:
+        """What each exit answers to an input under a policy.
+
+        Args:
+            given: a text or an image.
+            budget: largest average cost of the policy; `None`: the model's own policy.
+
+        Returns:
+            the probability of each label where the input exits, or the number of a regression; and HTML that shows how
+            the input got there.
+        """
         if given is None or (self.text and not given.strip()):
             return {}, ""
         if self.text:
@@ -61,15 +74,12 @@ class Explainer:
         logits, policy = self.model(**inputs, early_exit=False).exit_logits, self.policy(budget)
         last = self.model.num_exits - 1
         exit_index = last if policy is None else int(policy.exits_of(logits))
-        own = (
-            logits[:, exit_index]
-            if policy is None
-            else policy.temper(logits[:, exit_index], torch.tensor([exit_index]))
-        )
-        names = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
+        own = logits[:, exit_index]
+        if policy is not None:
+            own = policy.temper(own, torch.tensor([exit_index]))
         saved = 1 - float(costs.of_policy(policy)[exit_index])
         head = f"exits after layer {self.model.config.exit_layers[exit_index]}: {saved:.0%} of the computation saved"
-        rows = [self._row(index, logits, names, policy, exit_index) for index in range(last + 1)]
+        rows = [self._row(index, logits, policy, exit_index) for index in range(last + 1)]
         style = "<style>.exits td, .exits th {padding: 4px 10px; text-align: left}</style>"
         titles = "".join(f"<th>{title}</th>" for title in ("layer", "would answer", "score and threshold", ""))
         table = f"<table class='exits' style='width:100%'><tr>{titles}</tr>{''.join(rows)}</table>"
@@ -77,17 +87,29 @@ class Explainer:
             table += (
                 "<p>Later exits are evaluated for this page only: in use, the layers after the exit do not run.</p>"
             )
-        labels = dict(zip(names, own.softmax(-1)[0].tolist(), strict=True))
-        return labels, f"{style}<h3>{head}</h3>{table}"
+        shown = f"{style}<h3>{head}</h3>{table}"
+        if self.problem_type == "regression":
+            return self._answer(own[0]), shown
+        scores = own.sigmoid() if self.problem_type == "multi_label_classification" else own.softmax(-1)
+        return dict(zip(self.names, scores[0].tolist(), strict=True)), shown
 
-    def _row(self, index: int, logits: torch.Tensor, names: list[str], policy: ExitPolicy | None, taken: int) -> str:
-        answer, last = html.escape(names[int(logits[0, index].argmax())]), index == self.model.num_exits - 1
+    def _answer(self, logits: torch.Tensor) -> str:
+        """The label, the labels or the number that these logits (num_labels,) mean."""
+        if self.problem_type == "regression":
+            return f"{float(logits[0]):.3f}"
+        if self.problem_type == "multi_label_classification":
+            return ", ".join(self.names[index] for index in (logits > 0).nonzero()[:, 0].tolist()) or "no label"
+        return self.names[int(logits.argmax())]
+
+    def _row(self, index: int, logits: torch.Tensor, policy: ExitPolicy | None, taken: int) -> str:
+        answer, last = html.escape(self._answer(logits[0, index])), index == self.model.num_exits - 1
         used = last or (policy is not None and policy.lets_exit(index))
         state = "exits here" if index == taken else "not computed" if index > taken else "continues"
         score = ""
         if policy is not None:
             value, threshold = float(policy.scores(logits)[0, index]), policy.thresholds[index]
-            score = f"{value:.3f}" + (f" of {threshold:.3f}" if used and not last else "")
+            sign = "≥" if value >= threshold else "&lt;"
+            score = f"{value:.3f}" + (f" {sign} {threshold:.3f}" if used and not last else "")
             if policy.criterion in PROBABILITIES:
                 colour = GREEN if index == taken else GREY
                 mark = _bar(threshold, 0.004, RED) if used and not last else ""
