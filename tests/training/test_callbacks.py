@@ -15,12 +15,14 @@ import pytest
 from factory import RESULTS, tiny_model, tiny_rows
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import WandbCallback
 
 from een_hf.evaluation import make_compute_metrics, plot_exit_curves
 from een_hf.training.callbacks import (
     EarlyExitWandbCallback,
+    EpochCallback,
     ExitHistoryCallback,
     ExitTableCallback,
     exit_curves,
@@ -96,6 +98,19 @@ def test_another_training_logs_its_own_losses(tmp_path):
         (logs,) = [logs for logs in trainer.state.log_history if "exit1_loss" in logs]
         assert logs["exit1_loss"] + logs["exit2_loss"] == pytest.approx(logs["loss"], abs=2e-4)
         trainer.model.classifier.weight.data.mul_(50)
+
+
+@pytest.mark.parametrize("epoch", [1, 1.4, 1.6])
+def test_rows_of_a_run_that_resumes_within_an_epoch_are_of_that_epoch(epoch):
+    """What breaks: late in an epoch, images are augmented as in the next one."""
+
+    class Rows(list):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    rows = Rows(range(3))
+    EpochCallback().on_epoch_begin(None, TrainerState(epoch=epoch), None, train_dataloader=DataLoader(rows))
+    assert rows.epoch == 1
 
 
 def test_an_empty_log_has_no_curves():

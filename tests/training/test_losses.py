@@ -122,12 +122,3 @@ def test_the_log_of_exits_is_the_mean_since_the_last(tmp_path):
     trainer.add_callback(Count())
     trainer.train()
     assert counts == counts[:1] * 16
-
-
-def test_a_second_training_logs_its_own_losses(tmp_path):
-    """What breaks: losses that the first training ended without logging count in the second."""
-    trainer = make_trainer(tmp_path, "text", max_steps=3, logging_steps=2, learning_rate=0.1)
-    for _ in range(2):
-        trainer.train()
-        log = next(log for log in trainer.state.log_history if "exit1_loss" in log)
-        assert log["exit1_loss"] + log["exit2_loss"] == pytest.approx(log["loss"], rel=1e-3)
