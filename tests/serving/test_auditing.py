@@ -78,9 +78,11 @@ def test_an_answer_does_not_wait_for_its_audit(bert):
 
 
 def test_an_audit_that_fails_leaves_the_answer_as_it_was(bert):
-    """What breaks: rows that were answered count twice, and a request that has its answer gets an error too."""
+    """What breaks: rows that were answered count twice, a request that has its answer gets an error too, or later
+    audits wait for one that never ends."""
     worker = StageWorker(bert.model, 8, 100.0, EngineObserver(), Auditor(bert.model, 1.0, limit=0.5))
-    rows = rows_of(bert, ["a b c", "d"], ExitPolicy("confidence", [-1e30, 0.9, 0.0]))
+    policy = ExitPolicy("confidence", [-1e30, 0.9, 0.0])
+    rows = rows_of(bert, ["a b c", "d"], policy)
     worker.add(rows)
     while not worker.finished:
         worker.step()
@@ -95,7 +97,11 @@ def test_an_audit_that_fails_leaves_the_answer_as_it_was(bert):
     finally:
         hook.remove()
     assert worker.finished == [(rows[0].request, None)] and worker.num_through == 2
-    assert worker.num_in_flight() == 0
+    assert worker.num_in_flight() == worker.auditor.monitor.num_values == 0
+    worker.add(rows_of(bert, ["b"], policy))
+    while worker.step():
+        pass
+    assert worker.auditor.monitor.num_values == 1
 
 
 def test_a_share_of_the_rows_is_audited(bert):

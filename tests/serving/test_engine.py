@@ -342,7 +342,7 @@ def test_cancelled_rows_are_removed_at_the_next_stage(bert):
         pass
     loop.close()
     assert log.steps == [(0, 5), (1, 2), (2, 2)]
-    assert log.num_dropped == 3 and worker.num_through == 5
+    assert log.num_dropped == 3 and worker.num_through == 5 and worker.num_in_flight() == 0
     assert [request.future for request, _ in worker.finished] == [staying]
 
 
