@@ -91,6 +91,16 @@ def test_another_policy_for_one_request(bert, text_server):
     body = {"inputs": random_texts(4), "parameters": {"exits": True, "policy": never}}
     rows = httpx.post(f"{text_server}/predict", json=body).json()
     assert {label["exit_layer"] for row in rows for label in row} == {1}
+    asked = [{**never, "temperatures": [temperature, 1, 1]} for temperature in (1, 4)]
+    answers = [
+        httpx.post(
+            f"{text_server}/predict", json={"inputs": "a b", "raw_scores": raw, "parameters": {"policy": policy}}
+        )
+        for raw in (True, False)
+        for policy in asked
+    ]
+    raw, same, plain, flat = (answer.json() for answer in answers)
+    assert raw == same and flat[0][0]["score"] < plain[0][0]["score"]  # temperatures are for probabilities
 
 
 def test_the_hubs_own_client_understands_the_answers(bert, vit, text_server, image_server, monkeypatch):
