@@ -105,6 +105,18 @@ def test_every_module_names_the_extra_that_it_lacks(without_extras):
     assert without_extras["raw"] == []
 
 
+def test_text_runs_do_not_speak_of_torchvision():
+    """What breaks: with the extra `train` alone every text run warns that a processor of images lacks torchvision."""
+    hidden = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *args: None if name.startswith("torchvision") else find(name, *args))
+import een_hf.commands.train
+"""
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "torchvision" not in done.stderr, done.stderr
+
+
 def test_other_missing_modules_pass():
     """What breaks: an error of someone's own module is hidden behind a wrong remedy."""
     with pytest.raises(ModuleNotFoundError, match="no_such_module") as caught, named_extras():

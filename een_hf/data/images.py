@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import datasets
-from transformers import AutoImageProcessor, ViTImageProcessor
+from transformers import AutoImageProcessor
 
 from .._deprecated import moved_names
 from ..errors import in_one_line
@@ -116,12 +116,14 @@ def _image_column(args: ImageDataArguments, rows: datasets.Dataset, source: str)
     return columns[0]
 
 
-def _load_processor(name: str | None, args: ImageDataArguments, config: Any, **hub) -> ViTImageProcessor:
+def _load_processor(name: str | None, args: ImageDataArguments, config: Any, **hub) -> Any:
     """The image processor of `--image_processor_name`, else the model's own, else a plain one, at the model's size."""
     size = config.image_size
     if args.image_processor_name not in (None, name):
         name, hub = args.image_processor_name, {**hub, "revision": None}  # which is the model's
     if name is None:
+        from transformers import ViTImageProcessor  # without torchvision this import warns, in text runs too
+
         return ViTImageProcessor(size={"height": size, "width": size})
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)

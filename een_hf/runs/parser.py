@@ -34,6 +34,8 @@ class RunParser(HfArgumentParser):
         stock = {field.name for field in fields(TrainingArguments)}
         for action in self._actions:
             action.help = (texts or {}).get(action.dest, action.help)
+            if action.dest == "report_to":
+                action.nargs = "+"  # `TrainingArguments` takes several trackers
         self.groups = {title: [f.name for f in fields(kind) if f.name not in stock] for title, kind in groups.items()}
         self.add_argument("--help", "-h", action=_Help, help="show these flags")
         self.add_argument("--help_all", action=_Help, help="show also all flags of transformers' TrainingArguments")

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from een_hf.commands import main
 from een_hf.commands.train import MODALITIES
+from een_hf.runs.parser import RunParser
 from een_hf.training.arguments import CalibrationArguments, EarlyExitTrainingArguments, ModelArguments
 from een_hf.training.registry import scheme_arguments, scheme_names
 
@@ -60,3 +61,11 @@ def test_defaults_are_shown_once(capsys):
     assert all(
         f"`{name}`" in text.split("--method NAME")[1].split("--exit_loss_weights")[0] for name in scheme_names()
     )
+
+
+@pytest.mark.parametrize("trackers", [["wandb"], ["wandb", "tensorboard"]])
+def test_several_trackers_can_be_named(trackers, tmp_path):
+    """What breaks: the second tracker is refused as an argument that nothing uses."""
+    flags = ["--report_to", *trackers, "--output_dir", str(tmp_path)]
+    (arguments,) = RunParser({"training": EarlyExitTrainingArguments}).parse_args_into_dataclasses(flags)
+    assert arguments.report_to == trackers
