@@ -29,6 +29,7 @@ LONG = {
     "test_recipes.py",
     "test_resume.py",
     "test_run_cifar_een.py",
+    "test_schemes.py",
     "test_scripts_distributed.py",
     "test_trained_models.py",
     "test_trainer.py",
@@ -40,8 +41,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
-def pytest_collection_finish():
-    """`Trainer.train` collects garbage; what the imports made, by far the most objects, need not be visited."""
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_visit():
+    """`Trainer.train` collects garbage; what imports and the files before have made need not be visited each time."""
     gc.collect()
     gc.freeze()
 

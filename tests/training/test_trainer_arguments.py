@@ -18,6 +18,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from een_hf.evaluation import make_compute_metrics
 from een_hf.models import EarlyExitBertForSequenceClassification, ExitConfigurationError
 from een_hf.training import EarlyExitTrainingArguments
+from een_hf.training.losses import class_weights
 
 
 make_trainer = functools.partial(factory.make_trainer, max_steps=2)
@@ -552,6 +553,14 @@ def test_class_weights_in_every_scheme(tmp_path, scheme, kind):
     trainer.model.eval()
     torch.testing.assert_close(trainer.losses_of(logits, targets), plain)
     trainer.train()
+
+
+def test_balanced_weights_where_a_class_does_not_occur():
+    """What breaks: the others weigh less than 1 on average, so that the loss and its learning rate shrink."""
+    labels = [0] * 6 + [1] * 2 + [3] * 4
+    wanted = compute_class_weight("balanced", classes=np.unique(labels), y=labels)
+    found = class_weights("balanced", 5, [{"labels": label} for label in labels])
+    np.testing.assert_allclose(found[[0, 1, 3]], wanted, rtol=1e-6)
 
 
 def test_class_weights_do_not_weigh_predictions(tmp_path):
