@@ -29,7 +29,6 @@ LONG = {
     "test_recipes.py",
     "test_resume.py",
     "test_run_cifar_een.py",
-    "test_schemes.py",
     "test_scripts_distributed.py",
     "test_trained_models.py",
     "test_trainer.py",
