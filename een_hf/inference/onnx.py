@@ -71,9 +71,7 @@ class DynamicExits(nn.Module):
 
     def forward(self, inputs, thresholds):
         # Where padding is not known, transformers makes the mask, with constants that fail in branches of torch 2.11.
-        # Windows it makes for any length; our own masks compare the length with the window.
-        windows = "sliding_attention" in (getattr(self.model.config, "layer_types", None) or ())
-        examples = replace(self.model.embed(**inputs), padded=None if windows else True)
+        examples = replace(self.model.embed(**inputs), padded=True)
         beside = replace(examples, hidden=None)
         fixed = beside.tensors()  # what no stage changes
         found = self._stage(0, thresholds, examples)

@@ -153,7 +153,8 @@ def bidirectional_mask(config, examples: Examples, window: int | None = None) ->
     known = mask is None or examples.padded
     if known and config._attn_implementation in ("eager", "sdpa"):
         allowed = None if mask is None else (mask != 0)[:, None, None]
-        if window is not None and hidden.shape[1] > window + 1:
+        # An exported graph, which is for any length, has the window always.
+        if window is not None and (torch.compiler.is_exporting() or hidden.shape[1] > window + 1):
             positions = torch.arange(hidden.shape[1], device=hidden.device)
             near = (positions - positions[:, None]).abs() <= window
             allowed = near[None, None] if allowed is None else allowed & near

@@ -243,6 +243,22 @@ def test_any_length_and_batch(bert, length):
             np.testing.assert_allclose(logits, wanted[:, index], atol=1e-4)
 
 
+@pytest.mark.slow
+def test_windows_hold_at_any_length(tmp_path):
+    """Fails if the graph is traced without the windows of its attention, or attends past them in longer texts."""
+    model = make_model("modernbert", local_attention=4, global_attn_every_n_layers=2, pad_token_id=0)
+    exported = Exported(tmp_path, model, {"criterion": "confidence", "thresholds": [0.5] * 3})
+    for length in (1, 2, 3, 4, 17):
+        rows = make_inputs("modernbert", 3, length, seed=length)
+        del rows["token_type_ids"]
+        rows["attention_mask"][:, 0] = 1
+        wanted = exported.exit_logits(rows)
+        for index in range(3):
+            logits, exit_index = exported.run(rows, [NEVER] * index + [-NEVER] * (3 - index))
+            assert exit_index.tolist() == [index] * 3
+            np.testing.assert_allclose(logits, wanted[:, index], atol=1e-4)
+
+
 def test_a_row_of_padding_disturbs_no_other(bert):
     """Fails if a row that is all padding turns into NaN, which never exits early."""
     rows = make_inputs("bert", 4)
