@@ -251,7 +251,8 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
 
     between = []
     pairs = [(scheme, "joint") for scheme in schemes[1:]] if schemes[:1] == ["joint"] else []
-    pairs += [(scheme, "two_stage") for scheme in schemes if scheme == "two_stage-joint"]
+    if {"two_stage", "two_stage-joint"} <= {*schemes}:
+        pairs.append(("two_stage-joint", "two_stage"))
     for scheme, other in pairs:
         places = {f"budget {share:.0%}": difference(scheme, share, other, share) for share in SHARES}
         places["last exit"] = difference(scheme, None, other)
@@ -283,7 +284,7 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
             ["baseline", "cost", metric, *(f"{scheme} - baseline" for scheme in schemes)],
             baselines,
         ),
-        ("Schemes against joint:\n", ["", *shares, "last exit"], between),
+        ("Schemes against each other:\n", ["", *shares, "last exit"], between),
     ]
     parts = [
         f"## Quality: {found.task}\n",

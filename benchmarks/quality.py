@@ -79,12 +79,12 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
         if given.calibration.target_cost is not None:
             words += ["--target_cost", "1"]
     else:
-        scheme, _, variant = method.partition("-")
-        words += ["--method", scheme]
-        if variant == "warm":
-            words += ["--warm_start_epochs", str(given.training.num_train_epochs / 2)]
-        elif variant == "joint":
-            words += ["--joint_first_stage"]
+        variants = {
+            "-warm": ["--warm_start_epochs", str(given.training.num_train_epochs / 2)],
+            "-joint": ["--joint_first_stage"],
+        }
+        variant = next((end for end in variants if method.endswith(end)), "")
+        words += ["--method", method.removesuffix(variant), *variants.get(variant, [])]
     run = run_experiment(modality, parse_arguments(modality, words))
     for checkpoint in run.args.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
