@@ -74,9 +74,9 @@ class TwoStageExitTrainer(EarlyExitTrainer):
     checkpoints contain them untrained; resuming from the last checkpoint trains them again, to the same result.
 
     With `--joint_first_stage` the first stage is that of `--method joint`, warm start included: the layers learn to
-    serve early exits too, and the last exit's predictions are those of joint training, which differ from plain
-    fine-tuning. Otherwise `--exit_loss_weights` has no effect. Label smoothing and class weights are used in the first
-    stage.
+    serve early exits too, metrics and checkpoints before the second stage are those of joint training, and so are the
+    last exit's predictions. Otherwise `--exit_loss_weights` has no effect. Label smoothing and class weights are used
+    in the first stage.
 
     References:
         DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference (Xin et al., ACL 2020), section 3.1, trains in
