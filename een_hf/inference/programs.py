@@ -217,14 +217,17 @@ class Lane:
         self.autocast, device = autocast_here(model.device), model.device
         self.inputs = static_inputs(shapes, capacity, device)
         self.places = torch.arange(capacity + 1, device=device)  # 0 is the spare one
-        self.counts = torch.zeros(len(decisions.segments) + 1, dtype=torch.int64, device=device)
+        # Row s, from the right: how many of the first, of the first two, ... examples of segment s - 1 continue.
+        self.ranks = torch.zeros((len(decisions.segments), capacity), dtype=torch.int64, device=device)
+        self.counts = self.ranks[:, -1]  # the number of examples of each segment
         host = torch.zeros(self.counts.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.host_counts = host.numpy()
-        self.read = list(zip(self.counts[1:].split(1), host[1:].split(1), strict=True))
-        self.events = [torch.cuda.Event() if device.type == "cuda" else None for _ in decisions.segments]
+        # After each segment but the last: what the host reads, and where that is copied to.
+        self.read = [(self.counts[n : n + 1], host[n : n + 1]) for n in range(1, len(decisions.segments))]
+        self.events = [torch.cuda.Event() if device.type == "cuda" else None for _ in self.read]
         self.batch = 0
         # The share of the examples of a segment that continues after it, averaged over past batches; 0: not known.
-        self.shares = [0.0] * len(decisions.segments)
+        self.shares = [0.0] * len(self.read)
         self.buffers: list[Examples | None] = [None, None]  # a segment reads one and writes the other, in turn
         self.logits = self.exit_index = None
         self.programs: dict[tuple[int, int], _Program] = {}
@@ -240,7 +243,7 @@ class Lane:
         if key not in self.programs:
             self.programs[key] = _Program(self, segment, rows)
         self.programs[key]()
-        if segment + 1 < len(self.decisions.segments):
+        if segment < len(self.read):
             (source, target), event = self.read[segment], self.events[segment]
             target.copy_(source, non_blocking=event is not None)
             if event is not None:
@@ -257,17 +260,20 @@ class Lane:
 
         If not, the host does not have to wait for the number of examples.
         """
-        return self.capacity == 1 or row_bucket(math.ceil(self.shares[segment] * present), self.capacity) < rows
+        return row_bucket(math.ceil(self.shares[segment] * present), self.capacity) < rows
+
+    def answers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (batch, num_labels) and exits (batch,) of the examples, in tensors that no program writes."""
+        return self.logits[1 : batch + 1].clone(), self.exit_index[1 : batch + 1].clone()
 
     def start(self, batch: int) -> None:
         """Begin a batch of this size, and update the shares from the counts of the last batch that have arrived."""
         before = self.batch
-        if self.capacity > 1:
-            for segment, event in enumerate(self.events[:-1]):
-                if not before or (event is not None and not event.query()):
-                    break
-                share, before = self.host_counts[segment + 1] / before, self.host_counts[segment + 1]
-                self.shares[segment] = 0.8 * self.shares[segment] + 0.2 * share if self.shares[segment] else share
+        for segment, event in enumerate(self.events):
+            if not before or (event is not None and not event.query()):
+                break
+            share, before = self.host_counts[segment + 1] / before, self.host_counts[segment + 1]
+            self.shares[segment] = 0.8 * self.shares[segment] + 0.2 * share if self.shares[segment] else share
         if batch != self.batch:
             self.counts[0].fill_(batch)
             self.batch = batch
@@ -278,44 +284,40 @@ class Lane:
             self._compute(segment, rows)
 
     def _compute(self, segment: int, rows: int) -> None:
-        model, decisions = self.model, self.decisions
-        exits = decisions.segments[segment]
-        single = self.capacity == 1
+        exit_index, places = self.decisions.segments[segment][-1], self.places[1 : rows + 1]
         if segment == 0:
-            ids = None if single else self.places[1 : rows + 1]
-            examples = replace(model.embed(**first_rows(self.inputs, rows)), ids=ids, padded=self.padded or None)
+            examples = replace(self.embed(rows), ids=places)
         else:
             examples = self.buffers[segment % 2].map(lambda tensor: tensor[1 : rows + 1])
-        examples, logits, done = decisions.run(segment, examples, self.run_stage)
+        examples, logits, done = self.decisions.run(segment, examples, self.run_stage)
 
         if self.logits is None:
             self.logits = logits.new_zeros(self.capacity + 1, logits.shape[-1])
             self.exit_index = self.places.new_zeros(self.capacity + 1)
-        if single:
-            self.logits[1:].copy_(logits)
-            self.exit_index[1:].fill_(exits[-1])
+        present = places <= self.counts[segment]
+        if segment == 0:  # surplus rows are behind the batch
+            self.logits[1 : rows + 1].copy_(logits)
+            self.exit_index[1 : rows + 1].fill_(exit_index)
         else:
-            present = self.places[1 : rows + 1] <= self.counts[segment]
             targets = examples.ids * present
             self.logits.index_copy_(0, targets, logits)
-            self.exit_index.index_fill_(0, targets, exits[-1])
-        if segment == len(decisions.segments) - 1:
+            self.exit_index.index_fill_(0, targets, exit_index)
+        if segment == len(self.read):
             return
 
         if self.buffers[(segment + 1) % 2] is None:
             self.buffers[(segment + 1) % 2] = examples.map(self._room)
+        # Numbers at once, since `cumsum` would copy truth values to numbers first.
+        continues = torch.gt(present, done, out=torch.empty_like(places))  # and not
+        ranks = torch.cumsum(continues, 0, out=self.ranks[segment + 1, self.capacity - rows :])
+        targets = ranks * continues
         following = self.buffers[(segment + 1) % 2].tensors()
-        if single:
-            for buffer, tensor in zip(following, examples.tensors(), strict=True):
-                buffer[1:].copy_(tensor)
-            self.counts[segment + 1 : segment + 2].copy_(~done)
-            return
-        continues = present > done  # and not
-        ranks = continues.cumsum(0)
-        places = ranks * continues
         for buffer, tensor in zip(following, examples.tensors(), strict=True):
-            buffer.index_copy_(0, places, tensor)
-        self.counts[segment + 1].copy_(ranks[-1])
+            buffer.index_copy_(0, targets, tensor)
+
+    def embed(self, rows: int) -> Examples:
+        """The first examples of the inputs, embedded."""
+        return replace(self.model.embed(**first_rows(self.inputs, rows)), padded=self.padded or None)
 
     def _room(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.new_ones((self.capacity + 1, *tensor.shape[1:]))
@@ -326,6 +328,44 @@ class Lane:
         tensors += [tensor for examples in self.buffers if examples is not None for tensor in examples.tensors()]
         tensors += [tensor for tensor in (self.logits, self.exit_index) if tensor is not None]
         return sum(tensor.nbytes for tensor in tensors)
+
+
+class LaneOfOne(Lane):
+    """A lane for one example: nothing is moved, each program reads the results of the one before."""
+
+    def __init__(self, model, decisions: Decisions, *args):
+        super().__init__(model, decisions, *args)
+        # Of each segment: the example after it, and the logits of its exit.
+        self.results: list[tuple[Examples, torch.Tensor] | None] = [None] * len(decisions.segments)
+        self.exits = torch.tensor([exits[-1] for exits in decisions.segments], device=model.device).split(1)
+        host = torch.zeros(len(self.read), dtype=torch.bool, pin_memory=model.device.type == "cuda")
+        self.done, self.done_parts = host.numpy(), [host[n : n + 1] for n in range(len(host))]
+        self.latest: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def run(self, segment: int, rows: int) -> None:
+        super().run(segment, rows)
+        # While the device is busy; if the example exits here, nothing is left to do.
+        self.latest = self.results[segment][1].clone(), self.exits[segment].clone()
+
+    def count_after(self, segment: int) -> int:
+        super().count_after(segment)
+        return int(not self.done[segment])
+
+    def may_shrink(self, segment: int, rows: int, present: float) -> bool:
+        return True
+
+    def start(self, batch: int) -> None:
+        pass
+
+    def answers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.latest
+
+    def _compute(self, segment: int, rows: int) -> None:
+        examples = self.results[segment - 1][0] if segment else self.embed(rows)
+        examples, logits, done = self.decisions.run(segment, examples, self.run_stage)
+        self.results[segment] = examples, logits
+        if segment < len(self.read):
+            self.read[segment] = done, self.done_parts[segment]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -13,6 +13,7 @@ from .programs import (
     MAX_LANES,
     Decisions,
     Lane,
+    LaneOfOne,
     ModelTensors,
     autocast_dtype,
     fastest_size,
@@ -181,7 +182,7 @@ class ExitRunner:
             if segment == 0:  # while the device is busy
                 if not ((not replays or self._is_current()) and self._guessed_right()):
                     return self._run(inputs)
-                outputs = EarlyExitClassifierOutput(logits=lane.logits, exit_index=lane.exit_index)
+                outputs = EarlyExitClassifierOutput(logits=lane.places, exit_index=lane.places)  # names, as yet
             if segment == last:
                 break
             if not lane.may_shrink(segment, rows, present):
@@ -192,7 +193,7 @@ class ExitRunner:
             if present == 0:
                 break
             rows = row_bucket(present, lane.capacity)
-        outputs.logits, outputs.exit_index = lane.logits[1 : batch + 1].clone(), lane.exit_index[1 : batch + 1].clone()
+        outputs.logits, outputs.exit_index = lane.answers(batch)
         return outputs
 
     def _load(self, inputs: dict) -> tuple[Lane, int]:
@@ -246,7 +247,8 @@ class ExitRunner:
         lane = self._lanes.get(key)
         if lane is None:
             graphs = self._graphs if self._tensors.can_capture(padded) else None
-            lane = Lane(self.model, self._decisions, capacity, shapes, padded, graphs, self._stage)
+            kind = LaneOfOne if capacity == 1 else Lane
+            lane = kind(self.model, self._decisions, capacity, shapes, padded, graphs, self._stage)
             self._lanes[key] = lane
             if len(self._lanes) > MAX_LANES:
                 self._lanes.popitem(last=False)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -162,6 +163,42 @@ def test_nothing_is_decided_where_nobody_can_exit():
     assert segments_of(model, ExitPolicy("vote", [9, 2, NEVER, 0])) == [[0, 1], [2, 3]]
     model.config.exit_aggregation = "boosted"
     assert segments_of(model, ExitPolicy("confidence", [NEVER, 0.5, 2.0, 0.0])) == [[0, 1], [2, 3]]
+
+
+def test_one_example_is_neither_moved_nor_copied():
+    """At batch 1 a layer takes a GPU hardly longer than a copy: what is not the model or its decision must not run."""
+    model = make_model("vit")
+    inputs = make_inputs(model, 1)
+    policy = ExitPolicy("confidence", [-NEVER, 0.5, 0.5, 0.0])
+    runner, threshold = ExitRunner(model, policy), torch.tensor(-NEVER)
+    runner(**inputs)
+    with torch.no_grad(), Operations() as alone:
+        examples = model.embed(**inputs)
+        _, logits = model.run_stage(0, examples, model.make_context(examples))
+        _ = logits.float().softmax(-1).amax(-1) >= threshold
+    with Operations() as operations:
+        runner(**inputs)
+    more = Counter(map(str, operations.ran)) - Counter(map(str, alone.ran))
+    # The image to its place and the decision to the host; logits and exit to the caller.
+    assert more == {"aten.copy_.default": 2, "aten.clone.default": 2}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("device", DEVICES)
+def test_answers_belong_to_the_caller(device, batch):
+    """Answers that the next call writes over, or a call that answers what a caller has written over."""
+    model = make_model("bert", device)
+    policy = midway_policy(model, make_inputs(model, 40))
+    runner, before = ExitRunner(model, policy), None
+    for seed in range(6):
+        inputs = make_inputs(model, batch, seed=seed)
+        assert_as_anytime(runner, model, inputs, policy)
+        answers = runner(**inputs)
+        if before is not None:
+            assert all((tensor == -7).all() for tensor in (before.logits, before.exit_index))
+        answers.logits.fill_(-7)
+        answers.exit_index.fill_(-7)
+        before = answers
 
 
 def test_all_exit_at_once_and_nobody_exits():
