@@ -68,7 +68,7 @@ SMOKE := runs/benchmark-smoke
 benchmark-smoke: $(INSTALLED)
 	@rm -rf $(SMOKE)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(PYTHON) benchmarks/quality.py recipes/bbc_news_minilm_joint.yaml --seeds 1 \
-		--methods joint two_stage stock cut-2 --results $(SMOKE)/results --runs $(SMOKE)/quality \
+		--methods joint two_stage stock cut-2 student-2 --results $(SMOKE)/results --runs $(SMOKE)/quality \
 		--max_train_samples 200 --max_eval_samples 100
 	$(PYTHON) benchmarks/training_step.py --rounds 1 --batch_size 4 --length 16 --results $(SMOKE)/results
 	$(PYTHON) benchmarks/inference.py --repeats 3 --lengths 16 --batch_sizes 8 --rows 32 --results $(SMOKE)/results

@@ -22,10 +22,10 @@ python=${PYTHON:-python} end=$((SECONDS + ${LIMIT:-3000})) unfinished=0
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 read -ra methods <<< "${METHODS:-joint two_stage two_stage-joint boosted l2w stock}"
 
-quality() { # NAME RECIPE CUTS FLAGS: the cells of one data set
-    local name=$1 recipe=$2 cuts=$3
+quality() { # NAME RECIPE SMALLER FLAGS: the cells of one data set
+    local name=$1 recipe=$2 smaller=$3
     shift 3
-    "$python" benchmarks/quality.py "$recipe" --name "$name" --methods "${methods[@]}" $cuts --seeds "${SEEDS:-3}" \
+    "$python" benchmarks/quality.py "$recipe" --name "$name" --methods "${methods[@]}" $smaller --seeds "${SEEDS:-3}" \
         --jobs "${JOBS:-8}" --time_limit $((end > SECONDS ? end - SECONDS : 0)) --results "$results" \
         --runs "$results/runs" --bf16 --save_strategy epoch --save_total_limit 1 --logging_steps 100 \
         --disable_tqdm true "$@" || unfinished=1
@@ -40,15 +40,15 @@ image+=(--head_learning_rate 2e-3 --num_train_epochs 6)
 image+=(--second_stage_samples 20000 --second_stage_views 1) # of two_stage: 300 kB of memory for each
 
 if [ -e "$data/sst2" ]; then
-    quality sst2_whole recipes/sst2_minilm_joint.yaml "cut-3 cut-2" --dataset_name "$data/sst2" \
+    quality sst2_whole recipes/sst2_minilm_joint.yaml "cut-3 cut-2 student-3" --dataset_name "$data/sst2" \
         --max_train_samples 67349 --num_train_epochs 3 "${text[@]}" "$@"
 fi
 if [ -e "$data/clinc" ]; then
-    quality clinc_whole recipes/clinc_minilm_joint.yaml "cut-3 cut-2" --dataset_name "$data/clinc" \
+    quality clinc_whole recipes/clinc_minilm_joint.yaml "cut-3 cut-2 student-3" --dataset_name "$data/clinc" \
         --max_train_samples 15000 --num_train_epochs 5 "${text[@]}" "$@"
 fi
 if [ -e "$data/cifar100" ]; then
-    quality cifar100_whole recipes/cifar100_vit_small.yaml "cut-6 cut-3" "${image[@]}" "$@"
+    quality cifar100_whole recipes/cifar100_vit_small.yaml "cut-6 cut-3 student-6" "${image[@]}" "$@"
     parts=$results/cifar100_noniid1000
     if [ ! -e "$parts/partition.json" ]; then
         "$python" recipes/generate_cifar100.py noniid balance dir --dataset_name "$data/cifar100" --output_dir "$parts"

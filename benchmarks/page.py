@@ -173,9 +173,13 @@ class Quality:
         self.task = rows[0]["task_name"] or rows[0]["dataset"]
         self.seeds = sorted({row["seed"] for row in rows})
         self.machines = dict.fromkeys(machine_text(row["machine"]) for row in rows)
-        layers = {method: int(method.removeprefix("cut-")) for method in self.runs if method.startswith("cut-")}
-        self.cuts = sorted(layers, key=layers.get, reverse=True)
-        names = {"stock": "whole", **{method: f"first {layers[method]} layers" for method in self.cuts}}
+        smaller = [method for method in self.runs if method.startswith(("cut-", "student-"))]
+        self.layers = {method: int(method.rpartition("-")[2]) for method in smaller}
+        self.cuts = sorted(smaller, key=self.layers.get, reverse=True)
+        names = {"stock": "whole"}
+        for method in self.cuts:
+            taught = ", distilled" * method.startswith("student-")
+            names[method] = f"first {self.layers[method]} layers{taught}"
         self.labels = {method: name for method, name in names.items() if method in self.runs}
         schemes = [*SCHEMES, *(method for method in self.runs if method not in names)]
         self.schemes = [method for method in dict.fromkeys(schemes) if method in self.runs]
@@ -231,7 +235,7 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
         cost = next(row["relative_cost"] for row in runs[method].values())
         baselines.append([f"fine-tuned, {label}", f"{cost:.2f}", spread([*scores(method).values()])])
         # The cost of that layer's exit: more than the smaller model by the heads before it, under 0.1 % here.
-        budget = next((e["relative_cost"] for e in exits if method == f"cut-{e['layer']}"), cost)
+        budget = next((e["relative_cost"] for e in exits if found.layers.get(method) == e["layer"]), cost)
         for scheme in schemes:
             against = difference(scheme, budget, method)
             baselines[-1].append(str(against))
@@ -387,7 +391,8 @@ def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
         "## In one minute\n",
         "The metric at half and at a quarter of the cost, less plain fine-tuning of the same model. Certified: the "
         "cost at which answers differ from the last exit's on at most 5 % of inputs, with 90 % confidence. Fewer "
-        "layers: the best stock model of at most half of the layers, fine-tuned alike, less plain fine-tuning.\n",
+        "layers: the best stock model of at most half of the layers, fine-tuned alike (distilled: on the answers of the "
+        "whole model), less plain fine-tuning.\n",
         table(head, lines),
         f"Data sets on which half of the cost gives plain fine-tuning, less at most 0.003: {counts}. \\*: measured "
         "before a default changed, as the section says.\n",

@@ -5,12 +5,12 @@ python benchmarks/quality.py recipes/sst2_minilm_joint.yaml --methods joint stoc
 python benchmarks/quality.py recipes/cifar100_vit_small.yaml --images --jobs 8 --time_limit 3000
 
 One cell is one run of the recipe by one method under one seed; `stock` is the recipe's model with its last exit only,
-also evaluated with its linear layers in int8, `cut-3` the same with the first three layers, `joint-warm` the scheme
-after a warm start of the last exit for half of the recipe's epochs, `two_stage-joint` the scheme with
-`--joint_first_stage`. Flags that this script does not know go to every run. Each cell is a process of its own,
-`--jobs` of them side by side, with a log beside its folder. Finished cells are kept in
-benchmarks/results/quality_<recipe>.json and not run again; what is stopped, by `--time_limit` or by hand, goes on from
-its last checkpoint when the same command is given again.
+also evaluated with its linear layers in int8, `cut-3` the same with the first three layers, `student-3` those layers
+when they learn the probabilities of `stock` instead of labels, `joint-warm` the scheme after a warm start of the last
+exit for half of the recipe's epochs, `two_stage-joint` the scheme with `--joint_first_stage`. Flags that this script
+does not know go to every run. Each cell is a process of its own, `--jobs` of them side by side, with a log beside its
+folder. Finished cells are kept in benchmarks/results/quality_<recipe>.json and not run again; what is stopped, by
+`--time_limit` or by hand, goes on from its last checkpoint when the same command is given again.
 """
 
 import argparse
@@ -39,7 +39,8 @@ from een_hf.models import MODEL_CLASSES
 from een_hf.runs import Run, parse_arguments, run_experiment
 
 
-METHODS = ["joint", "two_stage", "two_stage-joint", "boosted", "stock", "cut-2", "cut-3", "cut-4", "l2w"]
+METHODS = ["joint", "two_stage", "two_stage-joint", "boosted", "stock", "cut-2", "cut-3", "cut-4", "student-3", "l2w"]
+BASELINES = ("stock", "cut", "student")
 RISKS = (0.01, 0.02, 0.05)
 SHARES = (0.25, 0.5, 0.75)
 
@@ -62,20 +63,26 @@ def cut_model(source: str, num_layers: int, folder: Path) -> None:
 
 def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], runs: Path) -> dict:
     """Run one cell in a folder below `runs`; return its row."""
-    runs = runs / Path(recipe).stem
+    kind, _, number = method.partition("-")
+    folder, runs = runs, runs / Path(recipe).stem
     words = [recipe, "--seed", str(seed), "--output_dir", str(runs / f"{method}-{seed}"), *flags]
     words += ["--measure_speed", "false"]
     given = parse_arguments(modality, words)
-    baseline = method == "stock" or method.startswith("cut-")
+    baseline = kind in BASELINES
     if baseline:
         source = model_source(given.model.model_name_or_path)
         stock = AutoModel.from_pretrained(source).config
         num_layers = stock.num_hidden_layers
-        if method != "stock":
-            num_layers = int(method.removeprefix("cut-"))
+        if number:
+            num_layers = int(number)
             cut_model(source, num_layers, runs / f"cut-{num_layers}-model")
             words += ["--model_name_or_path", str(runs / f"cut-{num_layers}-model")]
         words += ["--exit_layers", str(num_layers)]
+        if kind == "student":
+            teacher = runs / f"stock-{seed}"
+            if not (teacher / "exit_results.json").exists():
+                run_cell(modality, recipe, "stock", seed, flags, folder)
+            words += ["--method", "student:StudentTrainer", "--teacher", str(teacher)]
         if given.calibration.target_cost is not None:
             words += ["--target_cost", "1"]
     else:
@@ -267,13 +274,17 @@ def main() -> None:
         + ["--cell", method, str(seed), str(logs / f"{method}-{seed}.json")]
         for method, seed in cells
     }
+    students = {name: commands.pop(name) for name in [*commands] if name.startswith("student-")}
 
     def finished(name: str) -> None:
         rows.append(json.loads((logs / f"{name}.json").read_text()))
         path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"done: {name}", flush=True)
 
-    failed = side_by_side(commands, args.jobs, args.time_limit, logs, finished)
+    failed, start = {}, time.monotonic()
+    for part in (commands, students):  # students read other runs
+        time_limit = args.time_limit + start - time.monotonic()
+        failed |= side_by_side(part, args.jobs, time_limit, logs, finished)
     for name, why in failed.items():
         print(f"not done: {name}: {why}")
     if failed:

@@ -9,9 +9,14 @@ from pathlib import Path
 import numpy as np
 import page as page_script
 import pytest
+import torch
 from common import pack_bits, unpack_bits
+from factory import tiny_model
 from quality import side_by_side
+from student import StudentArguments, StudentTrainer
 from text_runs import write_task
+
+from een_hf import EarlyExitTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +121,34 @@ def test_differences_are_paired_by_seed(page):
         assert line[column] == shown(wanted, signed=True)
     (line,) = cells(page, "fine-tuned, first 2 layers")
     assert line[1:4] == ["0.50", shown(list(CUT.values())), shown([0.80 - 0.75, 0.82 - 0.73], signed=True)]
+
+
+def test_a_distilled_baseline_is_named_as_one(tmp_path):
+    """What breaks: a model that learned from another is compared as if it had learned from labels."""
+    rows = quality_rows()
+    rows += [{**row, "method": "student-2"} for row in rows if row["method"] == "cut-2" and row["seed"] == 1]
+    page = write_page(tmp_path, quality_news={"recipe": "recipes/news.yaml", "rows": rows})
+    assert cells(page, "fine-tuned, first 2 layers")[0][1:3] == ["0.50", shown(list(CUT.values()))]
+    assert cells(page, "fine-tuned, first 2 layers, distilled")[0][1:3] == ["0.50", f"{CUT[1]:.3f}"]
+
+
+def test_a_student_learns_from_its_teacher_alone(tmp_path):
+    """What breaks: a baseline that also reads the labels, or learns them, is no distilled model."""
+    student, teacher = tiny_model("vit", num_labels=3), tiny_model("vit", seed=1, num_labels=3)
+    teacher.save_pretrained(tmp_path / "teacher")
+    args = EarlyExitTrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
+    trainer = StudentTrainer(student, args, scheme_args=StudentArguments(str(tmp_path / "teacher")))
+    rows = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 0])}
+    with torch.no_grad():
+        target = teacher.eval()(rows["pixel_values"]).logits.double().softmax(-1)
+        own = student.eval()(rows["pixel_values"], early_exit=False).exit_logits.double().log_softmax(-1)
+        labelled = trainer.compute_loss(student, rows).item()
+        student.train()
+        others = {**rows, "labels": torch.tensor([1, 2, 0, 1])}
+        taught = [trainer.compute_loss(student, inputs) for inputs in (rows, others)]
+    wanted = -sum((target[i] * own[i, k]).sum() for i in range(4) for k in range(student.num_exits)) / 4
+    assert torch.allclose(torch.stack(taught).double(), wanted.repeat(2), atol=1e-5)
+    assert labelled == pytest.approx(-sum(own[i, :, label].sum().item() for i, label in enumerate([0, 1, 2, 0])) / 4)
 
 
 def test_tables_show_what_ran(tmp_path):
@@ -318,7 +351,7 @@ def test_gpu_quality_goes_on_where_it_was_stopped(tmp_path, minilm_path):
     done = subprocess.run(command, cwd=ROOT, env={**settings, "LIMIT": "300"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((results / "quality_sst2_whole.json").read_text())["rows"]
-    assert sorted(row["method"] for row in rows) == ["cut-2", "cut-3", "joint", "stock"]
+    assert sorted(row["method"] for row in rows) == ["cut-2", "cut-3", "joint", "stock", "student-3"]
 
 
 def test_source_is_the_recorded_one(page):

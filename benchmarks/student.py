@@ -1,0 +1,36 @@
+"""A scheme for the baseline `student-K` of quality.py: `--method student:StudentTrainer`."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from een_hf import AutoEarlyExitModel, EarlyExitTrainer
+
+
+@dataclass
+class StudentArguments:
+    """The flags of `StudentTrainer`."""
+
+    teacher: str | None = field(default=None, metadata={"help": "Folder of the run that the exits learn from."})
+
+
+class StudentTrainer(EarlyExitTrainer):
+    """Exits learn the probabilities of a finished run instead of labels (Hinton et al., 2015, temperature 1)."""
+
+    arguments_class = StudentArguments
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher = AutoEarlyExitModel.from_pretrained(self.scheme_args.teacher).to(self.args.device).eval()
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            with torch.no_grad():
+                answers = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"})
+            self.probabilities = answers.logits.softmax(-1)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def losses_of(self, exit_logits, labels):
+        if not self.network.training:
+            return super().losses_of(exit_logits, labels)
+        return -(self.probabilities.unsqueeze(1) * exit_logits.log_softmax(-1)).sum(-1)
