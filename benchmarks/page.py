@@ -391,8 +391,8 @@ def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
         "## In one minute\n",
         "The metric at half and at a quarter of the cost, less plain fine-tuning of the same model. Certified: the "
         "cost at which answers differ from the last exit's on at most 5 % of inputs, with 90 % confidence. Fewer "
-        "layers: the best stock model of at most half of the layers, fine-tuned alike (distilled: on the answers of the "
-        "whole model), less plain fine-tuning.\n",
+        "layers: the best stock model of at most half of the layers, fine-tuned alike or distilled from the whole "
+        "one, less plain fine-tuning.\n",
         table(head, lines),
         f"Data sets on which half of the cost gives plain fine-tuning, less at most 0.003: {counts}. \\*: measured "
         "before a default changed, as the section says.\n",
