@@ -289,6 +289,18 @@ class AttentionExitHead(ExitHead):
         features = self.layernorm(torch.cat([attended, super().pool(hidden, None)], -1))
         return self.classifier(self.dropout(F.gelu(self.dense(features))))
 
+    @staticmethod
+    def classify_stacked(heads: list["AttentionExitHead"], pooled: torch.Tensor) -> torch.Tensor:
+        first = heads[0]
+        tokens = pooled.unflatten(2, (-1, first.hidden_size))  # (heads, batch, length, hidden_size)
+        normed = stacked_layer_norm([head.norm for head in heads], tokens.flatten(1, 2))
+        scores = stacked_linear([head.queries for head in heads], normed).unflatten(1, tokens.shape[1:3])
+        attended = (scores.softmax(2).mT @ normed.view_as(tokens)).flatten(2)
+        plain = ExitHead.pool(first, tokens.flatten(0, 1), None).unflatten(0, tokens.shape[:2])
+        features = stacked_layer_norm([head.layernorm for head in heads], torch.cat([attended, plain], -1))
+        features = first.dropout(F.gelu(stacked_linear([head.dense for head in heads], features)))
+        return stacked_linear([head.classifier for head in heads], features)
+
 
 def stacked_linear(modules: list[nn.Linear], inputs: torch.Tensor) -> torch.Tensor:
     """Each module on its own slice of the inputs: (modules, batch, in) to (modules, batch, out)."""

@@ -11,6 +11,7 @@ from transformers import set_seed
 from ..errors import NonFiniteLossError
 from ..models import EarlyExitMixin, ExitConfigurationError
 from ..models.exit_losses import loss_matrix, reduce_losses
+from ..models.stacked_heads import can_stack
 
 
 @torch.inference_mode()
@@ -98,6 +99,7 @@ def train_heads(
     elif problem_type != "regression":
         problem_type, targets = "single_label_classification", targets.softmax(-1)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=head_learning_rate)
+    stack = model.device.type != "cpu" if model.stack_heads is None else model.stack_heads
     steps = math.ceil(len(features) / train_batch_size) * num_train_epochs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with tqdm(total=steps, unit="step", desc="Training exits", disable=disable_tqdm) as bar:
@@ -105,7 +107,7 @@ def train_heads(
             total = 0.0
             for rows in torch.randperm(len(features)).split(train_batch_size):
                 inputs = torch.from_numpy(features[rows.numpy()]).to(model.device).float()
-                logits = _head_logits(model, inputs)
+                logits = _head_logits(model, inputs, stack)
                 loss = reduce_losses(loss_matrix(logits, targets[rows].to(logits), problem_type))
                 total += loss.detach() * len(rows)
                 optimizer.zero_grad()
@@ -132,7 +134,9 @@ def logits_of_features(model: EarlyExitMixin, features: np.ndarray, teacher_logi
     return np.concatenate([torch.cat(parts).numpy(), teacher_logits[:, None]], 1)
 
 
-def _head_logits(model: EarlyExitMixin, features: torch.Tensor) -> torch.Tensor:
+def _head_logits(model: EarlyExitMixin, features: torch.Tensor, stack: bool = False) -> torch.Tensor:
     """Logits (rows, num_exits - 1, num_labels) of the early exits, of features (rows, num_exits - 1, width)."""
-    heads = (model.exit_head_modules(index)[0] for index in range(model.num_exits - 1))
+    heads = [model.exit_head_modules(index)[0] for index in range(model.num_exits - 1)]
+    if stack and can_stack(heads):
+        return type(heads[0]).classify_stacked(heads, features.transpose(0, 1)).transpose(0, 1)
     return torch.stack([head.classify(read) for head, read in zip(heads, features.unbind(1), strict=True)], 1)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from factory import NUM_LABELS
+from operations import Operations
 from retrofitting.running import EXIT_CLASSES, words_of
 
 from een_hf.commands import main
@@ -11,8 +12,9 @@ from een_hf.evaluation import load_exit_logits
 from een_hf.training.frozen_heads import train_heads
 
 
+@pytest.mark.parametrize("stack", [False, True], ids=["one by one", "stacked"])
 @pytest.mark.parametrize("kind", ["bert", "vit"])
-def test_a_step_of_the_exits_by_hand(sources, kind):
+def test_a_step_of_the_exits_by_hand(sources, kind, stack):
     """Fails if an exit learns anything but cross-entropy with the model's probabilities, or reads other features."""
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": 0.0} if kind == "bert" else {}
@@ -36,8 +38,11 @@ def test_a_step_of_the_exits_by_hand(sources, kind):
         name: before[name] * (1 - 0.01 * 0.1) - 0.1 * gradient / (gradient.abs() + 1e-8)
         for (name, _), gradient in zip(model.exit_heads.named_parameters(), gradients, strict=True)
     }
+    model.stack_heads = stack
     settings = {"seed": 0, "head_learning_rate": 0.1, "train_batch_size": 8, "num_train_epochs": 1}
-    train_heads(model, features, teacher, **settings)
+    with Operations() as operations:
+        train_heads(model, features, teacher, **settings)
+    assert (torch.ops.aten.baddbmm.default in operations.ran) == stack
     for name, tensor in model.exit_heads.state_dict().items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-4, msg=name)
     assert not any(module.training for module in model.modules())
