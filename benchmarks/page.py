@@ -427,6 +427,42 @@ def certified(rows: list[dict], limit: str, metric: str) -> str:
     return f"{len(policies)} of {len(rows)}: cost {cost}, {metric} {score}"
 
 
+# A smaller model, the larger one, and how many times as many layers of the same shape that has.
+LARGER = {"quality_clinc_minilm": ("quality_clinc_e5", 2), "quality_sst2_minilm-10000": ("quality_sst2_e5", 2)}
+
+
+def models_of_one_cost(files: dict[str, dict]) -> str:
+    """A larger model with exits beside a smaller one that costs as much."""
+    lines = []
+    for small, (large, factor) in LARGER.items():
+        if not {small, large} <= files.keys():
+            continue
+        rows = []
+        for name, unit in ((large, factor), (small, 1)):
+            found = Quality(files[name])
+            for share in (1.0, 0.5, 0.25):
+                tuned = [
+                    m for m in found.labels if abs(next(iter(found.runs[m].values()))["relative_cost"] - share) < 0.02
+                ]
+                cells = [", ".join(spread([*found.scores(method).values()]) for method in tuned)]
+                for scheme in SUMMARIZED:
+                    ran = scheme in found.schemes
+                    cells.append(
+                        spread([*found.scores(scheme, None if share == 1 else share).values()]) if ran else ""
+                    )
+                rows.append((-share * unit, [found.task, f"{share * unit:.2f}", name.rpartition("_")[2], *cells]))
+        lines += [cells for _, cells in sorted(rows)]
+    if not lines:
+        return ""
+    text = (
+        "Cost in units of MiniLM-L6. e5 is a BERT of twelve layers of the same shape, so half of it costs as much as "
+        "all of MiniLM-L6. `fine-tuned`: the whole model, or its first layers at that cost. Schemes: the last exit, "
+        "or under a budget.\n"
+    )
+    head = ["data", "cost", "model", "fine-tuned", *SUMMARIZED]
+    return "\n".join(["## A larger model with exits, or a smaller model\n", text, table(head, lines)])
+
+
 def plot_quality(found: Quality, name: str, plots: Path | None) -> None:
     runs, metric = found.runs, found.metric
     labels = {"xlabel": "relative cost (plain model = 1)", "ylabel": metric.replace("_", " "), "title": found.task}
@@ -708,7 +744,8 @@ def write_page(results: Path, plots: Path | None) -> str:
         parts.append((place, path.stem, section(data, path.stem, plots)))
         if section in (quality, one_seed):
             qualities.append((path.stem, data))
-    return "\n".join([HEAD, summary(qualities, plots), *(text for *_, text in sorted(parts)), PAPERS])
+    beside = models_of_one_cost(dict(qualities))
+    return "\n".join([HEAD, summary(qualities, plots), beside, *(text for *_, text in sorted(parts)), PAPERS])
 
 
 def main(words: list[str] | None = None) -> None:

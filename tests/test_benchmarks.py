@@ -132,6 +132,24 @@ def test_a_distilled_baseline_is_named_as_one(tmp_path):
     assert cells(page, "fine-tuned, first 2 layers, distilled")[0][1:3] == ["0.50", f"{CUT[1]:.3f}"]
 
 
+def test_models_of_one_cost_stand_together(tmp_path):
+    """What breaks: a larger model's budget is a share of its own cost, and so not the smaller model's."""
+    large = quality_rows()
+    small = [row for row in quality_rows() if row["method"] != "boosted"]
+    files = {"quality_clinc_e5": large, "quality_clinc_minilm": small}
+    page = write_page(tmp_path, **{name: {"recipe": name, "rows": rows} for name, rows in files.items()})
+    quarter, half, _, last = (shown(list(column)) for column in zip(*SCORES["joint"].values(), strict=True))
+    stock, cut = shown(list(STOCK.values())), shown(list(CUT.values()))
+    assert cells(page, "news") == [
+        ["news", "2.00", "e5", stock, last],
+        ["news", "1.00", "e5", cut, half],
+        ["news", "1.00", "minilm", stock, last],
+        ["news", "0.50", "e5", "", quarter],
+        ["news", "0.50", "minilm", cut, half],
+        ["news", "0.25", "minilm", "", quarter],
+    ]
+
+
 def test_a_student_learns_from_its_teacher_alone(tmp_path):
     """What breaks: a baseline that also reads the labels, or learns them, is no distilled model."""
     student, teacher = tiny_model("vit", num_labels=3), tiny_model("vit", seed=1, num_labels=3)
