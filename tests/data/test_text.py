@@ -539,6 +539,10 @@ def test_gaps_in_the_data_name_the_row(load, write):
         load(train_file=write("t.jsonl", [{"text": "a", "label": 0}, {"text": None, "label": 1}]))
     with pytest.raises(DataError, match="no label in column 'label' of row 2"):
         load(train_file=write("l.jsonl", rows_of(["a", "b", None])))
+    # All labels of a test split may be missing, some may not: it would be predicted, and never measured.
+    files = {"train_file": write("r.jsonl", rows_of(["a", "b"])), "test_file": write("g.jsonl", rows_of(["a", None]))}
+    with pytest.raises(DataError, match="split 'test' has no label in column 'label' of row 1"):
+        load("test", **files)
 
 
 def test_a_validation_label_that_training_never_saw(load, write, caplog):
