@@ -35,7 +35,8 @@ measure it: half of the evaluation rows calibrate, the other half is reported, a
 little (plots show it). Differences are paired: both runs of a pair share seed and evaluation rows. [low, high] is the
 95 % interval of a difference when seeds and evaluation rows are drawn again (bootstrap); each half of the rows is then
 reported under the policy that the other half calibrates. `-warm`: a scheme after a warm start, the last exit trained
-alone for half of the epochs (`--warm_start_epochs`); `two_stage-joint`: with `--joint_first_stage`.
+alone for half of the epochs (`--warm_start_epochs`); `two_stage-joint`: with `--joint_first_stage`. `distilled`: first
+layers that learn the probabilities of the fine-tuned whole model instead of labels, in as many steps.
 """
 
 PAPERS = """## What the papers report
@@ -185,6 +186,10 @@ class Quality:
         self.schemes = [method for method in dict.fromkeys(schemes) if method in self.runs]
         self.exits = next((row["anytime"] for row in rows if "anytime" in row), [])
 
+    def cost(self, method: str) -> float:
+        """The relative cost of a stock model."""
+        return next(iter(self.runs[method].values()))["relative_cost"]
+
     def scores(self, method: str, cost: float | None = None) -> dict[int, float | None]:
         """By seed, on the rows that calibrated nothing: under a budget, or all of the network."""
         metric, runs = self.metric, self.runs[method].items()
@@ -193,6 +198,11 @@ class Quality:
         if cost is None:
             return {seed: row["anytime_report"][-1]["metrics"].get(metric) for seed, row in runs}
         return {seed: metric_at_cost(row["budgeted"], cost, metric) for seed, row in runs}
+
+    def mean(self, methods: dict[str, float | None], seeds: set[int]) -> str:
+        """Over some seeds, of methods under a budget each."""
+        scores = (self.scores(method, cost) for method, cost in methods.items())
+        return ", ".join(spread([of[seed] for seed in of if seed in seeds]) for of in scores)
 
     def difference(self, first: str, cost: float | None, second: str, second_cost: float | None = None) -> Difference:
         """A method less another, each under a budget or with all of its network."""
@@ -232,7 +242,7 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
 
     baselines, against_cut = [], defaultdict(dict)
     for method, label in labels.items():
-        cost = next(row["relative_cost"] for row in runs[method].values())
+        cost = found.cost(method)
         baselines.append([f"fine-tuned, {label}", f"{cost:.2f}", spread([*scores(method).values()])])
         # The cost of that layer's exit: more than the smaller model by the heads before it, under 0.1 % here.
         budget = next((e["relative_cost"] for e in exits if found.layers.get(method) == e["layer"]), cost)
@@ -283,8 +293,8 @@ def quality(data: dict, name: str, plots: Path | None) -> str:
             budgets,
         ),
         (
-            "Plain fine-tuning of the whole model or first layers; schemes at the cost of an exit after them, less "
-            "the baseline:\n",
+            "Stock models, whole or their first layers; schemes at the cost of an exit after them, less the "
+            "baseline:\n",
             ["baseline", "cost", metric, *(f"{scheme} - baseline" for scheme in schemes)],
             baselines,
         ),
@@ -350,8 +360,7 @@ def summary(files: list[tuple[str, dict]], plots: Path | None) -> str:
         task = f"{found.task}, {name.split('_')[-1]}" + (", all rows" if name.startswith("gpu_") else "")
         task += (", one seed" if len(found.seeds) == 1 else "") + ("*" if "note" in data else "")
         small = {method: found.difference(method, None, "stock") for method in found.cuts}
-        costs = {method: next(iter(found.runs[method].values()))["relative_cost"] for method in small}
-        best = max((m for m in small if costs[m] <= 0.51), key=lambda method: small[method].mean, default=None)
+        best = max((m for m in small if found.cost(m) <= 0.51), key=lambda method: small[method].mean, default=None)
         rival = "not run" if best is None else f"{small[best]}, {found.labels[best]}"
         for scheme in SUMMARIZED:
             if scheme not in found.schemes:
@@ -437,27 +446,25 @@ def models_of_one_cost(files: dict[str, dict]) -> str:
     for small, (large, factor) in LARGER.items():
         if not {small, large} <= files.keys():
             continue
-        rows = []
-        for name, unit in ((large, factor), (small, 1)):
-            found = Quality(files[name])
+        rows, pair = [], [(name, unit, Quality(files[name])) for name, unit in ((large, factor), (small, 1))]
+        seeds = set.intersection(*(set(found.seeds) for *_, found in pair))
+        for name, unit, found in pair:
             for share in (1.0, 0.5, 0.25):
-                tuned = [
-                    m for m in found.labels if abs(next(iter(found.runs[m].values()))["relative_cost"] - share) < 0.02
-                ]
-                cells = [", ".join(spread([*found.scores(method).values()]) for method in tuned)]
+                stock = [method for method in found.labels if not method.startswith("student-")]
+                methods = {method: None for method in stock if abs(found.cost(method) - share) < 0.02}
+                cells = [found.mean(methods, seeds)]
                 for scheme in SUMMARIZED:
-                    ran = scheme in found.schemes
-                    cells.append(
-                        spread([*found.scores(scheme, None if share == 1 else share).values()]) if ran else ""
-                    )
-                rows.append((-share * unit, [found.task, f"{share * unit:.2f}", name.rpartition("_")[2], *cells]))
+                    methods = {scheme: None if share == 1 else share} if scheme in found.schemes else {}
+                    cells.append(found.mean(methods, seeds))
+                model = name.rpartition("_")[2].partition("-")[0]
+                rows.append((-share * unit, [found.task, f"{share * unit:.2f}", model, *cells]))
         lines += [cells for _, cells in sorted(rows)]
     if not lines:
         return ""
     text = (
         "Cost in units of MiniLM-L6. e5 is a BERT of twelve layers of the same shape, so half of it costs as much as "
         "all of MiniLM-L6. `fine-tuned`: the whole model, or its first layers at that cost. Schemes: the last exit, "
-        "or under a budget.\n"
+        "or under a budget. Means over the seeds that both models ran.\n"
     )
     head = ["data", "cost", "model", "fine-tuned", *SUMMARIZED]
     return "\n".join(["## A larger model with exits, or a smaller model\n", text, table(head, lines)])
@@ -478,7 +485,9 @@ def plot_quality(found: Quality, name: str, plots: Path | None) -> None:
             curve = [(np.mean(costs), values) for costs, values in curve if None not in values]
             if curve:
                 bars(*zip(*curve, strict=True), fmt="o-", ms=3, lw=1, color=f"C{color}", label=scheme)
-        for methods, marker, label in ((["stock"], "*", "fine-tuned"), (found.cuts, "s", "fine-tuned, fewer layers")):
+        kinds = {kind: [method for method in found.cuts if method.startswith(kind)] for kind in ("cut-", "student-")}
+        baselines = [(["stock"], "*", "fine-tuned"), (kinds["cut-"], "s", "fine-tuned, fewer layers")]
+        for methods, marker, label in (*baselines, (kinds["student-"], "D", "the same, distilled")):
             rows = [[*runs[method].values()] for method in methods if method in found.labels]
             if rows:
                 values = [[row["metrics_report"].get(metric) for row in of] for of in rows]

@@ -9,8 +9,9 @@ also evaluated with its linear layers in int8, `cut-3` the same with the first t
 when they learn the probabilities of `stock` instead of labels, `joint-warm` the scheme after a warm start of the last
 exit for half of the recipe's epochs, `two_stage-joint` the scheme with `--joint_first_stage`. Flags that this script
 does not know go to every run. Each cell is a process of its own, `--jobs` of them side by side, with a log beside its
-folder. Finished cells are kept in benchmarks/results/quality_<recipe>.json and not run again; what is stopped, by
-`--time_limit` or by hand, goes on from its last checkpoint when the same command is given again.
+folder. Finished cells are kept in benchmarks/results/quality_<recipe>.json and not run again, but for a `stock` whose
+model a student lacks; what is stopped, by `--time_limit` or by hand, goes on from its last checkpoint when the same
+command is given again.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def cut_model(source: str, num_layers: int, folder: Path) -> None:
 def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], runs: Path) -> dict:
     """Run one cell in a folder below `runs`; return its row."""
     kind, _, number = method.partition("-")
-    folder, runs = runs, runs / Path(recipe).stem
+    runs = runs / Path(recipe).stem
     words = [recipe, "--seed", str(seed), "--output_dir", str(runs / f"{method}-{seed}"), *flags]
     words += ["--measure_speed", "false"]
     given = parse_arguments(modality, words)
@@ -79,10 +80,7 @@ def run_cell(modality, recipe: str, method: str, seed: int, flags: list[str], ru
             words += ["--model_name_or_path", str(runs / f"cut-{num_layers}-model")]
         words += ["--exit_layers", str(num_layers)]
         if kind == "student":
-            teacher = runs / f"stock-{seed}"
-            if not (teacher / "exit_results.json").exists():
-                run_cell(modality, recipe, "stock", seed, flags, folder)
-            words += ["--method", "student:StudentTrainer", "--teacher", str(teacher)]
+            words += ["--method", "student:StudentTrainer", "--teacher", str(runs / f"stock-{seed}")]
         if given.calibration.target_cost is not None:
             words += ["--target_cost", "1"]
     else:
@@ -269,22 +267,28 @@ def main() -> None:
     runs = args.runs / (args.name or "")  # another model's runs, or its first layers, are not those of the recipe
     logs = runs / stem
     own = [*flags, *(["--images"] if args.images else []), "--runs", str(runs)]
-    commands = {
-        f"{method}-{seed}": [sys.executable, __file__, args.recipe, *own]
-        + ["--cell", method, str(seed), str(logs / f"{method}-{seed}.json")]
-        for method, seed in cells
-    }
-    students = {name: commands.pop(name) for name in [*commands] if name.startswith("student-")}
+    students = [cell for cell in cells if cell[0].startswith("student-")]
+    teachers = [("stock", seed) for _, seed in students if not (logs / f"stock-{seed}" / "exit_results.json").exists()]
+    first = dict.fromkeys([*(cell for cell in cells if cell not in students), *teachers])
+
+    def commands(cells) -> dict[str, list[str]]:
+        return {
+            f"{method}-{seed}": [sys.executable, __file__, args.recipe, *own]
+            + ["--cell", method, str(seed), str(logs / f"{method}-{seed}.json")]
+            for method, seed in cells
+        }
 
     def finished(name: str) -> None:
-        rows.append(json.loads((logs / f"{name}.json").read_text()))
+        row = json.loads((logs / f"{name}.json").read_text())
+        rows[:] = [other for other in rows if (other["method"], other["seed"]) != (row["method"], row["seed"])]
+        rows.append(row)
         path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"done: {name}", flush=True)
 
     failed, start = {}, time.monotonic()
-    for part in (commands, students):  # students read other runs
+    for part in (first, students):  # students read the others' models
         time_limit = args.time_limit + start - time.monotonic()
-        failed |= side_by_side(part, args.jobs, time_limit, logs, finished)
+        failed |= side_by_side(commands(part), args.jobs, time_limit, logs, finished)
     for name, why in failed.items():
         print(f"not done: {name}: {why}")
     if failed:

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from een_hf import AutoEarlyExitModel, EarlyExitTrainer
+from een_hf import AutoEarlyExitModel, EarlyExitTrainer, ExitConfigurationError
+from een_hf.models.criteria import resolve_problem_type
 
 
 @dataclass
@@ -15,9 +16,19 @@ class StudentArguments:
 
 
 class StudentTrainer(EarlyExitTrainer):
-    """Exits learn the probabilities of a finished run instead of labels (Hinton et al., 2015, temperature 1)."""
+    """Exits learn the probabilities of a finished run instead of labels (Hinton et al., 2015, temperature 1).
+
+    Raises:
+        ExitConfigurationError: the problem is not single-label classification.
+    """
 
     arguments_class = StudentArguments
+
+    def check_model(self, model):
+        super().check_model(model)
+        problem_type = resolve_problem_type(model.config.problem_type, model.config.num_labels)
+        if problem_type != "single_label_classification":
+            raise ExitConfigurationError(f"A student learns the probabilities of classes: not for {problem_type}.")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -16,7 +16,7 @@ from quality import side_by_side
 from student import StudentArguments, StudentTrainer
 from text_runs import write_task
 
-from een_hf import EarlyExitTrainingArguments
+from een_hf import EarlyExitTrainingArguments, ExitConfigurationError
 
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +166,8 @@ def test_a_student_learns_from_its_teacher_alone(tmp_path):
         taught = [trainer.compute_loss(student, inputs) for inputs in (rows, others)]
     wanted = -sum((target[i] * own[i, k]).sum() for i in range(4) for k in range(student.num_exits)) / 4
     assert torch.allclose(torch.stack(taught).double(), wanted.repeat(2), atol=1e-5)
+    with pytest.raises(ExitConfigurationError, match="not for regression"):
+        StudentTrainer(tiny_model("vit", num_labels=1), args, scheme_args=StudentArguments(str(tmp_path / "teacher")))
     assert labelled == pytest.approx(-sum(own[i, :, label].sum().item() for i, label in enumerate([0, 1, 2, 0])) / 4)
 
 

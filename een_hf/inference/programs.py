@@ -4,7 +4,7 @@ A batch of one shape runs in a `Lane`. The exits at which examples can exit cut 
 runs one segment on the first R examples of the lane's buffers: the layers, the head, the decision. It writes the
 answers to their places in the batch, and moves the examples that continue to the front of the next buffers. Only their
 number is read by the host, which may then choose a smaller R. The rows beyond that number are surplus: their results
-are written to a spare place, the first of every static tensor.
+are written behind the batch, or to a spare place, the first of every static tensor.
 
 On devices other than CUDA a program is the same function, run eagerly on the same tensors.
 """
@@ -253,6 +253,10 @@ class Lane:
         """How many examples continue after a segment. Waits until the device has run the segment."""
         if self.events[segment] is not None:
             wait_for(self.events[segment])
+        return self.count_on_host(segment)
+
+    def count_on_host(self, segment: int) -> int:
+        """How many examples continue after a segment that has run."""
         return int(self.host_counts[segment + 1])
 
     def may_shrink(self, segment: int, rows: int, present: float) -> bool:
@@ -347,8 +351,7 @@ class LaneOfOne(Lane):
         # While the device is busy; if the example exits here, nothing is left to do.
         self.latest = self.results[segment][1].clone(), self.exits[segment].clone()
 
-    def count_after(self, segment: int) -> int:
-        super().count_after(segment)
+    def count_on_host(self, segment: int) -> int:
         return int(not self.done[segment])
 
     def may_shrink(self, segment: int, rows: int, present: float) -> bool:
